@@ -1,0 +1,232 @@
+"""From the texts of a dialogue to what the model reads: word ids, roles, intensities, knowledge and both graphs.
+
+Preparing a store and answering a raw sentence go through the same `Featurizer`, so that they cannot differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from case_fast.data.empathetic_dialogues import EMOTION_IDS, Turn
+from case_fast.data.graphs import CSR, cognition_graph, concept_graph
+from case_fast.data.text import is_word, normalize_space, split_sentences, tokenize
+from case_fast.data.vocabulary import CLS, LISTENER, SPEAKER, Vocabulary
+from case_fast.errors import ConfigError, DataError
+from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION
+from case_fast.reading import require_file
+
+Inferences = Mapping[str, Mapping[str, Sequence[str]]]  # sub-utterance -> relation -> texts, best first
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What decides the features of an example, besides its texts and the knowledge itself.
+
+    Attributes:
+        max_context: context words kept, the latest ones (the [CLS] in front not counted).
+        inferences_per_relation: l of the paper.
+        concepts_per_token: concepts kept for one word.
+        concepts_per_dialogue: N' of the paper.
+        minimum_intensity: least emotion intensity of a concept.
+    """
+
+    max_context: int = 512
+    inferences_per_relation: int = 5
+    concepts_per_token: int = 3
+    concepts_per_dialogue: int = 10
+    minimum_intensity: float = 0.6
+
+    def __post_init__(self) -> None:
+        for name in ("max_context", "inferences_per_relation", "concepts_per_token"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.concepts_per_dialogue < 0:
+            raise ConfigError(f"concepts_per_dialogue must not be negative, not {self.concepts_per_dialogue}")
+
+
+@dataclass
+class TextTable:
+    """Distinct knowledge texts (sub-utterances and inferences) as word ids; a text's id is its place of first use."""
+
+    vocabulary: Vocabulary
+    texts: list[str] = field(default_factory=list)
+    words: list[np.ndarray] = field(default_factory=list)
+    ids: dict[str, int] = field(default_factory=dict)
+
+    def add(self, text: str) -> int:
+        index = self.ids.get(text)
+        if index is None:
+            index = self.ids[text] = len(self.texts)
+            self.texts.append(text)
+            self.words.append(np.array(self.vocabulary.encode(tokenize(text)), dtype=np.int32))
+        return index
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def tokens(self, index: int) -> np.ndarray:
+        return self.words[index]
+
+    def text(self, index: int) -> str:
+        return self.texts[index]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One listener turn as arrays (int32 unless said otherwise); text fields hold ids into a table of texts.
+
+    Attributes:
+        context, context_role, context_intensity: (n,) words, role tokens, emotion intensities (float32); [CLS] not included.
+        response: (m,) words, without BOS and EOS.
+        sub_utterance: (t + 1,) texts u_0 .. u_t.
+        knowledge, knowledge_sub, knowledge_relation: (k,) inferred text, its sub-utterance, its relation (0..3).
+        reaction, reaction_sub: (r,) inferred reaction text and its sub-utterance.
+        concept, concept_position, concept_intensity: (c,) word, position of its first token (1 .. n), intensity (float32).
+        cognition_graph, concept_graph: the two graphs.
+        truncated: context words that `max_context` cut off.
+        source: the texts it was made from, for people.
+    """
+
+    context: np.ndarray
+    context_role: np.ndarray
+    context_intensity: np.ndarray
+    response: np.ndarray
+    emotion: int
+    sub_utterance: np.ndarray
+    knowledge: np.ndarray
+    knowledge_sub: np.ndarray
+    knowledge_relation: np.ndarray
+    reaction: np.ndarray
+    reaction_sub: np.ndarray
+    concept: np.ndarray
+    concept_position: np.ndarray
+    concept_intensity: np.ndarray
+    cognition_graph: CSR
+    concept_graph: CSR
+    truncated: int
+    source: dict
+
+
+def sub_utterances(utterance: str) -> list[str]:
+    """u_0 .. u_t: the whole utterance, then its sentences (t >= 1; equal texts when it has one sentence)."""
+    return [normalize_space(utterance), *split_sentences(utterance)]
+
+
+class Featurizer:
+    """Vocabulary, concepts and intensities, and how a dialogue is turned into an `Example` with them.
+
+    Args:
+        vocabulary: the words.
+        concepts: head word -> its best concepts (as `read_concepts` gives them).
+        intensity: word -> emotion intensity w; a word not in it has 0.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, concepts: Mapping[str, Sequence[str]], intensity: Mapping[str, float],
+                 settings: FeatureSettings | None = None):  # fmt: skip
+        self.vocabulary, self.concepts, self.intensity = vocabulary, concepts, intensity
+        self.settings = settings or FeatureSettings()
+
+    def example(self, context: Sequence[Turn], inferences: Inferences, texts: TextTable, response: str = "",
+                emotion: str | None = None, **source: str) -> Example:  # fmt: skip
+        """The example of a dialogue whose last turn is the speaker's.
+
+        Raises:
+            ValueError: the context is empty or does not end with the speaker.
+        """
+        if not context or not context[-1].by_speaker:
+            raise ValueError("context must hold at least one turn and end with the speaker's")
+        words: list[str] = []
+        roles: list[int] = []
+        for turn in context:
+            tokens = tokenize(turn.text)
+            words += tokens
+            roles += [SPEAKER if turn.by_speaker else LISTENER] * len(tokens)
+        truncated = max(0, len(words) - self.settings.max_context)
+        words, roles = words[truncated:], roles[truncated:]
+        subs = sub_utterances(context[-1].text)
+        knowledge, reactions = self._knowledge(subs, inferences, texts)
+        concepts, edges = self._concepts(words)
+        first = {}
+        for token, concept in edges:
+            first.setdefault(concept, token + 1)
+        return Example(
+            context=np.array(self.vocabulary.encode(words), dtype=np.int32),
+            context_role=np.array(roles, dtype=np.int32),
+            context_intensity=np.array([self.intensity.get(word, 0.0) for word in words], dtype=np.float32),
+            response=np.array(self.vocabulary.encode(tokenize(response)), dtype=np.int32),
+            emotion=EMOTION_IDS[emotion] if emotion is not None else -1,
+            sub_utterance=np.array([texts.add(sub) for sub in subs], dtype=np.int32),
+            knowledge=knowledge[:, 0],
+            knowledge_sub=knowledge[:, 1],
+            knowledge_relation=knowledge[:, 2],
+            reaction=reactions[:, 0],
+            reaction_sub=reactions[:, 1],
+            concept=np.array([self.vocabulary.ids[word] for word in concepts], dtype=np.int32),
+            concept_position=np.array([first[i] for i in range(len(concepts))], dtype=np.int32),
+            concept_intensity=np.array([self.intensity[word] for word in concepts], dtype=np.float32),
+            cognition_graph=cognition_graph(len(subs), knowledge[:, 1], knowledge[:, 2]),
+            concept_graph=concept_graph(len(words), edges, len(concepts)),
+            truncated=truncated,
+            source={**source, "context": [turn.text for turn in context],
+                    "by_speaker": [turn.by_speaker for turn in context], "response": response},
+        )  # fmt: skip
+
+    def _knowledge(self, subs: list[str], inferences: Inferences, texts: TextTable) -> tuple[np.ndarray, np.ndarray]:
+        knowledge, reactions = [], []
+        limit = self.settings.inferences_per_relation
+        for place, sub in enumerate(subs):
+            found = inferences.get(sub, {})
+            for relation, name in enumerate(COGNITION_RELATIONS):
+                knowledge += [(texts.add(text), place, relation) for text in found.get(name, ())[:limit]]
+            reactions += [(texts.add(text), place) for text in found.get(REACTION_RELATION, ())[:limit]]
+        return (np.array(knowledge, dtype=np.int32).reshape(-1, 3), np.array(reactions, dtype=np.int32).reshape(-1, 2))
+
+    def _concepts(self, words: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
+        """The concepts of a dialogue, and (token, concept) for each occurrence of a word that a kept concept belongs to."""
+        candidates: dict[str, list[str]] = {
+            word: list(self.concepts.get(word, ()))[: self.settings.concepts_per_token]
+            for word in dict.fromkeys(words)
+            if is_word(word)
+        }
+        distinct = {concept for found in candidates.values() for concept in found}
+        ranked = sorted(distinct, key=lambda concept: (-self.intensity[concept], concept))
+        kept = ranked[: self.settings.concepts_per_dialogue]
+        place = {concept: index for index, concept in enumerate(kept)}
+        edges = [
+            (token, place[concept])
+            for token, word in enumerate(words)
+            for concept in candidates.get(word, ())
+            if concept in place
+        ]
+        return kept, edges
+
+    # ---- on disk: readable JSON, small next to the data
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.vocabulary.save(folder / "vocabulary.json")
+        features = {"settings": asdict(self.settings), "concepts": dict(self.concepts), "intensity": dict(self.intensity)}
+        (folder / "features.json").write_text(json.dumps(features, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Featurizer:
+        """Read what `save` wrote; `DataError` names what is missing or damaged."""
+        folder = Path(folder)
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+        path = require_file(folder / "features.json", "feature file")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(vocabulary, found["concepts"], found["intensity"], FeatureSettings(**found["settings"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(path, f"not a feature file ({error!r})", "Prepare the store again") from error
+
+
+def with_cls(words: np.ndarray) -> np.ndarray:
+    """[CLS] + words."""
+    return np.concatenate([np.array([CLS], dtype=words.dtype), words])
