@@ -1,0 +1,22 @@
+// The widest vector unit that this processor and operating system offer, found at run time.
+#pragma once
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum case_fast_simd {
+    CASE_FAST_SCALAR = 0,
+    CASE_FAST_NEON = 1,    // 64-bit ARM
+    CASE_FAST_AVX2 = 2,    // AVX2 and FMA
+    CASE_FAST_AVX512 = 3,  // AVX-512 F, BW, DQ, VL
+};
+
+enum case_fast_simd case_fast_simd_level(void);
+
+// "scalar" | "neon" | "avx2" | "avx512"
+const char *case_fast_simd_name(enum case_fast_simd level);
+
+#ifdef __cplusplus
+}
+#endif

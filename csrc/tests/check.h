@@ -1,0 +1,13 @@
+// CHECK for the C++ tests: prints what failed and ends the program; works under every sanitizer.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+
+#define CHECK(condition)                                                                  \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
+            std::exit(1);                                                                 \
+        }                                                                                 \
+    } while (0)
