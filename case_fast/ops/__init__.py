@@ -1,0 +1,7 @@
+"""The kernels and what runs them. Importing this package needs only torch and numpy (and triton, where it is there)."""
+
+from __future__ import annotations
+
+from case_fast.ops.backend import backend_name, native_report
+
+__all__ = ["backend_name", "native_report"]
