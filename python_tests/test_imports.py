@@ -1,0 +1,158 @@
+"""The rules of the house that hold for every file: who may import whom, what stays lazy, what is never called."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import case_fast
+
+PACKAGE = Path(case_fast.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
+BASE = {"", "errors", "reading", "batch"}  # "" stands for the package itself: its version
+MAY_IMPORT = {
+    "": set(),  # __init__.py: its lazy names are checked below
+    "errors": set(),
+    "reading": set(),
+    "batch": set(),
+    "equations": set(),
+    "ops": {"equations", "_native"},
+    "models": {"ops", "equations"},
+    "knowledge": set(),
+    "data": {"knowledge"},
+    "training": {"models", "data"},
+    "generation": {"models", "data"},
+    "evaluation": {"models", "data"},
+    "respond": {"models", "data", "knowledge", "generation"},
+}
+# What these parts may import from outside the standard library.
+OUTSIDE = {"": set(), "errors": set(), "reading": set(), "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
+ALL = {"cli", "__main__"}
+HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
+
+
+def part_of(path: Path) -> str:
+    """ "data" for case_fast/data/batch.py, "errors" for case_fast/errors.py, "" for case_fast/__init__.py."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported_modules(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import at any depth; `from package import name` gives package.name."""
+    package = (PACKAGE.name, *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def part_imported(module: str) -> str:
+    """The part that a dotted name inside case_fast belongs to; a lazy name counts as the part that it loads."""
+    first = [*module.split("."), ""][1]
+    if first.startswith("__") and first.endswith("__"):
+        return ""
+    return case_fast._HOME.get(first, first)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_import_direction(path):
+    part = part_of(path)
+    if part in ALL:
+        return
+    assert part in MAY_IMPORT, f"case_fast/{part} has no row in MAY_IMPORT; decide what it may import"
+    wrong = []
+    for line, module in imported_modules(path, ast.parse(path.read_text())):
+        top = module.split(".")[0]
+        if top == PACKAGE.name:
+            target = part_imported(module)
+            allowed = target in {part, *BASE, *MAY_IMPORT[part]} or part == ""
+        else:
+            allowed = part not in OUTSIDE or top in sys.stdlib_module_names or top in OUTSIDE[part]
+        if not allowed:
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_imports_nothing_of_itself_before_it_is_asked():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (for_type_checkers,) = [node for node in tree.body if isinstance(node, ast.If)]
+    inside = {module for _, module in imported_modules(PACKAGE / "__init__.py", for_type_checkers)}
+    everywhere = {module for _, module in imported_modules(PACKAGE / "__init__.py", tree)}
+    assert not {module for module in everywhere - inside if module.startswith("case_fast")}
+    lazy = {f"case_fast.{home}.{name}" for name, home in case_fast._HOME.items()} | {"case_fast.ops"}
+    assert inside == lazy
+
+
+def test_lazy_names():
+    from case_fast.errors import CaseFastError
+
+    assert case_fast.CaseFastError is CaseFastError
+    assert case_fast.ops.__name__ == "case_fast.ops"
+    assert {"CASE", "open_store", "load", "ops", "__version__"} <= set(dir(case_fast))
+    with pytest.raises(AttributeError, match="no attribute 'CASEE'"):
+        case_fast.CASEE  # noqa: B018
+
+
+def test_ops_import_needs_only_torch_and_numpy():
+    code = f"import sys, case_fast, case_fast.ops; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}  # reading one can run code
+
+
+def forbidden(path: Path, tree: ast.AST) -> Iterator[str]:
+    for line, module in imported_modules(path, tree):
+        if module.split(".")[0] in PICKLES:
+            yield f"{line} import of {module}"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name.removeprefix("builtins.") in {"eval", "exec"} or name in {"os.system", "os.popen"}:
+            yield f"{node.lineno} {name}(...)"
+        for keyword in node.keywords:
+            said = (keyword.arg, keyword.value.value if isinstance(keyword.value, ast.Constant) else None)
+            if said in {("allow_pickle", True), ("weights_only", False), ("shell", True)}:
+                yield f"{node.lineno} {keyword.arg}={keyword.value.value}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_runs_code_from_data(path):
+    assert not [f"{path.relative_to(ROOT)}:{found}" for found in forbidden(path, ast.parse(path.read_text()))]
+
+
+def test_the_search_for_forbidden_calls_finds_each_of_them():
+    bad = ["import pickle", "from pickle import load", "np.load(p, allow_pickle=True)", "eval('1')", "exec('1')"]
+    bad += ["torch.load(p, weights_only=False)", "run('ls', shell=True)", "os.system('ls')", "builtins.exec('1')"]
+    for line in bad:
+        assert list(forbidden(PACKAGE / "x.py", ast.parse(line))), line
+    for line in ["model.eval()", "np.load(p, allow_pickle=False)", "run(['ls'])", "'eval(1)'"]:
+        assert not list(forbidden(PACKAGE / "x.py", ast.parse(line))), line
+
+
+def test_kernel_families_in_csrc_never_see_each_other():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cuh", ".cpp", ".cu"}]
+    assert sources
+    for path in sources:
+        family = path.relative_to(ROOT / "csrc").parts[0]
+        if family in {"module.cpp", "tests"}:
+            continue
+        text = path.read_text()
+        assert not re.search(r"Python\.h|pybind11", text), f"{path.relative_to(ROOT)}: Python belongs in module.cpp"
+        for included in re.findall(r'#include "([^"]+)"', text):
+            assert included.split("/")[0] in {family, "common"}, f"{path.relative_to(ROOT)} includes {included}"
