@@ -1,0 +1,68 @@
+# make demo        the whole pipeline on the bundled sample: prepare, train, evaluate, report
+# make test        the Python tests          make cpp-test   the C++ tests (SANITIZE=address,undefined or thread)
+# make lint        ruff                      make clean      remove what was built, and .venv
+# PYTHON=python3.12 picks the interpreter; TORCH_INDEX=<url> the package index that torch comes from.
+PYTHON ?= python3
+CMAKE ?= cmake
+TORCH_INDEX ?=
+SANITIZE ?=
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+PACKAGE := pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
+CPP_BUILD := build/cpp$(addprefix -,$(SANITIZE))
+
+.PHONY: demo test lint cpp-test clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	@$(VENV)/bin/case-fast demo
+
+test: $(VENV)/.installed-test
+	@$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-test
+	@$(VENV)/bin/ruff check .
+
+cpp-test:
+	@command -v $(CMAKE) >/dev/null && command -v ninja >/dev/null || \
+	  { echo "make cpp-test needs cmake and ninja (Debian/Ubuntu: apt install cmake ninja-build g++)" >&2; exit 1; }
+	@$(CMAKE) -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCASE_FAST_SANITIZE=$(SANITIZE)
+	@$(CMAKE) --build $(CPP_BUILD)
+	@ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info case_fast/_native*.so .pytest_cache .ruff_cache .hypothesis
+
+# ---- installation: each step leaves a stamp in .venv and is done again only when its inputs have changed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "case_fast needs Python 3.11 or newer as $(PYTHON); choose one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "$(PYTHON) cannot create virtual environments (Debian/Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# torch from PyPI brings gigabytes of CUDA libraries on Linux, so a machine without an NVIDIA driver gets the CPU build:
+# TORCH_INDEX if it is given; else a wheel that pip's own find-links already offer; else the CPU index; else PyPI.
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@echo "installing $(TORCH)"
+	@if [ -n "$(TORCH_INDEX)" ]; then $(PIP) install -q --no-deps --index-url $(TORCH_INDEX) $(TORCH); \
+	elif $(PIP) install -q --no-deps --no-index $(TORCH) 2>/dev/null; then :; \
+	elif command -v nvidia-smi >/dev/null; then $(PIP) install -q --no-deps $(TORCH); \
+	else $(PIP) install -q --no-deps --retries 1 --index-url $(TORCH_CPU) $(TORCH) || \
+	  { echo "$(TORCH_CPU) cannot be used; taking torch from PyPI"; $(PIP) install -q --no-deps $(TORCH); }; fi
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(PACKAGE)
+	@echo "installing case_fast and its dependencies, building the native module (a minute or two)"
+	@$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch $(PACKAGE)
+	@echo "installing case_fast with its test dependencies, building the native module (a minute or two)"
+	@$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $(VENV)/.installed $@
