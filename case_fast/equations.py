@@ -1,0 +1,405 @@
+"""The paper in its order: one plain-torch function per equation of CASE (Zhou et al., ACL 2023).
+
+No parameters, no state, any float dtype (float64 included): the oracle of the tests, the fallback of the kernels and the
+baseline of the benchmarks at once. Ragged collections lie end to end: ``segment`` (n,) names the dialogue (or sequence) that
+each row belongs to, ``cu`` (s + 1,) holds where each sequence starts. Empty collections are legal everywhere and give
+zeros; nothing here divides by a count that can be 0. Half-precision inputs are reduced in float32.
+
+Deviations from the paper's print, as the project defines them: Eq. 9 and 11 are negated (a loss is minimised); Eq. 11 and 19
+are averaged; the posterior is detached in Eq. 7 by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------- ragged rows
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for half-precision tensors, else the tensor itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def segment_ids(cu: Tensor, total: int) -> Tensor:
+    """(total,) int64: the sequence that each row belongs to, from offsets ``cu`` (s + 1,)."""
+    sequences = torch.arange(cu.numel() - 1, device=cu.device)
+    return torch.repeat_interleave(sequences, cu[1:].long() - cu[:-1].long(), output_size=total)
+
+
+def segment_positions(cu: Tensor, total: int) -> Tensor:
+    """(total,) int64: the place of each row within its sequence, from 0."""
+    return torch.arange(total, device=cu.device) - cu[:-1].long()[segment_ids(cu, total)]
+
+
+def segment_sum(x: Tensor, segment: Tensor, size: int) -> Tensor:
+    """(size, ...): rows of ``x`` (n, ...) summed by segment; an empty segment gives zeros."""
+    return x.new_zeros((size, *x.shape[1:])).index_add(0, segment, x)
+
+
+def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
+    """(size, ...): rows averaged by segment; an empty segment gives zeros."""
+    count = segment_sum(x.new_ones(x.shape[0]), segment, size).clamp(min=1)
+    return segment_sum(x, segment, size) / count.view(-1, *[1] * (x.dim() - 1))
+
+
+def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
+    """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
+    score = full_precision(score)
+    index = segment.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
+    peak = score.new_full((size, *score.shape[1:]), -math.inf).scatter_reduce(0, index, score.detach(), "amax")
+    shifted = score - peak[segment]
+    return shifted - segment_sum(shifted.exp(), segment, size)[segment].log()
+
+
+# -------------------------------------------------------------------------------------------------- 3.1 Graph encoding, Eq. 1-2
+
+
+def sinusoidal_position(position: Tensor, dimension: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n, d) position embedding of Vaswani et al. (2017): sines in the first half of the columns, cosines in the second."""
+    half = (dimension + 1) // 2
+    frequency = torch.exp(torch.arange(half, device=position.device, dtype=torch.float64) * (-math.log(1e4) / max(half - 1, 1)))
+    angle = (position.double()[:, None] * frequency).to(torch.promote_types(dtype, torch.float32))
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dimension].to(dtype)
+
+
+def emotion_intensity(valence: Tensor, arousal: Tensor) -> Tensor:
+    """Intensity of a word from its valence and arousal in 0..1 (Li et al., 2022): min-max scaled distance to neutral."""
+    return (torch.sqrt((valence - 0.5) ** 2 + (arousal / 2) ** 2) - 0.06467) / 0.607468
+
+
+def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
+                    relation: Tensor | None = None, relation_query: Tensor | None = None,
+                    relation_key: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+    """Eq. 1-2: relation-enhanced multi-head attention of each vertex over its neighbours.
+
+    score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r]), softmax over the neighbours of i. Without
+    ``relation`` it is the vanilla graph attention that G_EC uses. A vertex without neighbours gives zeros; parallel edges
+    count separately.
+
+    Args:
+        query, key, value: (V, H, D).
+        indptr, indices: CSR, (V + 1,) and (E,) integers.
+        relation: (E,) integers in [0, R); relation_query, relation_key: (R, H, D), l of Eq. 2 after projection.
+        scale: default D ** -0.5.
+        dropout_p: dropout on the attention weights, from torch's generator.
+
+    Returns:
+        (V, H, D).
+    """
+    vertices, _, dimension = query.shape
+    row = segment_ids(indptr, indices.numel())
+    q, k = query[row], key[indices.long()]
+    if relation is not None:
+        if relation_query is None or relation_key is None:
+            raise ValueError("relation needs relation_query and relation_key")
+        q = q + relation_query[relation.long()]
+        k = k + relation_key[relation.long()]
+    score = full_precision((q * k).sum(-1)) * (dimension**-0.5 if scale is None else scale)
+    weight = segment_log_softmax(score, row, vertices).exp().to(value.dtype)
+    weight = F.dropout(weight, dropout_p, training=dropout_p > 0)
+    return segment_sum(weight.unsqueeze(-1) * value[indices.long()], row, vertices)
+
+
+def superimpose_intensity(vertices: Tensor, intensity: Tensor) -> Tensor:
+    """ec_i = (1 + w_i) v_i: the emotion intensity (n,) superimposed on vertex embeddings (n, d)."""
+    return vertices * (1 + intensity.to(vertices.dtype)).unsqueeze(-1)
+
+
+# ----------------------------------------------------------------------------------------- 3.2 Coarse-to-fine alignment, Eq. 3-13
+
+
+def discernment(vectors: Tensor, signal: Tensor, segment: Tensor) -> Tensor:
+    """Eq. 4, 5 and 6: log P(i) = log softmax_i(vectors_i . signal) over the knowledge of each dialogue.
+
+    Args:
+        vectors: (n, d) knowledge vectors; segment (n,) their dialogues.
+        signal: (B, d): phi(s_X) for the prior, s_Y for the posterior.
+
+    Returns:
+        (n,) log-probabilities, float32 at least.
+    """
+    vectors, signal = full_precision(vectors), full_precision(signal)
+    return segment_log_softmax((vectors * signal[segment]).sum(-1), segment, signal.shape[0])
+
+
+def expected_knowledge(log_probability: Tensor, vectors: Tensor, segment: Tensor, dialogues: int) -> Tensor:
+    """Eq. 3: r = sum_i P(i) vectors_i for each dialogue, (B, d); zeros where there is no knowledge."""
+    return segment_sum(log_probability.exp().unsqueeze(-1) * full_precision(vectors), segment, dialogues)
+
+
+def discernment_kl(log_posterior: Tensor, log_prior: Tensor, dialogues: int) -> Tensor:
+    """Eq. 7, one of its two terms: sum over all rows of q (log q - log p), divided by the batch size."""
+    return (log_posterior.exp() * (log_posterior - log_prior)).sum() / dialogues
+
+
+def bow_loss(log_eta: Tensor, target: Tensor, segment: Tensor) -> Tensor:
+    """Eq. 8: minus the mean log-probability of each reply's words, averaged over dialogues.
+
+    Args:
+        log_eta: (B, V) log-softmax of the MLP over [r'_cog ; r'_emo].
+        target: (M,) words of all replies (a multiset, EOS included); segment (M,) their dialogues.
+    """
+    return -segment_mean(log_eta[segment, target], segment, log_eta.shape[0]).mean()
+
+
+def bilinear_logit(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """The argument of the sigmoid in Eq. 10 and 12: z = x_p^T W y_p for rows that belong together, (P,)."""
+    return ((x @ weight) * y).sum(-1)
+
+
+def mim_sides(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negatives: int | None = None, seed: int = 0
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Both bracketed sums of Eq. 9 / 11 with f = sigmoid(x^T W y), each as log(sum over its set of exp f) - f(positive).
+
+    Args:
+        x (P, d), y (Q, d), weight (d, d); positive (P,) names the row of y that pairs with x_p.
+        num_negatives: draw so many negatives a pair and side (`draw_negatives`) in place of all.
+
+    Returns:
+        side over rows of y (P,), side over rows of x (P,), logit of the positive pair (P,), and each side's number of
+        negatives (P,), (P,).
+    """
+    x, y, weight = full_precision(x), full_precision(y), full_precision(weight)
+    projected = x @ weight
+    logit = (projected * y[positive]).sum(-1)
+    if num_negatives is not None:
+        over_y, over_x, found_y, found_x = draw_negatives(positive, y.shape[0], num_negatives, seed)
+        paired = torch.sigmoid(logit).unsqueeze(-1)
+        score_y = torch.sigmoid(torch.einsum("pd,pkd->pk", projected, y[over_y]))
+        score_x = torch.sigmoid(torch.einsum("pkd,pd->pk", projected[over_x], y[positive]))
+        side_y = torch.log1p(((score_y - paired).exp() * found_y.unsqueeze(-1)).sum(-1))
+        side_x = torch.log1p(((score_x - paired).exp() * found_x.unsqueeze(-1)).sum(-1))
+        return side_y, side_x, logit, found_y.to(x.dtype) * num_negatives, found_x.to(x.dtype) * num_negatives
+    score = torch.sigmoid(projected @ y.T)  # (P, Q)
+    own = F.one_hot(positive, y.shape[0]).bool()  # row p of y is the positive of x_p, and x_p no negative of it
+    exponential = score.exp().masked_fill(own, 0)
+    relative = torch.exp(-torch.sigmoid(logit))
+    side_y = torch.log1p(exponential.sum(1) * relative)
+    side_x = torch.log1p(exponential.sum(0)[positive] * relative)
+    negatives = (~own).to(x.dtype)
+    return side_y, side_x, logit, negatives.sum(1), negatives.sum(0)[positive]
+
+
+def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor | None = None, num_negatives: int | None = None,
+                 seed: int = 0, reduction: str = "mean") -> Tensor:  # fmt: skip
+    """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12).
+
+    loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] ), c = positive[p].
+    The positive is part of both sums (Appendix A). Without any negative the loss and its gradient are exactly 0.
+
+    Args:
+        x (P, d), y (Q, d), weight (d, d).
+        positive: (P,) row of y that pairs with x_p; default arange (then P == Q).
+        num_negatives: k draws with replacement a pair and side, in place of all other rows.
+        reduction: "mean" (0 when there is no pair), "sum" or "none".
+
+    Raises:
+        ValueError: P != Q without ``positive``, or an unknown reduction.
+    """
+    if positive is None:
+        if x.shape[0] != y.shape[0]:
+            raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}: positive must say which belong together")
+        positive = torch.arange(x.shape[0], device=x.device)
+    side_y, side_x, *_ = mim_sides(x, y, weight, positive, num_negatives, seed)
+    loss = side_y + side_x
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / max(loss.numel(), 1)
+    raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
+
+
+def infonce_bound(side: Tensor, negatives: Tensor) -> Tensor:
+    """Eq. 20: the InfoNCE lower bound of one side, log of its set's size included; mean over pairs (0 without pairs)."""
+    return ((negatives + 1).log() - side).sum() / max(side.numel(), 1)
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10 (Salmon et al., 2011): (n, 4) words from ``counter`` (n, 4) and a key of two; 32-bit values in int64."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = (counter[:, i] & mask for i in range(4))
+    k0, k1 = key[0] & mask, key[1] & mask
+
+    def multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+        # 32 x 32 -> 64 bits by 16-bit halves of the word: a product of 48 bits never overflows int64
+        low, high = (word & 0xFFFF) * constant, (word >> 16) * constant
+        middle = high + (low >> 16)
+        return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    for _ in range(10):
+        high0, low0 = multiply(0xD2511F53, c0)
+        high1, low1 = multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack([c0, c1, c2, c3], dim=1)
+
+
+def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sampled sets of Eq. 9 / 11: k uniform draws with replacement for each pair and side, by counter.
+
+    Draw ``slot`` of pair p on side s: u = word 0 of Philox(counter = (slot, p, s, 0), key = seed), r = (u * n) >> 32.
+    Side 0 draws rows of y other than c = positive[p]: n = Q - 1, row r + (r >= c). Side 1 draws rows p' of x with
+    positive[p'] != c: row = the r-th of these, ascending.
+
+    Returns:
+        rows of y (P, k), rows of x (P, k), and (P,) bool each: whether that side has any eligible row.
+    """
+    pairs = positive.numel()
+    device = positive.device
+    pair = torch.arange(pairs, device=device).repeat_interleave(num_negatives)
+    slot = torch.arange(num_negatives, device=device).repeat(pairs)
+
+    def draw(side: int, eligible: Tensor) -> Tensor:
+        counter = torch.stack([slot, pair, torch.full_like(pair, side), torch.zeros_like(pair)], dim=1)
+        word = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[:, 0].view(pairs, num_negatives)
+        n = eligible.view(-1, 1)
+        return ((word >> 16) * n + (((word & 0xFFFF) * n) >> 16)) >> 16  # (word * n) >> 32 for n < 2^31
+
+    others_y = torch.full((pairs,), rows_of_y - 1, device=device)
+    r = draw(0, others_y)
+    over_y = r + (r >= positive.unsqueeze(1)).long()
+    size = torch.bincount(positive, minlength=rows_of_y)
+    others_x = pairs - size[positive]
+    r = draw(1, others_x)
+    # The r-th row outside group c is r + (number of rows of c that come before it). Within a group the keys
+    # (row - its rank) ascend, so one search over all groups finds that number.
+    order = torch.argsort(positive, stable=True)
+    start = torch.cumsum(size, 0) - size
+    rank = torch.arange(pairs, device=device) - start[positive[order]]
+    group_key = positive[order] * (pairs + 1) + (order - rank)
+    found = torch.searchsorted(group_key, positive.unsqueeze(1) * (pairs + 1) + r, right=True)
+    over_x = r + found - start[positive].unsqueeze(1)
+    none_y, none_x = (others_y <= 0).unsqueeze(1), (others_x <= 0).unsqueeze(1)
+    return over_y.masked_fill(none_y, 0), over_x.masked_fill(none_x, 0), others_y > 0, others_x > 0
+
+
+def alignment_loss(bow: Tensor, kl: Tensor, coarse: Tensor, fine: Tensor, alpha: float) -> Tensor:
+    """Eq. 13."""
+    return bow + kl + coarse + alpha * fine
+
+
+# ------------------------------------------------------------------------------------------------- Emotion prediction, Eq. 14-17
+
+
+def affect_gate(r_emo: Tensor, er_0: Tensor, w_aff: Tensor) -> Tensor:
+    """Eq. 15: mu = sigmoid(w_aff^T [r_emo ; er_0]), (B,); w_aff (2d,)."""
+    return torch.sigmoid(torch.cat([r_emo, er_0], dim=-1) @ w_aff)
+
+
+def affect(r_emo: Tensor, er_0: Tensor, mu: Tensor) -> Tensor:
+    """Eq. 14: r_aff = mu r_emo + (1 - mu) er_0, (B, d)."""
+    return mu.unsqueeze(-1) * r_emo + (1 - mu).unsqueeze(-1) * er_0
+
+
+def emotion_log_probability(r_aff: Tensor, w_emo: Tensor) -> Tensor:
+    """Eq. 16: log P_emo, (B, emotions); w_emo (emotions, d)."""
+    return F.log_softmax(full_precision(r_aff @ w_emo.T), dim=-1)
+
+
+def emotion_loss(log_probability: Tensor, emotion: Tensor) -> Tensor:
+    """Eq. 17, mean over the batch."""
+    return F.nll_loss(log_probability, emotion)
+
+
+# ------------------------------------------------------------------------------------ 3.3 Empathy-aware generation, Eq. 18-19
+
+
+def fuse_context(context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Eq. 18: S'_X[i] = ReLU(W [S_X[i] ; r_cog ; r_aff] + b), (T, d); weight (d, 3d)."""
+    return F.relu(F.linear(torch.cat([context, r_cog[segment], r_aff[segment]], dim=-1), weight, bias))
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
+                     scale: float | None = None, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+    """Multi-head attention of packed sequences: query i of sequence s attends to all keys of s (Vaswani et al., 2017).
+
+    Plain torch: sequences are padded to the next power of two of their own length, never to their batch mates', so a
+    sequence's result does not depend on the batch it is in. A sequence without keys gives zeros.
+
+    Args:
+        query: (Tq, H, D); key, value: (Tk, H, D); cu_query, cu_key: (s + 1,).
+        causal: query j attends to keys 0 .. j of its sequence.
+
+    Returns:
+        (Tq, H, D).
+    """
+    start_q, start_k = cu_query[:-1].tolist(), cu_key[:-1].tolist()
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for s, (q0, q1, k0, k1) in enumerate(zip(start_q, cu_query[1:].tolist(), start_k, cu_key[1:].tolist(), strict=True)):
+        if q1 > q0:
+            buckets.setdefault(((q1 - q0 - 1).bit_length(), (k1 - k0 - 1).bit_length() if k1 > k0 else -1), []).append(s)
+    parts, rows = [query[:0]], [torch.zeros(0, dtype=torch.int64, device=query.device)]
+    for (size_q, size_k), members in buckets.items():
+        chosen = torch.tensor(members, device=query.device)
+        q_index, q_real = _padded(cu_query, chosen, 1 << size_q)
+        rows.append(q_index[q_real])
+        if size_k < 0:
+            parts.append(torch.zeros_like(query[q_index[q_real]]))
+            continue
+        k_index, k_real = _padded(cu_key, chosen, 1 << size_k)
+        mask = k_real[:, None, None, :]
+        if causal:
+            mask = mask & torch.ones(1 << size_q, 1 << size_k, dtype=torch.bool, device=query.device).tril()
+        attended = F.scaled_dot_product_attention(
+            query[q_index].transpose(1, 2), key[k_index].transpose(1, 2), value[k_index].transpose(1, 2),
+            attn_mask=mask, dropout_p=dropout_p, scale=scale,
+        )  # fmt: skip
+        parts.append(attended.transpose(1, 2)[q_real])
+    return torch.cat(parts)[torch.argsort(torch.cat(rows))]
+
+
+def _padded(cu: Tensor, chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Row numbers (n, width) of the chosen sequences, and which of them are real; the others repeat the first row."""
+    start, length = cu[chosen].long(), (cu[chosen + 1] - cu[chosen]).long()
+    place = torch.arange(width, device=cu.device)
+    real = place < length.unsqueeze(1)
+    return start.unsqueeze(1) + place * real, real
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 19 before its sum: -log P(y_m | ...) for each target word.
+
+    Args:
+        hidden (T, d), weight (V, d), bias (V,), target (T,).
+
+    Returns:
+        negative log-likelihood (T,), the most probable word (T,) (lowest index on ties), logits (T, V).
+    """
+    logits = F.linear(hidden, weight, bias)
+    full = full_precision(logits)
+    return F.cross_entropy(full, target, reduction="none"), full.argmax(dim=-1), logits
+
+
+def generation_loss(nll: Tensor) -> Tensor:
+    """Eq. 19, averaged over all target words of the batch."""
+    return nll.sum() / max(nll.numel(), 1)
+
+
+def diversity_weights(counts: Tensor) -> Tensor:
+    """(V,) word weights of Sabour et al. (2022): 1 - RF_i / max RF of the model's own running word counts, mean 1.
+
+    No counts yet: all 1. Equal counts of every word leave no contrast: all 1.
+    """
+    counts = counts.double()
+    weights = 1 - counts / counts.max().clamp(min=1)
+    mean = weights.mean()
+    return torch.where(mean > 0, weights / mean.clamp(min=1e-12), torch.ones_like(weights))
+
+
+def diversity_loss(nll: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Weighted negative log-likelihood, summed over words / number of words."""
+    return (weights.to(nll.dtype)[target] * nll).sum() / max(nll.numel(), 1)
+
+
+def total_loss(alignment: Tensor, emotion: Tensor, generation: Tensor, diversity: Tensor, gammas: tuple[float, float, float, float]
+               ) -> Tensor:  # fmt: skip
+    """L = g1 L_align + g2 L_emo + g3 L_gen + g4 L_div."""
+    g1, g2, g3, g4 = gammas
+    return g1 * alignment + g2 * emotion + g3 * generation + g4 * diversity

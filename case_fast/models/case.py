@@ -1,0 +1,351 @@
+"""CASE: align cognition and affection, then answer with empathy (Zhou et al., ACL 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from case_fast import equations as eq
+from case_fast.batch import Batch
+from case_fast.models.config import CASEConfig
+from case_fast.models.layers import Decoder, DecoderState, Encoder, GraphEncoder, Source
+
+SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
+
+
+@dataclass
+class CASEOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: the scalar to minimise (phase 1: L_BOW alone).
+        losses: its parts: bow, kl, coarse, fine, emotion, generation, diversity (phase 1: bow alone).
+        logits: (M, V) next-word scores for each target word; nll, prediction (M,): -log P of the target, argmax.
+        emotion_logits: (B, emotions), log-probabilities.
+        prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
+        prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.cu_vertices.
+        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d). reaction: (R, d), er_i.
+        diagnostics: share of saturated pairs and InfoNCE bounds of both MIM losses.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    logits: Tensor | None = None
+    nll: Tensor | None = None
+    prediction: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    prior_cognition: Tensor | None = None
+    posterior_cognition: Tensor | None = None
+    prior_concept: Tensor | None = None
+    posterior_concept: Tensor | None = None
+    gate: Tensor | None = None
+    r_cog: Tensor | None = None
+    r_emo: Tensor | None = None
+    r_aff: Tensor | None = None
+    reaction: Tensor | None = None
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Reading:
+    """What the model understood of a batch of contexts, before a reply is known.
+
+    Attributes:
+        knowledge (K, d): cs_i of K_CS; concept (V_ec, d): ec_i; context (T, d): S_X; reaction (R, d): er_i.
+        log_prior_cognition (K,), log_prior_concept (V_ec,): Eq. 4.
+        r_cog, r_emo, r_aff (B, d), gate (B,), emotion_logits (B, emotions): Eq. 3, 14-16.
+        sources: what the decoder attends to, in order: K_CS, K_EC, S'_X.
+    """
+
+    knowledge: Tensor
+    concept: Tensor
+    context: Tensor
+    reaction: Tensor
+    log_prior_cognition: Tensor
+    log_prior_concept: Tensor
+    r_cog: Tensor
+    r_emo: Tensor
+    r_aff: Tensor
+    gate: Tensor
+    emotion_logits: Tensor
+    sources: list[Source]
+
+
+class CASE(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="case_fast",
+    tags=["empathetic-dialogue", "case"],
+    paper_url="https://aclanthology.org/2023.acl-long.457",
+):
+    """The whole model. ``model(batch)`` takes a packed `Batch` and returns a `CASEOutput`; ``.loss.backward()`` trains it.
+
+    ``set_phase(1)`` restricts training to L_BOW and freezes what that loss does not reach; ``set_phase(2)``, the state of
+    a new model, trains the whole objective, with every trainable parameter in each step's graph.
+
+    Running word counts of the diversity loss are a buffer: they grow in training mode only and are saved with the weights.
+    """
+
+    def __init__(self, config: CASEConfig):
+        super().__init__()
+        self.config = c = config
+        d = c.d_model
+        sizes = (c.layers, d, c.heads, c.ffn)
+        self.embedding = nn.Embedding(c.vocab_size, d)
+        self.vertex_type = nn.Embedding(2, d)
+        self.context_encoder = Encoder(*sizes, c.encoder_dropout)
+        self.cognition_encoder = Encoder(*sizes, c.encoder_dropout)
+        self.reaction_encoder = Encoder(*sizes, c.encoder_dropout)
+        self.reaction_fusion = nn.Linear(2 * d, d, bias=False)
+        self.reaction_context_encoder = Encoder(*sizes, c.encoder_dropout)
+        self.cognition_graph = GraphEncoder(*sizes, c.graph_dropout, relations=c.cognition_relations)
+        self.concept_graph = GraphEncoder(*sizes, c.graph_dropout)
+        self.phi_cognition = nn.Sequential(nn.Linear(d, d), nn.Tanh())
+        self.phi_concept = nn.Sequential(nn.Linear(d, d), nn.Tanh())
+        self.eta = nn.Sequential(nn.Linear(2 * d, d), nn.Tanh(), nn.Linear(d, c.vocab_size))
+        self.w_coarse = nn.Parameter(torch.empty(d, d))
+        self.w_fine = nn.Parameter(torch.empty(d, d))
+        self.w_aff = nn.Parameter(torch.empty(2 * d))
+        self.w_emo = nn.Parameter(torch.empty(c.emotions, d))
+        self.fusion = nn.Linear(3 * d, d)
+        self.decoder = Decoder(*sizes, c.decoder_dropout, sources=3)
+        self.output = nn.Linear(d, c.vocab_size)
+        self.register_buffer("word_counts", torch.zeros(c.vocab_size, dtype=torch.int64))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))  # training steps that drew negatives
+        self.word_counts: Tensor
+        self.draws: Tensor
+        self.phase = 2
+        self._frozen: list[nn.Parameter] = []
+        self._initialize()
+        for part in self._switched_off():
+            part.requires_grad_(False)
+
+    def _initialize(self) -> None:
+        d = self.config.d_model
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=d**-0.5)
+        nn.init.normal_(self.vertex_type.weight, std=1.0)  # as large as a scaled word embedding
+        nn.init.normal_(self.w_coarse, std=1 / d)  # larger starts saturate the sigmoid
+        nn.init.normal_(self.w_fine, std=1 / d)
+        nn.init.normal_(self.w_aff, std=(2 * d) ** -0.5)
+        nn.init.xavier_uniform_(self.w_emo)
+
+    def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
+        """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
+        if vectors.dim() != 2 or vectors.shape[1] != self.config.d_model:
+            raise ValueError(f"vectors must be (n, {self.config.d_model}), not {tuple(vectors.shape)}")
+        with torch.no_grad():
+            self.embedding.weight[ids.long()] = vectors.to(self.embedding.weight)
+
+    # ---- phases and ablations
+
+    def _switched_off(self) -> Iterator[nn.Module | nn.Parameter]:
+        """Parts that the ablation settings leave without any use."""
+        c = self.config
+        if not c.cognition_graph:
+            yield self.cognition_graph
+        if not c.concept_graph:
+            yield self.concept_graph
+        if not c.coarse_alignment:
+            yield self.w_coarse
+        if not c.fine_alignment:
+            yield self.w_fine
+
+    def set_phase(self, phase: int) -> None:
+        """1: L_BOW alone, parameters that it does not reach frozen. 2: the whole loss, those parameters trained again."""
+        if phase not in (1, 2):
+            raise ValueError(f"phase must be 1 or 2, not {phase}")
+        self.phase = phase
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+        if phase == 1:
+            for part in (self.reaction_encoder, self.reaction_fusion, self.reaction_context_encoder, self.phi_cognition,
+                         self.phi_concept, self.w_coarse, self.w_fine, self.w_aff, self.w_emo, self.fusion, self.decoder,
+                         self.output):  # fmt: skip
+                for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                    if parameter.requires_grad:
+                        self._frozen.append(parameter.requires_grad_(False))
+
+    # ---- reading the context (sections 3.1 and 3.2)
+
+    def _embed(self, words: Tensor, position: Tensor) -> Tensor:
+        """word * sqrt(d) + sinusoidal position."""
+        d = self.config.d_model
+        scaled = self.embedding(words) * d**0.5
+        return scaled + eq.sinusoidal_position(position, d, scaled.dtype)
+
+    def _embed_packed(self, words: Tensor, cu: Tensor) -> Tensor:
+        return self._embed(words, eq.segment_positions(cu, words.numel()))
+
+    def _embed_with_role(self, words: Tensor, role: Tensor, cu: Tensor) -> Tensor:
+        return self._embed_packed(words, cu) + self.embedding(role) * self.config.d_model**0.5
+
+    def _graph_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cs_i of the knowledge vertices (K, d) and ec_i of all concept vertices (V_ec, d)."""
+        c = self.config
+        texts = self.cognition_encoder(self._embed_packed(batch.text, batch.cu_text), batch.cu_text, first_only=True)
+        cognition = texts[batch.cognition_text]
+        if c.cognition_graph:
+            g = batch.cognition
+            cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation)
+        concept = self._embed(batch.concept_word, batch.concept_position) + self.vertex_type(batch.concept_type)
+        if c.concept_graph:
+            g = batch.concept
+            inside = batch.concept_intensity if c.intensity == "before_norm" else None
+            concept = self.concept_graph(concept, g.indptr, g.indices, intensity=inside)
+            if c.intensity == "after":
+                concept = eq.superimpose_intensity(concept, batch.concept_intensity)
+        return cognition[batch.knowledge], concept
+
+    def _reactions(self, batch: Batch, context: Tensor) -> Tensor:
+        """er_i, (R, d): the averaged reactions of each sub-utterance, seen in the light of the context."""
+        rows = batch.reaction_dialogue.numel()
+        encoded = self.reaction_encoder(self._embed_packed(batch.reaction, batch.cu_reaction), batch.cu_reaction)
+        average = eq.segment_mean(encoded, eq.segment_ids(batch.cu_reaction, encoded.shape[0]), rows)
+        # W [S_X[j] ; h_i] = W_1 S_X[j] + W_2 h_i: the first part is the same for all reactions of a dialogue
+        of_context, of_reaction = self.reaction_fusion.weight.chunk(2, dim=1)
+        fused = F.linear(context, of_context)[batch.reaction_context]
+        place = eq.segment_ids(batch.cu_reaction_context, fused.shape[0])
+        fused = fused + F.linear(average.to(context.dtype), of_reaction)[place]
+        return self.reaction_context_encoder(fused, batch.cu_reaction_context, first_only=True)
+
+    def _posteriors(self, batch: Batch, knowledge: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of Eq. 5 and 6, from the reply read by the cognition and the context encoder."""
+        y_cog = self.cognition_encoder(self._embed_packed(batch.response, batch.cu_response), batch.cu_response, first_only=True)
+        y_ctx = self.context_encoder(
+            self._embed_with_role(batch.response, batch.response_role, batch.cu_response), batch.cu_response, first_only=True
+        )
+        with _no_autocast(knowledge):
+            return (
+                eq.discernment(knowledge, y_cog, batch.knowledge_dialogue),
+                eq.discernment(concept, y_ctx, batch.concept.dialogue),
+            )
+
+    def _bow_loss(self, batch: Batch, knowledge: Tensor, concept: Tensor, log_cognition: Tensor, log_concept: Tensor) -> Tensor:
+        with _no_autocast(knowledge):
+            cog = eq.expected_knowledge(log_cognition, knowledge, batch.knowledge_dialogue, batch.size)
+            emo = eq.expected_knowledge(log_concept, concept, batch.concept.dialogue, batch.size)
+        log_eta = F.log_softmax(eq.full_precision(self.eta(torch.cat([cog, emo], dim=-1))), dim=-1)
+        return eq.bow_loss(log_eta, batch.target, eq.segment_ids(batch.cu_target, batch.target.numel()))
+
+    def read(self, batch: Batch, vectors: tuple[Tensor, Tensor] | None = None) -> Reading:
+        """Everything up to the decoder that needs no reply; generation and `forward` share it."""
+        knowledge, concept = self._graph_vectors(batch) if vectors is None else vectors
+        context = self.context_encoder(
+            self._embed_with_role(batch.context, batch.context_role, batch.cu_context), batch.cu_context
+        )
+        summary = context[batch.cu_context[:-1]]
+        phi_cognition, phi_concept = self.phi_cognition(summary), self.phi_concept(summary)
+        reaction = self._reactions(batch, context)
+        with _no_autocast(context):
+            log_cognition = eq.discernment(knowledge, phi_cognition, batch.knowledge_dialogue)
+            log_concept = eq.discernment(concept, phi_concept, batch.concept.dialogue)
+            r_cog = eq.expected_knowledge(log_cognition, knowledge, batch.knowledge_dialogue, batch.size)
+            r_emo = eq.expected_knowledge(log_concept, concept, batch.concept.dialogue, batch.size)
+            er_0 = eq.full_precision(reaction[batch.reaction_first])
+            gate = eq.affect_gate(r_emo, er_0, self.w_aff)
+            r_aff = eq.affect(r_emo, er_0, gate)
+            emotion_logits = eq.emotion_log_probability(r_aff, self.w_emo)
+        place = eq.segment_ids(batch.cu_context, context.shape[0])
+        like = context.dtype
+        fused = eq.fuse_context(context, r_cog.to(like), r_aff.to(like), place, self.fusion.weight, self.fusion.bias)
+        sources = [Source(knowledge, batch.cu_knowledge), Source(concept, batch.concept.cu_vertices), Source(fused, batch.cu_context)]
+        return Reading(knowledge, concept, context, reaction, log_cognition, log_concept, r_cog, r_emo, r_aff, gate,
+                       emotion_logits, sources)  # fmt: skip
+
+    # ---- the objective
+
+    def _coarse(self, batch: Batch, reading: Reading, diagnostics: dict[str, Tensor]) -> Tensor:
+        """L_coarse over the dialogues that have knowledge (Eq. 9)."""
+        known = (batch.cu_knowledge[1:] > batch.cu_knowledge[:-1]).nonzero().squeeze(1)
+        pairs = torch.arange(known.numel(), device=known.device)
+        return self._mim(reading.r_cog[known], reading.r_emo[known], self.w_coarse, pairs, None, "coarse", diagnostics)
+
+    def _fine(self, batch: Batch, reading: Reading, diagnostics: dict[str, Tensor]) -> Tensor:
+        """L_fine over the knowledge whose sub-utterance has a reaction (Eq. 11)."""
+        row = torch.cumsum(batch.has_reaction, 0) - 1  # place of each reaction among those with a text
+        paired = batch.has_reaction[batch.knowledge_reaction].nonzero().squeeze(1)
+        positive = row[batch.knowledge_reaction[paired]]
+        reactions = reading.reaction[batch.has_reaction.nonzero().squeeze(1)]
+        return self._mim(reading.knowledge[paired], reactions, self.w_fine, positive, self.config.num_negatives, "fine", diagnostics)
+
+    def _mim(self, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negatives: int | None, name: str,
+             diagnostics: dict[str, Tensor]) -> Tensor:  # fmt: skip
+        seed = 0
+        if num_negatives is not None:
+            seed = (self.config.seed << 32) + int(self.draws)
+            if self.training:
+                self.draws += 1
+        with _no_autocast(x):
+            side_y, side_x, logit, negatives_y, negatives_x = eq.mim_sides(x, y, weight, positive, num_negatives, seed)
+            pairs = max(logit.numel(), 1)
+            with torch.no_grad():
+                diagnostics[f"{name}_saturated"] = (logit.abs() > SATURATED).sum() / pairs
+                diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives_y)
+                diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives_x)
+            return (side_y + side_x).sum() / pairs
+
+    def _diversity_weights(self, prediction: Tensor) -> Tensor:
+        if self.training:
+            said = prediction[prediction != self.config.eos_id]
+            self.word_counts += torch.bincount(said, minlength=self.config.vocab_size)
+        return eq.diversity_weights(self.word_counts)
+
+    def forward(self, batch: Batch) -> CASEOutput:
+        """Losses of a batch whose replies and emotions are known."""
+        knowledge, concept = self._graph_vectors(batch)
+        log_q_cognition, log_q_concept = self._posteriors(batch, knowledge, concept)
+        bow = self._bow_loss(batch, knowledge, concept, log_q_cognition, log_q_concept)
+        if self.phase == 1:
+            return CASEOutput(bow, {"bow": bow}, posterior_cognition=log_q_cognition.exp(), posterior_concept=log_q_concept.exp())
+
+        reading = self.read(batch, (knowledge, concept))
+        fixed = torch.Tensor.detach if self.config.detach_posterior else torch.Tensor.contiguous
+        kl = eq.discernment_kl(fixed(log_q_cognition), reading.log_prior_cognition, batch.size)
+        kl = kl + eq.discernment_kl(fixed(log_q_concept), reading.log_prior_concept, batch.size)
+        diagnostics: dict[str, Tensor] = {}
+        zero = bow.new_zeros(())
+        coarse = self._coarse(batch, reading, diagnostics) if self.config.coarse_alignment else zero
+        fine = self._fine(batch, reading, diagnostics) if self.config.fine_alignment else zero
+
+        hidden = self.decoder(self._embed_packed(batch.decoder_input, batch.cu_target), batch.cu_target, reading.sources)
+        nll, prediction, logits = eq.linear_cross_entropy(hidden, self.output.weight, self.output.bias, batch.target)
+        losses = {
+            "bow": bow, "kl": kl, "coarse": coarse, "fine": fine,
+            "emotion": eq.emotion_loss(reading.emotion_logits, batch.emotion),
+            "generation": eq.generation_loss(nll),
+            "diversity": eq.diversity_loss(nll, batch.target, self._diversity_weights(prediction)),
+        }  # fmt: skip
+        alignment = eq.alignment_loss(bow, kl, coarse, fine, self.config.alpha)
+        loss = eq.total_loss(alignment, losses["emotion"], losses["generation"], losses["diversity"], self.config.gammas)
+        return CASEOutput(
+            loss, losses, logits, nll, prediction, reading.emotion_logits,
+            reading.log_prior_cognition.exp(), log_q_cognition.exp(), reading.log_prior_concept.exp(), log_q_concept.exp(),
+            reading.gate, reading.r_cog, reading.r_emo, reading.r_aff, reading.reaction, diagnostics,
+        )  # fmt: skip
+
+    # ---- decoding, one word at a time (case_fast.generation drives it)
+
+    def start_decoding(self, reading: Reading, beams: int = 1) -> DecoderState:
+        return self.decoder.start(reading.sources, beams)
+
+    def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
+        """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
+        x = self._embed(words, torch.full_like(words, position))
+        return eq.full_precision(self.output(self.decoder.step(x, state)))
+
+
+def _no_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Softmax, KL and the MIM sums run in float32 under autocast."""
+    return torch.autocast(like.device.type, enabled=False)
