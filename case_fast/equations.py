@@ -176,7 +176,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negati
         side_x = torch.log1p(((score_x - paired).exp() * found_x.unsqueeze(-1)).sum(-1))
         return side_y, side_x, logit, found_y.to(x.dtype) * num_negatives, found_x.to(x.dtype) * num_negatives
     score = torch.sigmoid(projected @ y.T)  # (P, Q)
-    own = F.one_hot(positive, y.shape[0]).bool()  # row p of y is the positive of x_p, and x_p no negative of it
+    own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)  # row p of y is the positive of x_p, and x_p no negative of it
     exponential = score.exp().masked_fill(own, 0)
     relative = torch.exp(-torch.sigmoid(logit))
     side_y = torch.log1p(exponential.sum(1) * relative)
@@ -352,7 +352,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
             attn_mask=mask, dropout_p=dropout_p, scale=scale,
         )  # fmt: skip
         parts.append(attended.transpose(1, 2)[q_real])
-    return torch.cat(parts)[torch.argsort(torch.cat(rows))]
+    out = torch.cat(parts)[torch.argsort(torch.cat(rows))]
+    # without any key, key and value would drop out of the graph; they stay in it, with zero gradient
+    return out if key.shape[0] else out + (key.sum() + value.sum())
 
 
 def _padded(cu: Tensor, chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
