@@ -1,7 +1,7 @@
 """Reading other people's text files: one strict line reader, one report of what was skipped.
 
-Every reader of the package goes through `read_lines`, so that bad UTF-8, NUL bytes and endless lines mean the same thing
-everywhere: a counted, line-numbered skip, never a silent loss and never a crash half way through a large file.
+Every reader of the package goes through `read_lines`, so that bad UTF-8, NUL bytes and endless lines mean the same
+thing everywhere: a counted, line-numbered skip, never a silent loss and never a crash half way through a large file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,18 @@ _SHOWN_PER_REASON = 5
 
 @dataclass
 class ReadReport:
-    """What a reader took and what it left out: ``rows`` kept, ``skipped`` counts by reason, first line numbers."""
+    """What a reader took and what it left out.
+
+    ``rows`` kept; ``skipped``: malformed rows by reason, with their first line numbers in ``lines``; ``ignored``: sound
+    rows that were not asked for (another language, another relation, ...); ``notes``: anything done to the values.
+    """
 
     path: str
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     lines: dict[str, list[int]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def skip(self, reason: str, line: int) -> None:
         self.skipped[reason] += 1
@@ -38,18 +44,28 @@ class ReadReport:
     def require_rows(self, expected: str) -> None:
         """Raise `DataError` if nothing usable was read; ``expected`` describes a good row."""
         if self.rows == 0:
-            why = "; ".join(f"{reason}: {count}" for reason, count in self.skipped.items()) or "the file is empty"
+            left_out = [*self.skipped.items(), *self.ignored.items()]
+            why = "; ".join(f"{reason}: {count}" for reason, count in left_out) or "the file is empty"
             raise DataError(self.path, f"no usable row ({why})", f"Expected {expected}")
 
     def summary(self) -> str:
         text = f"{self.path}: {self.rows:,} rows"
         for reason, count in self.skipped.most_common():
-            numbers = ", ".join(map(str, self.lines[reason]))
-            text += f"; skipped {count:,} ({reason}; line{'s' if count > 1 else ''} {numbers}{', …' if count > 5 else ''})"
-        return text
+            numbers = ", ".join(map(str, self.lines[reason])) + (", …" if count > _SHOWN_PER_REASON else "")
+            text += f"; skipped {count:,} ({reason}; line{'s' if count > 1 else ''} {numbers})"
+        if self.ignored:
+            text += "; not needed " + ", ".join(f"{count:,} ({reason})" for reason, count in self.ignored.most_common())
+        return "; ".join([text, *self.notes])
 
     def as_dict(self) -> dict:
-        return {"path": self.path, "rows": self.rows, "skipped": dict(self.skipped), "lines": dict(self.lines)}
+        return {
+            "path": self.path,
+            "rows": self.rows,
+            "skipped": dict(self.skipped),
+            "lines": dict(self.lines),
+            "ignored": dict(self.ignored),
+            "notes": list(self.notes),
+        }
 
 
 def require_file(path: str | Path, what: str, remedy: str = "") -> Path:
@@ -73,7 +89,8 @@ def require_folder(path: str | Path, what: str, remedy: str = "") -> Path:
 def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = None) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text without line end) in bounded memory; ``.gz`` is unpacked on the way.
 
-    Lines that are not UTF-8, hold a NUL byte or are longer than `MAX_LINE_BYTES` are counted in ``report`` and passed over.
+    Lines that are not UTF-8, hold a NUL byte or are longer than `MAX_LINE_BYTES` are counted in ``report`` and passed
+    over.
     ``stream`` reads from an open binary stream (an archive's member) in place of the file.
 
     Raises:
