@@ -165,6 +165,6 @@ def listener_turns(conversations: list[Conversation]) -> Iterator[DialogueExampl
     """One example for every listener turn (case.md, section 1)."""
     for conversation in conversations:
         for position, turn in enumerate(conversation.turns):
-            if not turn.by_speaker:
+            if not turn.by_speaker:  # never turn 1, whose author is the speaker
                 yield DialogueExample(f"{conversation.id}#{position + 1}", conversation.turns[:position], turn.text,
                                       conversation.emotion, conversation.situation)  # fmt: skip

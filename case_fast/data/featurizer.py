@@ -117,6 +117,14 @@ def sub_utterances(utterance: str) -> list[str]:
     return [normalize_space(utterance), *split_sentences(utterance)]
 
 
+def prompts(context: Sequence[Turn]) -> list[str]:
+    """What knowledge is inferred from: u_0 .. u_t of the last speaker turn."""
+    last = next((turn for turn in reversed(context) if turn.by_speaker), None)
+    if last is None:
+        raise ValueError("context must hold at least one turn of the speaker's")
+    return sub_utterances(last.text)
+
+
 class Featurizer:
     """Vocabulary, concepts and intensities, and how a dialogue is turned into an `Example` with them.
 
@@ -133,13 +141,12 @@ class Featurizer:
 
     def example(self, context: Sequence[Turn], inferences: Inferences, texts: TextTable, response: str = "",
                 emotion: str | None = None, **source: str) -> Example:  # fmt: skip
-        """The example of a dialogue whose last turn is the speaker's.
+        """The example of a dialogue; ``inferences`` are those of its `prompts`.
 
         Raises:
-            ValueError: the context is empty or does not end with the speaker.
+            ValueError: the context holds no turn of the speaker's.
         """
-        if not context or not context[-1].by_speaker:
-            raise ValueError("context must hold at least one turn and end with the speaker's")
+        subs = prompts(context)
         words: list[str] = []
         roles: list[int] = []
         for turn in context:
@@ -148,7 +155,6 @@ class Featurizer:
             roles += [SPEAKER if turn.by_speaker else LISTENER] * len(tokens)
         truncated = max(0, len(words) - self.settings.max_context)
         words, roles = words[truncated:], roles[truncated:]
-        subs = sub_utterances(context[-1].text)
         knowledge, reactions = self._knowledge(subs, inferences, texts)
         concepts, edges = self._concepts(words)
         first = {}
@@ -172,7 +178,7 @@ class Featurizer:
             cognition_graph=cognition_graph(len(subs), knowledge[:, 1], knowledge[:, 2]),
             concept_graph=concept_graph(len(words), edges, len(concepts)),
             truncated=truncated,
-            source={**source, "context": [turn.text for turn in context],
+            source={**source, "emotion": emotion, "context": [turn.text for turn in context],
                     "by_speaker": [turn.by_speaker for turn in context], "response": response},
         )  # fmt: skip
 

@@ -1,0 +1,232 @@
+"""From the official files to a store: read, infer, count words, choose concepts, pack."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from case_fast.data.embeddings import read_glove
+from case_fast.data.empathetic_dialogues import SPLITS, Conversation, listener_turns, read_conversations
+from case_fast.data.featurizer import FeatureSettings, Featurizer, Inferences, TextTable, prompts
+from case_fast.data.store import SplitWriter, Store, open_store, write_store
+from case_fast.data.text import STOP_WORDS, tokenize
+from case_fast.data.vocabulary import UNK, Vocabulary
+from case_fast.errors import ConfigError, Interrupted
+from case_fast.files import whole_folder
+from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache, VADLexicon, open_source, read_concepts
+from case_fast.reading import ReadReport
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What `prepare` reads and how.
+
+    Attributes:
+        dialogues: folder or .tar.gz of the EmpatheticDialogues release, or "bundled".
+        knowledge: "atomic:PATH", "comet:DIR" or "bundled".
+        conceptnet: ConceptNet assertions (.csv or .csv.gz), or "bundled".
+        lexicon: NRC-VAD text file, or "bundled".
+        out: folder of the new store.
+        embeddings: GloVe text file; None: random word vectors.
+        limit: take only the first so many conversations of each split.
+        min_count: least number of occurrences of a word in the vocabulary.
+        cache: SQLite file of inferences; default OUT.knowledge.sqlite beside the store.
+        device: where COMET runs: auto, cpu or cuda.
+        features: sizes of context, knowledge and concepts.
+    """
+
+    dialogues: str
+    knowledge: str
+    conceptnet: str
+    lexicon: str
+    out: str
+    embeddings: str | None = None
+    limit: int | None = None
+    min_count: int = 1
+    cache: str | None = None
+    device: str = "auto"
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, not {self.limit}")
+        if self.min_count < 1:
+            raise ConfigError(f"min_count must be at least 1, not {self.min_count}")
+
+
+def bundled(part: str) -> Path:
+    """A part of the sample that comes with the package: dialogues, conceptnet or lexicon."""
+    sample = Path(str(resources.files("case_fast"))) / "sample"
+    return {
+        "dialogues": sample / "dialogues",
+        "conceptnet": sample / "conceptnet" / "assertions.csv",
+        "lexicon": sample / "lexicon" / "lexicon.txt",
+    }[part]
+
+
+class Stages:
+    """Tells the caller which stage runs; the default says nothing. ``stage(name)`` gives a progress callback."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress | None]:
+        return nullcontext(None)
+
+    def report(self, line: str) -> None:
+        pass
+
+
+def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
+    """Make a store; replaces a store that is already at ``settings.out``.
+
+    Inferences already in the cache are not asked for again, so that an interrupted run goes on where it stopped.
+
+    Raises:
+        DataError: an input is missing or unusable; ConfigError: a setting is; Interrupted: Ctrl-C, the cache is kept.
+    """
+    stages = stages or Stages()
+    out = Path(settings.out)
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there and is no store; give another folder, so that nothing is lost")
+    started = time.monotonic()
+    reports: list[ReadReport] = []
+
+    def noted(report: ReadReport) -> None:
+        reports.append(report)
+        stages.report(report.summary())
+
+    paths = {part: bundled(part) if getattr(settings, part) == "bundled" else Path(getattr(settings, part))
+             for part in ("dialogues", "conceptnet", "lexicon")}  # fmt: skip
+    with stages.stage("Reading dialogues"):
+        dialogues: dict[str, list[Conversation]] = {}
+        for split in SPLITS:
+            dialogues[split], report = read_conversations(paths["dialogues"], split, settings.limit)
+            noted(report)
+        lexicon = VADLexicon.read(paths["lexicon"])
+        if lexicon.report:
+            noted(lexicon.report)
+
+    cache_path = Path(settings.cache) if settings.cache else out.with_name(out.name + ".knowledge.sqlite")
+    with stages.stage("Opening knowledge"):
+        source = open_source(settings.knowledge, settings.device)
+        for report in getattr(source, "reports", ()):
+            noted(report)
+    texts_to_infer = list(dict.fromkeys(sub for split in SPLITS for subs in _prompts(dialogues[split]) for sub in subs))
+    with stages.stage(f"Inferring commonsense for {len(texts_to_infer):,} texts") as progress:
+        cache_path.parent.mkdir(parents=True, exist_ok=True)
+        with InferenceCache(cache_path) as cache:
+            try:
+                cached = CachedSource(source, cache, progress)
+                answers = cached.infer(texts_to_infer, RELATIONS, settings.features.inferences_per_relation)
+            except KeyboardInterrupt as error:
+                raise Interrupted(f"stopped; the inferences so far are in {cache_path}: the same command goes on there") from error
+    inferences: Inferences = dict(zip(texts_to_infer, answers, strict=True))
+
+    with stages.stage("Building the vocabulary"):
+        vocabulary = Vocabulary.build(_count_words(dialogues["train"], inferences), settings.min_count)
+        intensity = {word: lexicon.intensity(word) for word in lexicon.words}
+    with stages.stage("Reading ConceptNet") as progress:
+        concepts, report = read_concepts(
+            paths["conceptnet"], vocabulary, intensity, STOP_WORDS, settings.features.concepts_per_token,
+            settings.features.minimum_intensity, progress=progress,
+        )  # fmt: skip
+        noted(report)
+    featurizer = Featurizer(vocabulary, concepts, intensity, settings.features)
+    vectors = None
+    if settings.embeddings:
+        with stages.stage("Reading word vectors"):
+            ids, matrix, report = read_glove(settings.embeddings, vocabulary)
+            noted(report)
+            stages.report(f"word vectors cover {len(ids):,} of {len(vocabulary):,} words ({100 * len(ids) / len(vocabulary):.1f} %)")
+            vectors = (ids, matrix)
+
+    texts = TextTable(vocabulary)
+    writers: dict[str, SplitWriter] = {}
+    counts: dict[str, Any] = {"conversations": {}, "examples": {}}
+    total = sum(1 for split in SPLITS for _ in listener_turns(dialogues[split]))
+    with stages.stage("Packing") as progress:
+        done = 0
+        for split in SPLITS:
+            writer = writers[split] = SplitWriter()
+            for item in listener_turns(dialogues[split]):
+                writer.add(featurizer.example(item.context, inferences, texts, item.response, item.emotion,
+                                              id=item.id, situation=item.situation))  # fmt: skip
+                done += 1
+                if progress and done % 200 == 0:
+                    progress(done, total)
+            counts["conversations"][split] = len(dialogues[split])
+            counts["examples"][split] = len(writer)
+        if progress:
+            progress(total, total)
+    counts |= _statistics(writers, texts, vocabulary, len(texts_to_infer))
+    if counts["truncated_contexts"]:
+        stages.report(f"{counts['truncated_contexts']:,} contexts cut to their latest {settings.features.max_context} words")
+    if vectors is not None:
+        counts["embedding_coverage"] = len(vectors[0]) / len(vocabulary)
+    with stages.stage("Writing the store"), whole_folder(out) as folder:
+        write_store(folder, featurizer, texts, writers, vectors, {
+            "counts": counts,
+            "settings": asdict(settings),
+            "knowledge": {
+                "spec": _absolute(settings.knowledge), "cache": str(cache_path.resolve()), "identity": source.identity,
+                "settings": source.settings,
+            },
+            "sources": [report.as_dict() for report in reports],
+            "bundled": settings.dialogues == "bundled",
+            "seconds": round(time.monotonic() - started, 1),
+        })  # fmt: skip
+    return open_store(out)
+
+
+def _absolute(spec: str) -> str:
+    """The knowledge spec with its path made absolute, so that chat finds it from any folder."""
+    kind, colon, path = spec.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if colon else spec
+
+
+def _prompts(conversations: list[Conversation]) -> Iterator[list[str]]:
+    """The sub-utterances that each listener turn answers."""
+    for item in listener_turns(conversations):
+        yield prompts(item.context)
+
+
+def _count_words(train: list[Conversation], inferences: Inferences) -> Counter[str]:
+    """Words of the training dialogues, each turn once, and of the knowledge inferred for them, each text once."""
+    counts: Counter[str] = Counter()
+    for conversation in train:
+        for turn in conversation.turns:
+            counts.update(tokenize(turn.text))
+    known = {text for subs in _prompts(train) for sub in subs for found in inferences[sub].values() for text in found}
+    for text in sorted(known):
+        counts.update(tokenize(text))
+    return counts
+
+
+def _statistics(writers: dict[str, SplitWriter], texts: TextTable, vocabulary: Vocabulary, distinct_prompts: int) -> dict[str, Any]:
+    def size(name: str) -> dict[str, int]:
+        return {split: len(w.ragged.data[name]) for split, w in writers.items()}
+
+    unknown = {}
+    for split, writer in writers.items():
+        words = np.frombuffer(writer.ragged.data["response"], dtype=np.int32)
+        unknown[split] = float((words == UNK).mean()) if len(words) else 0.0
+    return {
+        "vocabulary": len(vocabulary),
+        "distinct_prompts": distinct_prompts,
+        "distinct_texts": len(texts),
+        "context_words": size("context"),
+        "response_words": size("response"),
+        "unknown_response_words": unknown,
+        "knowledge_vertices": size("knowledge"),
+        "concept_vertices": size("concept"),
+        "truncated_contexts": sum(int(np.count_nonzero(w.scalars["truncated"])) for w in writers.values()),
+    }
+

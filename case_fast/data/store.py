@@ -1,0 +1,261 @@
+"""The packed store: ragged arrays in safetensors, memory-mapped, with a manifest that says where they come from.
+
+    STORE/manifest.json                     format, sources with hashes, settings, counts, reports of skipped rows
+    STORE/vocabulary.json, features.json    the `Featurizer` that made it
+    STORE/texts.safetensors                 distinct knowledge texts: words, and the text itself (UTF-8)
+    STORE/{train,valid,test}.safetensors    the examples: each ragged field as `<field>` end to end and `<field>.offsets`
+    STORE/embeddings.safetensors            vectors of the words that the embedding file covers (when one was given)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from torch import Tensor
+
+from case_fast.batch import Batch
+from case_fast.data.batch import make_batch
+from case_fast.data.empathetic_dialogues import EMOTIONS
+from case_fast.data.featurizer import Example, Featurizer, TextTable
+from case_fast.data.graphs import CSR
+from case_fast.errors import DataError
+from case_fast.files import sha256, write_json
+from case_fast.reading import require_file, require_folder
+
+FORMAT = "case_fast store 1"
+_INT, _FLOAT, _BYTE = ("i", np.int32), ("f", np.float32), ("B", np.uint8)
+# Graphs are stored as degrees (vertices), neighbours and relations (edges), all local to the example.
+_FIELDS: dict[str, tuple[str, type]] = {
+    "context": _INT, "context_role": _INT, "context_intensity": _FLOAT, "response": _INT, "sub_utterance": _INT,
+    "knowledge": _INT, "knowledge_sub": _INT, "knowledge_relation": _INT, "reaction": _INT, "reaction_sub": _INT,
+    "concept": _INT, "concept_position": _INT, "concept_intensity": _FLOAT,
+    "cognition_degree": _INT, "cognition_indices": _INT, "cognition_relation": _BYTE,
+    "concept_degree": _INT, "concept_indices": _INT, "concept_relation": _BYTE,
+    "source": _BYTE,
+}  # fmt: skip
+_SCALARS = ("emotion", "truncated")
+_GRAPHS = ("cognition", "concept")
+
+
+class RaggedWriter:
+    """Grows ragged arrays in memory as compactly as they will lie on disk."""
+
+    def __init__(self, kinds: dict[str, tuple[str, type]]):
+        self.kinds = kinds
+        self.data = {name: array(code) for name, (code, _) in kinds.items()}
+        self.offsets = {name: array("q", [0]) for name in kinds}
+
+    def append(self, name: str, row: np.ndarray | bytes) -> None:
+        raw = row if isinstance(row, bytes) else np.ascontiguousarray(row, dtype=self.kinds[name][1]).tobytes()
+        self.data[name].frombytes(raw)
+        self.offsets[name].append(len(self.data[name]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for name, (_, dtype) in self.kinds.items():
+            arrays[name] = np.frombuffer(self.data[name], dtype=dtype)
+            arrays[f"{name}.offsets"] = np.frombuffer(self.offsets[name], dtype=np.int64)
+        return arrays
+
+
+class SplitWriter:
+    """Collects the examples of one split and writes them as one file."""
+
+    def __init__(self) -> None:
+        self.ragged = RaggedWriter(_FIELDS)
+        self.scalars = {name: array("i") for name in _SCALARS}
+
+    def add(self, example: Example) -> None:
+        graphs = {"cognition": example.cognition_graph, "concept": example.concept_graph}
+        for name in _FIELDS:
+            graph, _, part = name.partition("_")
+            if name == "source":
+                row: np.ndarray | bytes = json.dumps(example.source, ensure_ascii=False).encode()
+            elif graph in graphs and part in ("degree", "indices", "relation"):
+                csr = graphs[graph]
+                row = np.diff(csr.indptr) if part == "degree" else getattr(csr, part)
+            else:
+                row = getattr(example, name)
+            self.ragged.append(name, row)
+        for name in _SCALARS:
+            self.scalars[name].append(getattr(example, name))
+
+    def __len__(self) -> int:
+        return len(self.scalars["emotion"])
+
+    def write(self, path: Path) -> None:
+        arrays = self.ragged.arrays()
+        arrays |= {name: np.frombuffer(values, dtype=np.int32) for name, values in self.scalars.items()}
+        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)
+
+
+def write_texts(texts: TextTable, path: Path) -> None:
+    writer = RaggedWriter({"words": _INT, "text": _BYTE})
+    for index in range(len(texts)):
+        writer.append("words", texts.tokens(index))
+        writer.append("text", texts.text(index).encode())
+    save_file(writer.arrays(), path)
+
+
+class _Arrays:
+    """Named arrays of a safetensors file as views of the mapped file: opening costs nothing, rows are read on use."""
+
+    def __init__(self, path: Path, expected: Sequence[str]):
+        self.path = require_file(path, "part of the store", "Prepare the store again")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = set(file.keys())
+                missing = [name for name in expected if name not in names]
+                if missing:
+                    raise DataError(path, f"arrays missing: {', '.join(missing)}", "Prepare the store again")
+            self._load()
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(path, f"damaged ({error})", "Prepare the store again") from error
+
+    def _load(self) -> None:
+        # safetensors copies what it hands to numpy; its header says where each array lies, so map the file instead
+        with open(self.path, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        dtypes = {"I32": np.int32, "I64": np.int64, "F32": np.float32, "U8": np.uint8}
+        whole = np.memmap(self.path, dtype=np.uint8, mode="r", offset=8 + size) if self.path.stat().st_size > 8 + size else None
+        self.arrays: dict[str, np.ndarray] = {}
+        for name, item in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = item["data_offsets"]
+            dtype = dtypes[item["dtype"]]
+            self.arrays[name] = (
+                np.zeros(0, dtype) if whole is None or start == end else whole[start:end].view(dtype).reshape(item["shape"])
+            )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def row(self, name: str, index: int) -> np.ndarray:
+        offsets = self.arrays[f"{name}.offsets"]
+        return self.arrays[name][offsets[index] : offsets[index + 1]]
+
+
+class _StoredTexts:
+    def __init__(self, path: Path):
+        self._arrays = _Arrays(path, ["words", "words.offsets", "text", "text.offsets"])
+
+    def __len__(self) -> int:
+        return len(self._arrays["words.offsets"]) - 1
+
+    def tokens(self, index: int) -> np.ndarray:
+        return self._arrays.row("words", index)
+
+    def text(self, index: int) -> str:
+        return self._arrays.row("text", index).tobytes().decode()
+
+
+class Store:
+    """A prepared data set; `open_store` opens it. Arrays are memory-mapped, so that opening costs next to nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = require_folder(path, "store", "Make one with: case-fast prepare --out STORE ...")
+        manifest = require_file(self.path / "manifest.json", "manifest of the store", "Prepare the store again")
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+            form = self.manifest["format"]
+            self.splits: tuple[str, ...] = tuple(self.manifest["counts"]["examples"])
+            self.fingerprint: str = self.manifest["fingerprint"]
+            self.knowledge: dict[str, str | None] = self.manifest["knowledge"]
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise DataError(manifest, f"not the manifest of a store ({error!r})", "Prepare the store again") from error
+        if form != FORMAT:
+            raise DataError(manifest, f"format {form!r}, this version reads {FORMAT!r}", "Prepare the store again")
+        self.featurizer = Featurizer.load(self.path)
+        self.texts = _StoredTexts(self.path / "texts.safetensors")
+        expected = [*_FIELDS, *(f"{name}.offsets" for name in _FIELDS), *_SCALARS]
+        self._splits = {split: _Arrays(self.path / f"{split}.safetensors", expected) for split in self.splits}
+
+    def size(self, split: str) -> int:
+        """Number of examples of a split."""
+        return len(self._split(split)["emotion"])
+
+    def _split(self, split: str) -> _Arrays:
+        if split not in self._splits:
+            raise ValueError(f"split {split!r} is not in this store; it has {', '.join(self.splits)}")
+        return self._splits[split]
+
+    def example(self, split: str, index: int) -> Example:
+        """One example; IndexError outside 0 .. size - 1."""
+        arrays, size = self._split(split), self.size(split)
+        if not 0 <= index < size:
+            raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
+        return self._read(arrays, index, with_source=True)
+
+    def _read(self, arrays: _Arrays, index: int, with_source: bool) -> Example:
+        graphs = {}
+        for name in _GRAPHS:
+            degree = arrays.row(f"{name}_degree", index)
+            indptr = np.zeros(len(degree) + 1, dtype=np.int32)
+            np.cumsum(degree, out=indptr[1:])
+            indices, relation = arrays.row(f"{name}_indices", index), arrays.row(f"{name}_relation", index)
+            graphs[f"{name}_graph"] = CSR(indptr, indices, relation)
+        fields = {name: arrays.row(name, index) for name in Example.__dataclass_fields__ if name in _FIELDS and name != "source"}
+        scalars = {name: int(arrays[name][index]) for name in _SCALARS}
+        source = json.loads(arrays.row("source", index).tobytes()) if with_source else {}
+        return Example(**fields, **scalars, **graphs, source=source)
+
+    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        """The packed batch of these examples, on the CPU.
+
+        Raises:
+            ValueError: unknown split, or no indices; IndexError: an index outside the split.
+        """
+        arrays, size = self._split(split), self.size(split)
+        for index in indices:
+            if not 0 <= index < size:
+                raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
+        return make_batch([self._read(arrays, int(index), with_source=False) for index in indices], self.texts)
+
+    def embeddings(self) -> tuple[Tensor, Tensor] | None:
+        """Word ids (n,) and their pretrained vectors (n, d), or None when the store was prepared without any."""
+        path = self.path / "embeddings.safetensors"
+        if not path.is_file():
+            return None
+        found = load_file(path)
+        return found["ids"], found["vectors"]
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a store that ``case-fast prepare`` made; `DataError` names what is missing or damaged."""
+    return Store(path)
+
+
+def write_store(folder: Path, featurizer: Featurizer, texts: TextTable, splits: dict[str, SplitWriter],
+                embeddings: tuple[np.ndarray, np.ndarray] | None, manifest: dict[str, Any]) -> None:  # fmt: skip
+    """Write every part of a store into ``folder``, the manifest last."""
+    featurizer.save(folder)
+    write_texts(texts, folder / "texts.safetensors")
+    for split, writer in splits.items():
+        writer.write(folder / f"{split}.safetensors")
+    if embeddings is not None:
+        ids, vectors = embeddings
+        save_file({"ids": ids, "vectors": vectors}, folder / "embeddings.safetensors")
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    content = "\n".join(f"{name} {digest}" for name, digest in files.items())
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+        **manifest,
+        "emotions": list(EMOTIONS),
+        "files": files,
+    }
+    write_json(folder / "manifest.json", manifest)
+
