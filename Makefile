@@ -10,7 +10,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 TORCH_CPU := https://download.pytorch.org/whl/cpu
-PACKAGE := pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f)
+PACKAGE := pyproject.toml setup.py constraints.txt CMakeLists.txt case_fast/__init__.py $(shell find csrc -type f)
 CPP_BUILD := build/cpp$(addprefix -,$(SANITIZE))
 
 .PHONY: demo test lint cpp-test clean

@@ -85,6 +85,11 @@ def test_import_direction(path):
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_folder_of_code_is_a_package():
+    """Without its __init__.py a folder works from the source tree, and is missing from the wheel."""
+    assert not [str(path.relative_to(ROOT)) for path in FILES if not (path.parent / "__init__.py").exists()]
+
+
 def test_the_package_imports_nothing_of_itself_before_it_is_asked():
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     (for_type_checkers,) = [node for node in tree.body if isinstance(node, ast.If)]
