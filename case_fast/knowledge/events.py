@@ -23,8 +23,8 @@ _FILLERS = frozenset(
     yeah yea yes yep ok okay oh ah hmm hey hi hello wow haha lol xd omg lot lots thing things stuff kind sort bit
     little right guess suppose really just actually literally basically definitely absolutely certainly completely
     totally pretty quite super maybe probably today tonight yesterday tomorrow recently lately ago later soon finally
-    another every everyone everything anyone anything someone something somebody anybody everybody gonna wanna gotta im ive
-    thats theres did does doing am guy guys sure john tom person personx persony personz
+    another every everyone everything anyone anything someone something somebody anybody everybody gonna wanna gotta im
+    ive thats theres did does doing am guy guys sure john tom person personx persony personz
     """.split()
 )
 
