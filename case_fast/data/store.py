@@ -166,7 +166,7 @@ class Store:
     """A prepared data set; `open_store` opens it. Arrays are memory-mapped, so that opening costs next to nothing."""
 
     def __init__(self, path: str | Path):
-        self.path = require_folder(path, "store", "Make one with: case-fast prepare --out STORE ...")
+        self.path = require_folder(path, "store", "Make one with case-fast prepare (case-fast prepare --help)")
         manifest = require_file(self.path / "manifest.json", "manifest of the store", "Prepare the store again")
         try:
             self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))

@@ -1,0 +1,306 @@
+"""The command line: prepare | inspect | train | evaluate | chat | report | merge-cache | demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from case_fast.errors import CaseFastError, ConfigError, Interrupted
+
+_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; the README says where they are from):
+
+  case-fast prepare --dialogues empatheticdialogues --knowledge atomic:atomic2020 \\
+      --conceptnet conceptnet-assertions-5.7.0.csv.gz --lexicon NRC-VAD-Lexicon.txt --embeddings glove.6B.300d.txt --out ed.store
+  case-fast train --preset paper --data ed.store --out ed.run
+  case-fast evaluate ed.run --data ed.store --split test
+  case-fast chat ed.run
+"""
+
+
+def _parsers() -> ArgumentParser:
+    from case_fast import __version__
+    from case_fast.data.prepare import PrepareSettings
+    from case_fast.generation import GenerationConfig
+    from case_fast.training import PRESETS, TrainConfig
+
+    parser = ArgumentParser(prog="case-fast", description="CASE: align cognition and affection, answer with empathy.",
+                            version=__version__)  # fmt: skip
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    def command(name: str, description: str) -> ArgumentParser:
+        sub = ArgumentParser(description=description)
+        commands.add_subcommand(name, sub, help=description)
+        return sub
+
+    sub = command("prepare", "Official files to a store: dialogues, inferences, concepts, both graphs, packed.")
+    sub.add_class_arguments(PrepareSettings)
+
+    sub = command("inspect", "Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.")
+    sub.add_argument("store", type=str, help="folder that prepare made")
+    sub.add_argument("--split", type=str, default="train", help="train, valid or test")
+    sub.add_argument("--index", type=int, default=0, help="example, from 0")
+    sub.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
+
+    sub = command("train", "Train CASE in two phases; a run folder with log, checkpoints and the best weights.")
+    sub.add_argument("--config", action="config", help="YAML or JSON file of settings")
+    sub.add_argument("--data", type=str, required=True, help="store that prepare made")
+    sub.add_argument("--out", type=str, required=True, help="folder of the run")
+    sub.add_argument("--preset", type=str, default="paper", help=f"settings to start from: {', '.join(PRESETS)}")
+    sub.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
+    sub.add_class_arguments(TrainConfig)
+
+    sub = command("evaluate", "Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.")
+    sub.add_argument("run", type=str, help="folder that train made")
+    sub.add_argument("--data", type=str, required=True, help="store that prepare made")
+    sub.add_argument("--split", type=str, default="test", help="train, valid or test")
+    sub.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
+    sub.add_argument("--batch_size", type=int, default=32)
+    sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    sub.add_class_arguments(GenerationConfig)
+
+    sub = command("chat", "Talk to a trained run: raw text in, reply, emotion and the knowledge used out.")
+    sub.add_argument("run", type=str, help="folder that train made")
+    sub.add_argument("--knowledge", type=str | None, default=None, help="atomic:PATH, comet:DIR or bundled; default: as prepared")
+    sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
+    sub.add_class_arguments(GenerationConfig)
+
+    sub = command("report", "One self-contained HTML page of a run: curves, metrics, replies.")
+    sub.add_argument("run", type=str, help="folder that train made")
+    sub.add_argument("--out", type=str | None, default=None, help="file; default RUN/report.html")
+
+    sub = command("merge-cache", "Add the inferences of other caches to one.")
+    sub.add_argument("into", type=str, help="SQLite cache that grows; made if missing")
+    sub.add_argument("caches", type=str, nargs="+", help="caches to read")
+
+    sub = command("demo", "The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.")
+    sub.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
+    return parser
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Progress]:
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TimeRemainingColumn(), console=console, transient=True) as progress:  # fmt: skip
+        yield progress
+
+
+class _Stages:
+    """Shows the stages of `prepare`: a bar while one runs, a line with its time when it is done."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        started = time.monotonic()
+        with _bar(self.console) as progress:
+            task = progress.add_task(name, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        self.console.print(f"  {escape(name)} [dim]{time.monotonic() - started:.1f} s[/dim]", highlight=False)
+
+    def report(self, line: str) -> None:
+        self.console.print(f"    [dim]{escape(line)}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _fields(args: Namespace, kind: type) -> dict[str, Any]:
+    """The arguments that are settings of a dataclass."""
+    return {item.name: args[item.name] for item in dataclasses.fields(kind)}
+
+
+def _prepare(args: Namespace, console: Console) -> None:
+    from case_fast.data.prepare import PrepareSettings, prepare
+
+    _prepared(prepare(PrepareSettings(**_fields(args, PrepareSettings)), _Stages(console)), console)
+
+
+def _prepared(store: Any, console: Console) -> None:
+    counts = store.manifest["counts"]
+    examples = ", ".join(f"{split} {count:,}" for split, count in counts["examples"].items())
+    console.print(f"{store.path}: {examples} examples; {counts['vocabulary']:,} words, {counts['distinct_texts']:,} knowledge "
+                  f"texts; {store.manifest['seconds']} s", highlight=False)  # fmt: skip
+
+
+def _inspect(args: Namespace, console: Console) -> None:
+    from case_fast.data import open_store
+    from case_fast.data.inspect import describe, show
+
+    store = open_store(args.store)
+    if args.split not in store.splits:
+        raise ConfigError(f"--split {args.split!r} is not in this store; it has {', '.join(store.splits)}")
+    if not 0 <= args.index < store.size(args.split):
+        raise ConfigError(f"--index {args.index} is outside 0 .. {store.size(args.split) - 1} of the split {args.split!r}")
+    if args.json:
+        print(json.dumps(describe(store, args.split, args.index), ensure_ascii=False, indent=2))
+    else:
+        show(store, args.split, args.index, console)
+
+
+def _train(args: Namespace, console: Console) -> None:
+    from case_fast.data import open_store
+    from case_fast.training import TrainConfig, train
+
+    train(open_store(args.data), Path(args.out), TrainConfig(**_fields(args, TrainConfig)), console=console, resume=args.resume)
+    console.print(f"\nNext: case-fast evaluate {args.out} --data {args.data} --split test\n      case-fast chat {args.out}",
+                  highlight=False)  # fmt: skip
+
+
+def _evaluate(args: Namespace, console: Console) -> None:
+    from case_fast.generation import GenerationConfig
+
+    run_evaluation(args.run, args.data, args.split, args.limit, args.batch_size, args.device,
+                   GenerationConfig(**_fields(args, GenerationConfig)), console)  # fmt: skip
+
+
+def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_size: int, device: str, generation: Any,
+                   console: Console) -> Any:  # fmt: skip
+    """Measure a run on a split and write RUN/evaluation/SPLIT."""
+    from case_fast.data import open_store
+    from case_fast.evaluation import evaluate
+    from case_fast.generation import generate_all
+    from case_fast.respond import load_model
+
+    store = open_store(data)
+    model, chosen = load_model(run, device)
+    with _bar(console) as progress:
+        task = progress.add_task(f"Evaluating {split}", total=None)
+
+        def told(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        def replies(indices: Sequence[int]) -> list[Any]:
+            return list(generate_all(model, store, split, indices, generation, batch_size, chosen))
+
+        return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
+                        device=chosen, console=console, progress=told)  # fmt: skip
+
+
+def _chat(args: Namespace, console: Console) -> None:
+    from case_fast.generation import GenerationConfig
+    from case_fast.respond import chat, load
+
+    responder = load(args.run, device=args.device, knowledge=args.knowledge)
+    chat(responder, console, GenerationConfig(**_fields(args, GenerationConfig)), show=args.why)
+
+
+def _report(args: Namespace, console: Console) -> None:
+    from case_fast.evaluation import write_report
+
+    console.print(f"report: {write_report(Path(args.run), Path(args.out) if args.out else None)}", highlight=False)
+
+
+def _merge_cache(args: Namespace, console: Console) -> None:
+    from case_fast.knowledge import InferenceCache
+    from case_fast.reading import require_file
+
+    for path in args.caches:
+        require_file(path, "cache of inferences")
+    with InferenceCache(args.into) as cache:
+        for path in args.caches:
+            console.print(f"{path}: {cache.merge(path):,} new inferences", highlight=False)
+        console.print(f"{args.into}: {len(cache):,} inferences", highlight=False)
+
+
+def _demo(args: Namespace, console: Console) -> None:
+    from case_fast.data.prepare import PrepareSettings, prepare
+    from case_fast.evaluation import write_report
+    from case_fast.generation import GenerationConfig
+    from case_fast.respond import load
+    from case_fast.training import PRESETS, TrainConfig, train
+
+    started = time.monotonic()
+    out = Path(args.out)
+    store_path, run = out / "sample.store", out / "run"
+    if run.exists():
+        raise ConfigError(f"{run} is there already; remove the folder or give another with --out")
+    console.rule("1  prepare: the bundled toy corpus (every line written by this project)")
+    store = prepare(PrepareSettings("bundled", "bundled", "bundled", "bundled", str(store_path)), _Stages(console))
+    _prepared(store, console)
+    console.rule("2  train: phase 1 on L_BOW, phase 2 on the whole objective")
+    train(store, run, TrainConfig(**PRESETS["demo"]), console=console)
+    console.rule("3  evaluate on the toy test split")
+    run_evaluation(str(run), str(store_path), "test", None, 32, "auto", GenerationConfig(), console)
+    console.rule("4  five replies")
+    responder = load(run)
+    for said in ("I failed my exam. I studied so hard.", "My dog died last night.", "I got a new job today!",
+                 "I heard a strange noise in my house and I was alone.", "My best friend threw a surprise party for me."):  # fmt: skip
+        reply = responder.respond(said)
+        console.print(f"[cyan]speaker [/cyan] {escape(said)}", highlight=False)
+        console.print(f"[green]reply   [/green] {escape(reply.text)} [dim]({reply.emotion})[/dim]", highlight=False)
+    console.rule("5  report")
+    console.print(f"{write_report(run)}\n", highlight=False)
+    console.print(f"Done in {time.monotonic() - started:.0f} s. A toy model on a toy corpus: it shows that everything works, "
+                  f"not how well CASE answers.\nTalk to it: case-fast chat {run}\n", highlight=False)  # fmt: skip
+    console.print(_REAL_DATA, highlight=False)
+
+
+def _preset_defaults(parser: ArgumentParser, argv: Sequence[str]) -> None:
+    """Let ``train`` start from the preset that the command line names, so that --key value still overrides it."""
+    from case_fast.training import PRESETS
+
+    name = "paper"
+    for place, word in enumerate(argv):
+        if word == "--preset" and place + 1 < len(argv):
+            name = argv[place + 1]
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name!r} is unknown; one of {', '.join(PRESETS)}")
+    parser._subcommands_action._name_parser_map["train"].set_defaults(PRESETS[name])  # type: ignore[union-attr]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    console = Console()
+    errors = Console(stderr=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s",
+                        handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
+    for noisy in ("httpx", "filelock", "matplotlib", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run = {"prepare": _prepare, "inspect": _inspect, "train": _train, "evaluate": _evaluate, "chat": _chat, "report": _report,
+           "merge-cache": _merge_cache, "demo": _demo}  # fmt: skip
+    try:
+        parser = _parsers()
+        if words[:1] == ["train"]:
+            _preset_defaults(parser, words)
+        parsed = parser.parse_args(words)
+        args = parser.instantiate_classes(parsed)
+        run[args.command](args[args.command], console)
+    except Interrupted as stopped:
+        errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)
+        return 130
+    except CaseFastError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("[yellow]interrupted[/yellow]")
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _underscored(word: str) -> str:
+    """--min-count is as good as --min_count."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
