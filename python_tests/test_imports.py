@@ -18,11 +18,12 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
-BASE = {"", "errors", "reading", "batch"}  # "" stands for the package itself: its version
+BASE = {"", "errors", "reading", "files", "batch"}  # "" stands for the package itself: its version
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
     "reading": set(),
+    "files": set(),
     "batch": set(),
     "equations": set(),
     "ops": {"equations", "_native"},
@@ -35,7 +36,8 @@ MAY_IMPORT = {
     "respond": {"models", "data", "knowledge", "generation"},
 }
 # What these parts may import from outside the standard library.
-OUTSIDE = {"": set(), "errors": set(), "reading": set(), "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
+OUTSIDE = {part: set() for part in ("", "errors", "reading", "files")}
+OUTSIDE |= {"batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 ALL = {"cli", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 
