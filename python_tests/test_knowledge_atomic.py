@@ -153,7 +153,7 @@ def test_answers_by_hand(source):
 
 
 def test_similarity_by_hand(source):
-    # events: (exam, fail, "fail exam"), (fail, test, "fail test"), (dog, lose, "lose dog"); smooth idf = ln(4/(1+df)) + 1
+    # three events of three terms each; smooth idf = ln(4 / (1 + df)) + 1
     assert source.events == sorted(
         [("fail", "exam", "fail exam"), ("fail", "test", "fail test"), ("lose", "dog", "lose dog")]
     )
