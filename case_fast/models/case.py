@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,10 @@ from case_fast.batch import Batch
 from case_fast.models.config import CASEConfig
 from case_fast.models.layers import Decoder, DecoderState, Encoder, GraphEncoder, Source
 
+# The fields of a batch whose words each part of the model reads.
+_CONTEXT_FIELDS = ("text", "concept_word", "context", "context_role", "reaction")
+_REPLY_FIELDS = ("response", "response_role", "decoder_input")
+_BOW_FIELDS = ("text", "concept_word", "response", "response_role")
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
 
 
@@ -179,53 +183,57 @@ class CASE(
 
     # ---- reading the context (sections 3.1 and 3.2)
 
-    def _embed(self, words: Tensor, position: Tensor) -> Tensor:
+    def _look_up(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """Scaled rows of the shared table for the words that these fields of the batch hold.
+
+        One lookup for all of them: the backward of each lookup fills a gradient as large as the table.
+        """
+        words = [getattr(batch, name) for name in names]
+        rows = self.embedding(torch.cat(words)) * self.config.d_model**0.5
+        return dict(zip(names, rows.split([len(ids) for ids in words]), strict=True))
+
+    def _place(self, rows: Tensor, position: Tensor) -> Tensor:
         """word * sqrt(d) + sinusoidal position."""
-        d = self.config.d_model
-        scaled = self.embedding(words) * d**0.5
-        return scaled + eq.sinusoidal_position(position, d, scaled.dtype)
+        return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
 
-    def _embed_packed(self, words: Tensor, cu: Tensor) -> Tensor:
-        return self._embed(words, eq.segment_positions(cu, words.numel()))
+    def _place_packed(self, rows: Tensor, cu: Tensor) -> Tensor:
+        return self._place(rows, eq.segment_positions(cu, rows.shape[0]))
 
-    def _embed_with_role(self, words: Tensor, role: Tensor, cu: Tensor) -> Tensor:
-        return self._embed_packed(words, cu) + self.embedding(role) * self.config.d_model**0.5
-
-    def _graph_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _graph_vectors(self, batch: Batch, words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """cs_i of the knowledge vertices (K, d) and ec_i of all concept vertices (V_ec, d)."""
         c = self.config
-        texts = self.cognition_encoder(self._embed_packed(batch.text, batch.cu_text), batch.cu_text, first_only=True)
-        cognition = texts[batch.cognition_text]
+        texts = self.cognition_encoder(self._place_packed(words["text"], batch.cu_text), batch.cu_text, first_only=True)
+        cognition = eq.take(texts, batch.cognition_text)
         if c.cognition_graph:
             g = batch.cognition
             cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation)
-        concept = self._embed(batch.concept_word, batch.concept_position) + self.vertex_type(batch.concept_type)
+        concept = self._place(words["concept_word"], batch.concept_position) + self.vertex_type(batch.concept_type)
         if c.concept_graph:
             g = batch.concept
             inside = batch.concept_intensity if c.intensity == "before_norm" else None
             concept = self.concept_graph(concept, g.indptr, g.indices, intensity=inside)
             if c.intensity == "after":
                 concept = eq.superimpose_intensity(concept, batch.concept_intensity)
-        return cognition[batch.knowledge], concept
+        return eq.take(cognition, batch.knowledge), concept
 
-    def _reactions(self, batch: Batch, context: Tensor) -> Tensor:
+    def _reactions(self, batch: Batch, words: Tensor, context: Tensor) -> Tensor:
         """er_i, (R, d): the averaged reactions of each sub-utterance, seen in the light of the context."""
         rows = batch.reaction_dialogue.numel()
-        encoded = self.reaction_encoder(self._embed_packed(batch.reaction, batch.cu_reaction), batch.cu_reaction)
+        encoded = self.reaction_encoder(self._place_packed(words, batch.cu_reaction), batch.cu_reaction)
         average = eq.segment_mean(encoded, eq.segment_ids(batch.cu_reaction, encoded.shape[0]), rows)
         # W [S_X[j] ; h_i] = W_1 S_X[j] + W_2 h_i: the first part is the same for all reactions of a dialogue
         of_context, of_reaction = self.reaction_fusion.weight.chunk(2, dim=1)
-        fused = F.linear(context, of_context)[batch.reaction_context]
+        fused = eq.take(F.linear(context, of_context), batch.reaction_context)
         place = eq.segment_ids(batch.cu_reaction_context, fused.shape[0])
-        fused = fused + F.linear(average.to(context.dtype), of_reaction)[place]
+        fused = fused + eq.take(F.linear(average.to(context.dtype), of_reaction), place)
         return self.reaction_context_encoder(fused, batch.cu_reaction_context, first_only=True)
 
-    def _posteriors(self, batch: Batch, knowledge: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
+    def _posteriors(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
         """Log of Eq. 5 and 6, from the reply read by the cognition and the context encoder."""
-        y_cog = self.cognition_encoder(self._embed_packed(batch.response, batch.cu_response), batch.cu_response, first_only=True)
-        y_ctx = self.context_encoder(
-            self._embed_with_role(batch.response, batch.response_role, batch.cu_response), batch.cu_response, first_only=True
-        )
+        cu = batch.cu_response
+        reply = self._place_packed(words["response"], cu)
+        y_cog = self.cognition_encoder(reply, cu, first_only=True)
+        y_ctx = self.context_encoder(reply + words["response_role"], cu, first_only=True)
         with _no_autocast(knowledge):
             return (
                 eq.discernment(knowledge, y_cog, batch.knowledge_dialogue),
@@ -239,21 +247,23 @@ class CASE(
         log_eta = F.log_softmax(eq.full_precision(self.eta(torch.cat([cog, emo], dim=-1))), dim=-1)
         return eq.bow_loss(log_eta, batch.target, eq.segment_ids(batch.cu_target, batch.target.numel()))
 
-    def read(self, batch: Batch, vectors: tuple[Tensor, Tensor] | None = None) -> Reading:
-        """Everything up to the decoder that needs no reply; generation and `forward` share it."""
-        knowledge, concept = self._graph_vectors(batch) if vectors is None else vectors
-        context = self.context_encoder(
-            self._embed_with_role(batch.context, batch.context_role, batch.cu_context), batch.cu_context
-        )
-        summary = context[batch.cu_context[:-1]]
+    def read(self, batch: Batch) -> Reading:
+        """Everything up to the decoder; needs no reply."""
+        words = self._look_up(batch, _CONTEXT_FIELDS)
+        return self._read(batch, words, *self._graph_vectors(batch, words))
+
+    def _read(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor) -> Reading:
+        context = self._place_packed(words["context"], batch.cu_context) + words["context_role"]
+        context = self.context_encoder(context, batch.cu_context)
+        summary = eq.take(context, batch.cu_context[:-1])
         phi_cognition, phi_concept = self.phi_cognition(summary), self.phi_concept(summary)
-        reaction = self._reactions(batch, context)
+        reaction = self._reactions(batch, words["reaction"], context)
         with _no_autocast(context):
             log_cognition = eq.discernment(knowledge, phi_cognition, batch.knowledge_dialogue)
             log_concept = eq.discernment(concept, phi_concept, batch.concept.dialogue)
             r_cog = eq.expected_knowledge(log_cognition, knowledge, batch.knowledge_dialogue, batch.size)
             r_emo = eq.expected_knowledge(log_concept, concept, batch.concept.dialogue, batch.size)
-            er_0 = eq.full_precision(reaction[batch.reaction_first])
+            er_0 = eq.full_precision(eq.take(reaction, batch.reaction_first))
             gate = eq.affect_gate(r_emo, er_0, self.w_aff)
             r_aff = eq.affect(r_emo, er_0, gate)
             emotion_logits = eq.emotion_log_probability(r_aff, self.w_emo)
@@ -270,15 +280,15 @@ class CASE(
         """L_coarse over the dialogues that have knowledge (Eq. 9)."""
         known = (batch.cu_knowledge[1:] > batch.cu_knowledge[:-1]).nonzero().squeeze(1)
         pairs = torch.arange(known.numel(), device=known.device)
-        return self._mim(reading.r_cog[known], reading.r_emo[known], self.w_coarse, pairs, None, "coarse", diagnostics)
+        return self._mim(eq.take(reading.r_cog, known), eq.take(reading.r_emo, known), self.w_coarse, pairs, None, "coarse", diagnostics)
 
     def _fine(self, batch: Batch, reading: Reading, diagnostics: dict[str, Tensor]) -> Tensor:
         """L_fine over the knowledge whose sub-utterance has a reaction (Eq. 11)."""
         row = torch.cumsum(batch.has_reaction, 0) - 1  # place of each reaction among those with a text
         paired = batch.has_reaction[batch.knowledge_reaction].nonzero().squeeze(1)
         positive = row[batch.knowledge_reaction[paired]]
-        reactions = reading.reaction[batch.has_reaction.nonzero().squeeze(1)]
-        return self._mim(reading.knowledge[paired], reactions, self.w_fine, positive, self.config.num_negatives, "fine", diagnostics)
+        reactions = eq.take(reading.reaction, batch.has_reaction.nonzero().squeeze(1))
+        return self._mim(eq.take(reading.knowledge, paired), reactions, self.w_fine, positive, self.config.num_negatives, "fine", diagnostics)
 
     def _mim(self, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negatives: int | None, name: str,
              diagnostics: dict[str, Tensor]) -> Tensor:  # fmt: skip
@@ -304,22 +314,23 @@ class CASE(
 
     def forward(self, batch: Batch) -> CASEOutput:
         """Losses of a batch whose replies and emotions are known."""
-        knowledge, concept = self._graph_vectors(batch)
-        log_q_cognition, log_q_concept = self._posteriors(batch, knowledge, concept)
+        words = self._look_up(batch, _BOW_FIELDS if self.phase == 1 else _CONTEXT_FIELDS + _REPLY_FIELDS)
+        knowledge, concept = self._graph_vectors(batch, words)
+        log_q_cognition, log_q_concept = self._posteriors(batch, words, knowledge, concept)
         bow = self._bow_loss(batch, knowledge, concept, log_q_cognition, log_q_concept)
         if self.phase == 1:
             return CASEOutput(bow, {"bow": bow}, posterior_cognition=log_q_cognition.exp(), posterior_concept=log_q_concept.exp())
 
-        reading = self.read(batch, (knowledge, concept))
-        fixed = torch.Tensor.detach if self.config.detach_posterior else torch.Tensor.contiguous
-        kl = eq.discernment_kl(fixed(log_q_cognition), reading.log_prior_cognition, batch.size)
-        kl = kl + eq.discernment_kl(fixed(log_q_concept), reading.log_prior_concept, batch.size)
+        reading = self._read(batch, words, knowledge, concept)
+        kl = bow.new_zeros(())
+        for log_q, log_p in ((log_q_cognition, reading.log_prior_cognition), (log_q_concept, reading.log_prior_concept)):
+            kl = kl + eq.discernment_kl(log_q.detach() if self.config.detach_posterior else log_q, log_p, batch.size)
         diagnostics: dict[str, Tensor] = {}
         zero = bow.new_zeros(())
         coarse = self._coarse(batch, reading, diagnostics) if self.config.coarse_alignment else zero
         fine = self._fine(batch, reading, diagnostics) if self.config.fine_alignment else zero
 
-        hidden = self.decoder(self._embed_packed(batch.decoder_input, batch.cu_target), batch.cu_target, reading.sources)
+        hidden = self.decoder(self._place_packed(words["decoder_input"], batch.cu_target), batch.cu_target, reading.sources)
         nll, prediction, logits = eq.linear_cross_entropy(hidden, self.output.weight, self.output.bias, batch.target)
         losses = {
             "bow": bow, "kl": kl, "coarse": coarse, "fine": fine,
@@ -342,7 +353,7 @@ class CASE(
 
     def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
         """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
-        x = self._embed(words, torch.full_like(words, position))
+        x = self._place(self.embedding(words) * self.config.d_model**0.5, torch.full_like(words, position))
         return eq.full_precision(self.output(self.decoder.step(x, state)))
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from case_fast.equations import graph_attention, packed_attention, superimpose_intensity
+from case_fast.equations import graph_attention, packed_attention, superimpose_intensity, take
 
 
 def first_rows(cu: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class EncoderLayer(nn.Module):
         normed = self.attention_norm(x)
         rows, cu_rows = normed, cu
         if first_only:
-            x, rows, cu_rows = x[cu[:-1]], normed[cu[:-1]], first_rows(cu)
+            x, rows, cu_rows = take(x, cu[:-1]), take(normed, cu[:-1]), first_rows(cu)
         x = x + self.dropout(self.attention(rows, normed, cu_rows, cu))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
