@@ -16,11 +16,19 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
 
-_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; the README says where they are from):
+_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; the README says where to get them):
 
   case-fast prepare --dialogues empatheticdialogues --knowledge atomic:atomic2020 \\
       --conceptnet conceptnet-assertions-5.7.0.csv.gz --lexicon NRC-VAD-Lexicon.txt --embeddings glove.6B.300d.txt --out ed.store
@@ -236,7 +244,7 @@ def _demo(args: Namespace, console: Console) -> None:
     console.rule("4  five replies")
     responder = load(run)
     for said in ("I failed my exam. I studied so hard.", "My dog died last night.", "I got a new job today!",
-                 "I heard a strange noise in my house and I was alone.", "My best friend threw a surprise party for me."):  # fmt: skip
+                 "I heard a strange noise and I was home alone.", "My best friend threw a surprise party for me."):  # fmt: skip
         reply = responder.respond(said)
         console.print(f"[cyan]speaker [/cyan] {escape(said)}", highlight=False)
         console.print(f"[green]reply   [/green] {escape(reply.text)} [dim]({reply.emotion})[/dim]", highlight=False)

@@ -79,7 +79,8 @@ def emotion_intensity(valence: Tensor, arousal: Tensor) -> Tensor:
 
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
-                    relation_key: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+                    relation_key: Tensor | None = None, scale: float | None = None,
+                    dropout_p: float = 0.0) -> Tensor:  # fmt: skip
     """Eq. 1-2: relation-enhanced multi-head attention of each vertex over its neighbours.
 
     score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r]), softmax over the neighbours of i. Without
@@ -182,7 +183,8 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negati
         side_x = torch.log1p(((score_x - paired).exp() * found_x.unsqueeze(-1)).sum(-1))
         return side_y, side_x, logit, found_y.to(x.dtype) * num_negatives, found_x.to(x.dtype) * num_negatives
     score = torch.sigmoid(projected @ y.T)  # (P, Q)
-    own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)  # row p of y is the positive of x_p, and x_p no negative of it
+    # own[p, q]: row q of y is the positive of x_p, so neither is a negative of the other
+    own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)
     exponential = score.exp().masked_fill(own, 0)
     relative = torch.exp(-torch.sigmoid(logit))
     side_y = torch.log1p(exponential.sum(1) * relative)
@@ -406,8 +408,8 @@ def diversity_loss(nll: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return (weights.to(nll.dtype)[target] * nll).sum() / max(nll.numel(), 1)
 
 
-def total_loss(alignment: Tensor, emotion: Tensor, generation: Tensor, diversity: Tensor, gammas: tuple[float, float, float, float]
-               ) -> Tensor:  # fmt: skip
+def total_loss(alignment: Tensor, emotion: Tensor, generation: Tensor, diversity: Tensor,
+               gammas: tuple[float, float, float, float]) -> Tensor:  # fmt: skip
     """L = g1 L_align + g2 L_emo + g3 L_gen + g4 L_div."""
     g1, g2, g3, g4 = gammas
     return g1 * alignment + g2 * emotion + g3 * generation + g4 * diversity

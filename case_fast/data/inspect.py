@@ -74,11 +74,12 @@ def show(store: Store, split: str, index: int, console: Console) -> None:
     dialogue.append("reply     ", style="bold green")
     dialogue.append(found["response"])
     title = f"{split} {index} of {store.size(split):,} · {found['id']} · {found['emotion']}"
-    console.print(Panel(dialogue, title=title, subtitle=f"situation: {found['situation']}", title_align="left", subtitle_align="left"))
+    subtitle = f"situation: {found['situation']}"
+    console.print(Panel(dialogue, title=title, subtitle=subtitle, title_align="left", subtitle_align="left"))
     if found["truncated_words"] or found["unknown_words"]:
         console.print(f"{found['truncated_words']} words cut off, {found['unknown_words']} words not in the vocabulary")
 
-    table = Table(title="Sub-utterances and inferences (commonsense cognition and reactions)", title_justify="left", show_lines=True)
+    table = Table(title="Sub-utterances and inferences (cognition and reactions)", title_justify="left", show_lines=True)
     table.add_column("sub-utterance", ratio=2)
     for relation in (*COGNITION_RELATIONS, REACTION_RELATION):
         table.add_column(relation, ratio=1)

@@ -127,7 +127,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
                 cached = CachedSource(source, cache, progress)
                 answers = cached.infer(texts_to_infer, RELATIONS, settings.features.inferences_per_relation)
             except KeyboardInterrupt as error:
-                raise Interrupted(f"stopped; the inferences so far are in {cache_path}: the same command goes on there") from error
+                raise Interrupted(f"stopped; {cache_path} has the inferences so far: the same command goes on there") from error
     inferences: Inferences = dict(zip(texts_to_infer, answers, strict=True))
 
     with stages.stage("Building the vocabulary"):
@@ -145,7 +145,8 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         with stages.stage("Reading word vectors"):
             ids, matrix, report = read_glove(settings.embeddings, vocabulary)
             noted(report)
-            stages.report(f"word vectors cover {len(ids):,} of {len(vocabulary):,} words ({100 * len(ids) / len(vocabulary):.1f} %)")
+            share = 100 * len(ids) / len(vocabulary)
+            stages.report(f"word vectors cover {len(ids):,} of {len(vocabulary):,} words ({share:.1f} %)")
             vectors = (ids, matrix)
 
     texts = TextTable(vocabulary)
@@ -210,7 +211,8 @@ def _count_words(train: list[Conversation], inferences: Inferences) -> Counter[s
     return counts
 
 
-def _statistics(writers: dict[str, SplitWriter], texts: TextTable, vocabulary: Vocabulary, distinct_prompts: int) -> dict[str, Any]:
+def _statistics(writers: dict[str, SplitWriter], texts: TextTable, vocabulary: Vocabulary,
+                distinct_prompts: int) -> dict[str, Any]:  # fmt: skip
     def size(name: str) -> dict[str, int]:
         return {split: len(w.ragged.data[name]) for split, w in writers.items()}
 

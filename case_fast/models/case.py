@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +146,15 @@ class CASE(
         nn.init.normal_(self.w_aff, std=(2 * d) ** -0.5)
         nn.init.xavier_uniform_(self.w_emo)
 
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, map_location: str = "cpu",
+                         strict: bool = True, **hub: Any) -> Self:  # fmt: skip
+        """Strict by default, and with `CASEConfig`: the mixin passes a dict, and lets weights be missing."""
+        given = () if config is None else (CASEConfig(**config),)
+        if os.path.isdir(model_id):
+            return cls._load_as_safetensor(cls(*given), os.path.join(model_id, "model.safetensors"), map_location, strict)
+        return super()._from_pretrained(model_id=model_id, config=given[0], map_location=map_location, strict=strict, **hub)
+
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
         if vectors.dim() != 2 or vectors.shape[1] != self.config.d_model:
@@ -270,7 +281,8 @@ class CASE(
         place = eq.segment_ids(batch.cu_context, context.shape[0])
         like = context.dtype
         fused = eq.fuse_context(context, r_cog.to(like), r_aff.to(like), place, self.fusion.weight, self.fusion.bias)
-        sources = [Source(knowledge, batch.cu_knowledge), Source(concept, batch.concept.cu_vertices), Source(fused, batch.cu_context)]
+        offsets = (batch.cu_knowledge, batch.concept.cu_vertices, batch.cu_context)
+        sources = [Source(rows, cu) for rows, cu in zip((knowledge, concept, fused), offsets, strict=True)]
         return Reading(knowledge, concept, context, reaction, log_cognition, log_concept, r_cog, r_emo, r_aff, gate,
                        emotion_logits, sources)  # fmt: skip
 
@@ -280,7 +292,8 @@ class CASE(
         """L_coarse over the dialogues that have knowledge (Eq. 9)."""
         known = (batch.cu_knowledge[1:] > batch.cu_knowledge[:-1]).nonzero().squeeze(1)
         pairs = torch.arange(known.numel(), device=known.device)
-        return self._mim(eq.take(reading.r_cog, known), eq.take(reading.r_emo, known), self.w_coarse, pairs, None, "coarse", diagnostics)
+        cognition, affection = eq.take(reading.r_cog, known), eq.take(reading.r_emo, known)
+        return self._mim(cognition, affection, self.w_coarse, pairs, None, "coarse", diagnostics)
 
     def _fine(self, batch: Batch, reading: Reading, diagnostics: dict[str, Tensor]) -> Tensor:
         """L_fine over the knowledge whose sub-utterance has a reaction (Eq. 11)."""
@@ -288,7 +301,8 @@ class CASE(
         paired = batch.has_reaction[batch.knowledge_reaction].nonzero().squeeze(1)
         positive = row[batch.knowledge_reaction[paired]]
         reactions = eq.take(reading.reaction, batch.has_reaction.nonzero().squeeze(1))
-        return self._mim(eq.take(reading.knowledge, paired), reactions, self.w_fine, positive, self.config.num_negatives, "fine", diagnostics)
+        knowledge, k = eq.take(reading.knowledge, paired), self.config.num_negatives
+        return self._mim(knowledge, reactions, self.w_fine, positive, k, "fine", diagnostics)
 
     def _mim(self, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negatives: int | None, name: str,
              diagnostics: dict[str, Tensor]) -> Tensor:  # fmt: skip
@@ -350,6 +364,11 @@ class CASE(
 
     def start_decoding(self, reading: Reading, beams: int = 1) -> DecoderState:
         return self.decoder.start(reading.sources, beams)
+
+    def reply_logits(self, words: Tensor, cu: Tensor, sources: Sequence[Source]) -> Tensor:
+        """(M, V) scores of the word after each of packed decoder inputs (M,), cu (B + 1,): the decoder without a cache."""
+        x = self._place_packed(self.embedding(words) * self.config.d_model**0.5, cu)
+        return eq.full_precision(self.output(self.decoder(x, cu, sources)))
 
     def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
         """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
