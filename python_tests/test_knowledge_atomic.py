@@ -71,9 +71,7 @@ def test_terms_by_hand():
     assert event_terms("I know! Oh well, yeah") == ["know well"]
     assert event_terms("It was not easy") == ["easi", "not easi"]
     for nothing in ("", "  ", "?!", "Yes, it is!", "PersonX ___ PersonY", "数学 ünï", "I do"):
-        assert not [term for term in event_terms(nothing) if term.isascii() and " " not in term and len(term) > 2], (
-            nothing
-        )
+        assert not [term for term in event_terms(nothing) if term.isascii() and " " not in term and len(term) > 2], nothing
 
 
 @pytest.mark.parametrize(
@@ -146,17 +144,13 @@ def test_answers_by_hand(source):
     }
     assert nothing == {relation: [] for relation in RELATIONS}
     assert source.infer(["I failed my exam"], ["xReact"], 1) == [{"xReact": ["ashamed"]}]
-    assert source.infer(["I lost my dog"], ["xReact", "xWant"], 5) == [
-        {"xReact": [], "xWant": ["to look for their dog"]}
-    ]
+    assert source.infer(["I lost my dog"], ["xReact", "xWant"], 5) == [{"xReact": [], "xWant": ["to look for their dog"]}]
     assert source.infer([], RELATIONS, 5) == []
 
 
 def test_similarity_by_hand(source):
     # three events of three terms each; smooth idf = ln(4 / (1 + df)) + 1
-    assert source.events == sorted(
-        [("fail", "exam", "fail exam"), ("fail", "test", "fail test"), ("lose", "dog", "lose dog")]
-    )
+    assert source.events == sorted([("fail", "exam", "fail exam"), ("fail", "test", "fail test"), ("lose", "dog", "lose dog")])
     one, two = math.log(4 / 2) + 1, math.log(4 / 3) + 1
     length = math.sqrt(two**2 + 2 * one**2)
     ((first, second),) = source.nearest(["I failed the exam"])
@@ -321,9 +315,7 @@ def test_wrong_requests(source):
         source.infer(["a"], RELATIONS, 0)
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "atomic", "atomic:", "comet", "comet:", "bundled:x", "https://x.org/a", "Atomic:x"]
-)
+@pytest.mark.parametrize("spec", ["", "atomic", "atomic:", "comet", "comet:", "bundled:x", "https://x.org/a", "Atomic:x"])
 def test_bad_specs_name_the_accepted_ones(spec):
     with pytest.raises(ConfigError, match=r"--knowledge .*'bundled', 'atomic:PATH'.* 'comet:DIR'"):
         open_source(spec)

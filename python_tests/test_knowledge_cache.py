@@ -175,9 +175,7 @@ WORKER = """
 
 
 def worker(path: Path, first: int, last: int, chunk: int, seconds: float = 0.0) -> subprocess.Popen:
-    code = WORKER.format(
-        tests=str(Path(__file__).parent), path=str(path), first=first, last=last, chunk=chunk, seconds=seconds
-    )
+    code = WORKER.format(tests=str(Path(__file__).parent), path=str(path), first=first, last=last, chunk=chunk, seconds=seconds)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -211,9 +209,7 @@ def test_two_processes_at_once(tmp_path):
         assert process.wait(timeout=60) == 0
     with InferenceCache(path) as cache:
         source, texts = Echo(), [f"text {i}" for i in range(600)]
-        assert CachedSource(source, cache).infer(texts, ["xWant", "xNeed"], 2) == Echo().infer(
-            texts, ["xWant", "xNeed"], 2
-        )
+        assert CachedSource(source, cache).infer(texts, ["xWant", "xNeed"], 2) == Echo().infer(texts, ["xWant", "xNeed"], 2)
         assert source.asked == [] and len(cache) == 1200
 
 
@@ -316,9 +312,7 @@ def test_damage_is_said_with_a_remedy(tmp_path, break_it, message):
     with pytest.raises(DataError) as error:
         InferenceCache(path)
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
-    assert any(
-        word in str(error.value) for word in ("Move the file away", "Give another path", "Check that the folder")
-    )
+    assert any(word in str(error.value) for word in ("Move the file away", "Give another path", "Check that the folder"))
 
 
 def _zero_a_page(content: bytes) -> bytes:

@@ -112,9 +112,7 @@ def test_stop_words_are_neither_head_nor_neighbour(tmp_path):
 def test_suffixes_uris_and_weights(tmp_path):
     rows = [
         row("cake/n", "fun/n/wn/food"),
-        "\t/r/IsA/\t/c/en/pie/n\t/c/en/joy\t"
-        + json.dumps({"dataset": "/d/x", "weight": 2, "sources": [{"a": "\\t"}]})
-        + "\n",
+        "\t/r/IsA/\t/c/en/pie/n\t/c/en/joy\t" + json.dumps({"dataset": "/d/x", "weight": 2, "sources": [{"a": "\\t"}]}) + "\n",
         row("can't", "love", data='{"weight": 1}'),
     ]
     best, report = concepts(write(tmp_path, *rows))
@@ -282,9 +280,7 @@ def test_a_million_lines_in_bounded_memory(tmp_path):
 @pytest.mark.skipif(not (REAL / "conceptnet").is_dir(), reason=f"no real data at {REAL}")
 def test_real_conceptnet_and_lexicon():
     lexicon = VADLexicon.read(REAL / "nrc_vad" / "NRC-VAD-Lexicon.txt")
-    best, report = read_concepts(
-        REAL / "conceptnet" / "assertions.csv", lexicon, lexicon.intensity, {"the", "a", "you"}
-    )
+    best, report = read_concepts(REAL / "conceptnet" / "assertions.csv", lexicon, lexicon.intensity, {"the", "a", "you"})
     assert report.rows + report.ignored.total() + report.skipped.total() == 101_200
     assert report.skipped.total() == 0 and 1500 < len(best) < 3000
     for head, words in best.items():

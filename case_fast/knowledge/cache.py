@@ -37,8 +37,7 @@ _SQLITE_PROBLEMS = (
 
 # "checksum" binds an answer to its question, so that no damaged byte can hand one text the inferences of another.
 _SCHEMA = (
-    "CREATE TABLE sources (id INTEGER PRIMARY KEY, identity TEXT NOT NULL, settings TEXT NOT NULL, "
-    "UNIQUE (identity, settings))",
+    "CREATE TABLE sources (id INTEGER PRIMARY KEY, identity TEXT NOT NULL, settings TEXT NOT NULL, UNIQUE (identity, settings))",
     "CREATE TABLE relations (id INTEGER PRIMARY KEY, relation TEXT NOT NULL UNIQUE)",
     "CREATE TABLE texts (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
     "CREATE TABLE inferences (source INTEGER NOT NULL, relation INTEGER NOT NULL, text INTEGER NOT NULL, "
@@ -128,9 +127,7 @@ class InferenceCache:
                 found.setdefault(text, {})[relation] = inferences
         return found
 
-    def store(
-        self, identity: str, settings: Mapping[str, Any], answers: Mapping[str, Mapping[str, Sequence[str]]]
-    ) -> None:
+    def store(self, identity: str, settings: Mapping[str, Any], answers: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Add text -> relation -> inferences in one transaction; what is already stored stays."""
         settings_text = _canonical(settings)
         records = []

@@ -109,9 +109,7 @@ class CometSource:
         prompts = list(dict.fromkeys(f"{text} {relation} {_GENERATE}" for text in texts for relation in relations))
         answers: dict[str, list[str]] = {}
         if prompts:
-            encoded = self.tokenizer(prompts, truncation=True, max_length=self.settings["max_input_tokens"])[
-                "input_ids"
-            ]
+            encoded = self.tokenizer(prompts, truncation=True, max_length=self.settings["max_input_tokens"])["input_ids"]
             order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]

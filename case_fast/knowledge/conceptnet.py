@@ -120,9 +120,7 @@ def _weight(data: str) -> float | None:
     return weight if sound else None
 
 
-def _lines(
-    path: str | Path, report: ReadReport, progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[int, str]]:
+def _lines(path: str | Path, report: ReadReport, progress: Callable[[int, int], None] | None) -> Iterator[tuple[int, str]]:
     """`read_lines`, which tells ``progress`` how many of the file's bytes were read."""
     path = require_file(path, "ConceptNet assertions file")
     total = path.stat().st_size

@@ -13,9 +13,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 NORMALISATION = 1
 
 # scikit-learn lists these as stop words, but they are what many events are about.
-_CONTENT = frozenset(
-    "alone bill call cry describe empty fill fire interest move serious sincere system together".split()
-)
+_CONTENT = frozenset("alone bill call cry describe empty fill fire interest move serious sincere system together".split())
 
 # Talk, not events; and the names that stand for people in ATOMIC's files.
 _FILLERS = frozenset(
