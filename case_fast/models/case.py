@@ -147,13 +147,13 @@ class CASE(
         nn.init.xavier_uniform_(self.w_emo)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, map_location: str = "cpu",
-                         strict: bool = True, **hub: Any) -> Self:  # fmt: skip
-        """Strict by default, and with `CASEConfig`: the mixin passes a dict, and lets weights be missing."""
-        given = () if config is None else (CASEConfig(**config),)
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any], map_location: str = "cpu", strict: bool = True,
+                         **hub: Any) -> Self:  # fmt: skip
+        """Strict by default, and with `CASEConfig`: the mixin would pass the dict, and let weights be missing."""
+        settings = CASEConfig(**config)
         if os.path.isdir(model_id):
-            return cls._load_as_safetensor(cls(*given), os.path.join(model_id, "model.safetensors"), map_location, strict)
-        return super()._from_pretrained(model_id=model_id, config=given[0], map_location=map_location, strict=strict, **hub)
+            return cls._load_as_safetensor(cls(settings), os.path.join(model_id, "model.safetensors"), map_location, strict)
+        return super()._from_pretrained(model_id=model_id, config=settings, map_location=map_location, strict=strict, **hub)
 
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
