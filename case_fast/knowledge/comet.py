@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class CometSource:
             _log.warning("%s: %s is not one token of its tokenizer; is this a COMET model?", folder, _GENERATE)
         # All of the search is stated here; of the folder's own generation settings only the token ids count.
         tokens = self.model.generation_config
-        self._generation = generation_config(
+        self._search = partial(
+            generation_config,
             num_beams=beams,
             do_sample=False,
             early_stopping=True,
@@ -125,8 +127,7 @@ class CometSource:
         sequences = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            generation_config=self._generation,
-            num_return_sequences=k,
+            generation_config=self._search(num_return_sequences=k),
         )
         decoded = self.tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.replace(_GENERATE, " ") for text in decoded]
