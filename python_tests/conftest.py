@@ -1,0 +1,39 @@
+"""What all tests share: one thread, a fixed seed, the prepared sample, and the real data where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from case_fast.data.store import Store
+
+REAL_DATA = Path(os.environ.get("CASE_FAST_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sample_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The bundled sample as a store; read only."""
+    from helpers import bundled_store
+
+    return bundled_store(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real data sets; the test is skipped where it is absent."""
+    if not (REAL_DATA / "empatheticdialogues").is_dir():
+        pytest.skip(f"no real data at {REAL_DATA} (CASE_FAST_REAL_DATA gives another folder)")
+    return REAL_DATA
