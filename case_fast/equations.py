@@ -43,13 +43,15 @@ def segment_positions(cu: Tensor, total: int) -> Tensor:
 
 def segment_sum(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """(size, ...): rows of ``x`` (n, ...) summed by segment; an empty segment gives zeros."""
-    return x.new_zeros((size, *x.shape[1:])).index_add(0, segment, x)
+    full = full_precision(x)
+    return full.new_zeros((size, *x.shape[1:])).index_add(0, segment, full).to(x.dtype)
 
 
 def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """(size, ...): rows averaged by segment; an empty segment gives zeros."""
-    count = segment_sum(x.new_ones(x.shape[0]), segment, size).clamp(min=1)
-    return segment_sum(x, segment, size) / count.view(-1, *[1] * (x.dim() - 1))
+    full = full_precision(x)
+    count = segment_sum(full.new_ones(x.shape[0]), segment, size).clamp(min=1)
+    return (segment_sum(full, segment, size) / count.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
 def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
@@ -58,7 +60,8 @@ def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
     index = segment.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
     peak = score.new_full((size, *score.shape[1:]), -math.inf).scatter_reduce(0, index, score.detach(), "amax")
     shifted = score - take(peak, segment)
-    return shifted - take(segment_sum(shifted.exp(), segment, size).log(), segment)
+    total = segment_sum(shifted.exp(), segment, size).clamp(min=1)  # at least 1 where there are rows; no log(0) where not
+    return shifted - take(total.log(), segment)
 
 
 # -------------------------------------------------------------------------------------------------- 3.1 Graph encoding, Eq. 1-2
