@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import sys
@@ -26,9 +28,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from case_fast import __version__
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
 
-_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; the README says where to get them):
+_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see the README):
 
   case-fast prepare --dialogues empatheticdialogues --knowledge atomic:atomic2020 \\
       --conceptnet conceptnet-assertions-5.7.0.csv.gz --lexicon NRC-VAD-Lexicon.txt --embeddings glove.6B.300d.txt --out ed.store
@@ -38,65 +41,65 @@ _REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, Concep
 """
 
 
-def _parsers() -> ArgumentParser:
-    from case_fast import __version__
+def _prepare_arguments(parser: ArgumentParser) -> None:
     from case_fast.data.prepare import PrepareSettings
-    from case_fast.generation import GenerationConfig
+
+    parser.add_class_arguments(PrepareSettings)
+
+
+def _inspect_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("store", type=str, help="folder that prepare made")
+    parser.add_argument("--split", type=str, default="train", help="train, valid or test")
+    parser.add_argument("--index", type=int, default=0, help="example, from 0")
+    parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
+
+
+def _train_arguments(parser: ArgumentParser) -> None:
     from case_fast.training import PRESETS, TrainConfig
 
-    parser = ArgumentParser(prog="case-fast", description="CASE: align cognition and affection, answer with empathy.",
-                            version=__version__)  # fmt: skip
-    commands = parser.add_subcommands(required=True, dest="command")
+    parser.add_argument("--config", action="config", help="YAML or JSON file of settings")
+    parser.add_argument("--data", type=str, required=True, help="store that prepare made")
+    parser.add_argument("--out", type=str, required=True, help="folder of the run")
+    parser.add_argument("--preset", type=str, default="paper", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
+    parser.add_class_arguments(TrainConfig)
 
-    def command(name: str, description: str) -> ArgumentParser:
-        sub = ArgumentParser(description=description)
-        commands.add_subcommand(name, sub, help=description)
-        return sub
 
-    sub = command("prepare", "Official files to a store: dialogues, inferences, concepts, both graphs, packed.")
-    sub.add_class_arguments(PrepareSettings)
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    from case_fast.generation import GenerationConfig
 
-    sub = command("inspect", "Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.")
-    sub.add_argument("store", type=str, help="folder that prepare made")
-    sub.add_argument("--split", type=str, default="train", help="train, valid or test")
-    sub.add_argument("--index", type=int, default=0, help="example, from 0")
-    sub.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("--data", type=str, required=True, help="store that prepare made")
+    parser.add_argument("--split", type=str, default="test", help="train, valid or test")
+    parser.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_class_arguments(GenerationConfig)
 
-    sub = command("train", "Train CASE in two phases; a run folder with log, checkpoints and the best weights.")
-    sub.add_argument("--config", action="config", help="YAML or JSON file of settings")
-    sub.add_argument("--data", type=str, required=True, help="store that prepare made")
-    sub.add_argument("--out", type=str, required=True, help="folder of the run")
-    sub.add_argument("--preset", type=str, default="paper", help=f"settings to start from: {', '.join(PRESETS)}")
-    sub.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
-    sub.add_class_arguments(TrainConfig)
 
-    sub = command("evaluate", "Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.")
-    sub.add_argument("run", type=str, help="folder that train made")
-    sub.add_argument("--data", type=str, required=True, help="store that prepare made")
-    sub.add_argument("--split", type=str, default="test", help="train, valid or test")
-    sub.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
-    sub.add_argument("--batch_size", type=int, default=32)
-    sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
-    sub.add_class_arguments(GenerationConfig)
+def _chat_arguments(parser: ArgumentParser) -> None:
+    from case_fast.generation import GenerationConfig
 
-    sub = command("chat", "Talk to a trained run: raw text in, reply, emotion and the knowledge used out.")
-    sub.add_argument("run", type=str, help="folder that train made")
-    sub.add_argument("--knowledge", type=str | None, default=None, help="atomic:PATH, comet:DIR or bundled; default: as prepared")
-    sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
-    sub.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
-    sub.add_class_arguments(GenerationConfig)
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("--knowledge", type=str | None, default=None,
+                        help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")  # fmt: skip
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
+    parser.add_class_arguments(GenerationConfig)
 
-    sub = command("report", "One self-contained HTML page of a run: curves, metrics, replies.")
-    sub.add_argument("run", type=str, help="folder that train made")
-    sub.add_argument("--out", type=str | None, default=None, help="file; default RUN/report.html")
 
-    sub = command("merge-cache", "Add the inferences of other caches to one.")
-    sub.add_argument("into", type=str, help="SQLite cache that grows; made if missing")
-    sub.add_argument("caches", type=str, nargs="+", help="caches to read")
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("--out", type=str | None, default=None, help="file; default RUN/report.html")
 
-    sub = command("demo", "The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.")
-    sub.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
-    return parser
+
+def _merge_cache_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("into", type=str, help="SQLite cache that grows; made if missing")
+    parser.add_argument("caches", type=str, nargs="+", help="caches to read")
+
+
+def _demo_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
 
 
 @contextmanager
@@ -255,39 +258,66 @@ def _demo(args: Namespace, console: Console) -> None:
     console.print(_REAL_DATA, highlight=False)
 
 
-def _preset_defaults(parser: ArgumentParser, argv: Sequence[str]) -> None:
-    """Let ``train`` start from the preset that the command line names, so that --key value still overrides it."""
+# name -> what it does, its arguments, what carries it out; a command imports only what it needs
+_COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Console], None]]] = {
+    "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
+                _prepare_arguments, _prepare),
+    "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
+                _inspect_arguments, _inspect),
+    "train": ("Train CASE in two phases: a run folder with log, checkpoints and the best weights.", _train_arguments, _train),
+    "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),
+    "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", _chat_arguments, _chat),
+    "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
+    "merge-cache": ("Add the inferences of other caches to one.", _merge_cache_arguments, _merge_cache),
+    "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", _demo_arguments, _demo),
+}  # fmt: skip
+
+
+def _preset(words: Sequence[str]) -> dict[str, Any]:
+    """The settings that --preset names: defaults, so that --config and --key value still override them."""
     from case_fast.training import PRESETS
 
-    name = "paper"
-    for place, word in enumerate(argv):
-        if word == "--preset" and place + 1 < len(argv):
-            name = argv[place + 1]
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default="paper")
+    name = finder.parse_known_args(words)[0].preset
     if name not in PRESETS:
         raise ConfigError(f"--preset {name!r} is unknown; one of {', '.join(PRESETS)}")
-    parser._subcommands_action._name_parser_map["train"].set_defaults(PRESETS[name])  # type: ignore[union-attr]
+    return PRESETS[name]
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<12} {what}" for name, (what, *_) in _COMMANDS.items())
+    return f"""case-fast {__version__}: CASE aligns cognition and affection to answer with empathy.
+
+usage: case-fast COMMAND [arguments]          case-fast COMMAND --help
+
+{rows}
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    console = Console()
-    errors = Console(stderr=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s",
+    console, errors = Console(), Console(stderr=True)
+    if not words or words[0] in ("--help", "-h", "--version"):
+        print(__version__ if words[:1] == ["--version"] else _overview())
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    if name not in _COMMANDS:
+        close = difflib.get_close_matches(name, _COMMANDS, 1)
+        hint = f"Did you mean {close[0]}?" if close else f"Commands: {', '.join(_COMMANDS)}."
+        errors.print(f"[red]error:[/red] there is no command {escape(name)}. {hint}", highlight=False)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s",
                         handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
-    for noisy in ("httpx", "filelock", "matplotlib", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    run = {"prepare": _prepare, "inspect": _inspect, "train": _train, "evaluate": _evaluate, "chat": _chat, "report": _report,
-           "merge-cache": _merge_cache, "demo": _demo}  # fmt: skip
+    logging.getLogger("case_fast").setLevel(logging.INFO)
+    description, arguments, run = _COMMANDS[name]
     try:
-        parser = _parsers()
-        if words[:1] == ["train"]:
-            _preset_defaults(parser, words)
-        parsed = parser.parse_args(words)
-        args = parser.instantiate_classes(parsed)
-        run[args.command](args[args.command], console)
+        parser = ArgumentParser(prog=f"case-fast {name}", description=description)
+        arguments(parser)
+        if name == "train":
+            parser.set_defaults(_preset(rest))
+        run(parser.instantiate(parser.parse_args(rest)), console)
     except Interrupted as stopped:
         errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)
         return 130
@@ -298,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print("[yellow]interrupted[/yellow]")
         return 130
     except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # the reader went away; nothing more can be said there
         return 0
     return 0
 
