@@ -1,0 +1,7 @@
+"""Training in two phases, with checkpoints that survive anything, early stopping and a log."""
+
+from case_fast.training.config import PRESETS, TrainConfig, preset
+from case_fast.training.loop import NotFinite, TrainResult, train
+from case_fast.training.process import default_device
+
+__all__ = ["PRESETS", "NotFinite", "TrainConfig", "TrainResult", "default_device", "preset", "train"]

@@ -1,0 +1,188 @@
+"""Settings of a training run, and named sets of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+from case_fast.errors import ConfigError
+from case_fast.models import ABLATIONS, CASEConfig
+
+PRECISIONS = ("float32", "bf16")
+
+# What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
+ADJUSTABLE = frozenset({"max_steps", "device", "log_every", "checkpoint_every", "keep_checkpoints"})
+
+# Named settings, as changes to the defaults. "model" changes fields of `CASEConfig`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "demo": {
+        "model": {"d_model": 128, "ffn": 128},
+        "phase1_epochs": 1,
+        "warmup": 150,
+        "lr_scale": 0.5,
+        "validate_every": 50,
+        "min_steps": 150,
+        "max_steps": 300,
+        "valid_limit": 64,
+        "log_every": 10,
+        "checkpoint_every": 100,
+    },
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run, but for its data; the defaults are the paper's recipe.
+
+    Attributes:
+        model: the model's settings; vocab_size is always taken from the store.
+        ablation: a row of Table 2 ("w/o Graph", ...) to switch off.
+        seed: seed of the weights, of dropout and of the order of examples.
+        phase1_epochs: epochs on L_BOW alone; phase1_steps: steps of it, in place of epochs.
+        batch_size: dialogues a step.
+        warmup: Noam warm-up in steps, counted across both phases; lr_scale: factor on Noam's learning rate.
+        betas, eps: of Adam.
+        clip_norm: largest norm of all gradients together; None: no clipping.
+        validate_every: steps of phase 2 between validations.
+        min_steps: steps of phase 2 before early stopping counts.
+        patience: validations in a row without a better perplexity that end training.
+        max_steps: most steps of phase 2; None: until early stopping.
+        valid_limit: validate on the first so many examples of the split; None: on all.
+        device: auto, cpu, cuda or cuda:N.
+        precision: float32, or bf16 (autocast; weights and losses stay float32).
+        deterministic: the same weights bit for bit each time on one device.
+        log_every: steps between two records of the log.
+        checkpoint_every: steps between two checkpoints; keep_checkpoints: how many are kept.
+    """
+
+    model: CASEConfig = field(default_factory=CASEConfig)
+    ablation: str | None = None
+    seed: int = 0
+    phase1_epochs: int = 4
+    phase1_steps: int | None = None
+    batch_size: int = 16
+    warmup: int = 12_000
+    lr_scale: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-9
+    clip_norm: float | None = None
+    validate_every: int = 2_000
+    min_steps: int = 13_000
+    patience: int = 3
+    max_steps: int | None = None
+    valid_limit: int | None = None
+    device: str = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
+    deterministic: bool = True
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, CASEConfig):
+            raise ConfigError(f"model must be a CASEConfig, not {type(self.model).__name__}")
+        for name in ("seed", "phase1_epochs", "min_steps"):
+            self._whole(name, 0)
+        for name in ("batch_size", "warmup", "validate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
+            self._whole(name, 1)
+        for name, least in (("phase1_steps", 0), ("max_steps", 1), ("valid_limit", 1)):
+            if getattr(self, name) is not None:
+                self._whole(name, least)
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed must be below 2^63, not {self.seed}")
+        if (
+            not isinstance(self.betas, (tuple, list))
+            or len(self.betas) != 2
+            or not all(_number(b) and 0 <= b < 1 for b in self.betas)
+        ):
+            raise ConfigError(f"betas must be two numbers in [0, 1), not {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        for name in ("lr_scale", "eps", *(["clip_norm"] if self.clip_norm is not None else [])):
+            value = getattr(self, name)
+            if not _number(value) or value <= 0:
+                raise ConfigError(f"{name} must be a number above 0, not {value!r}")
+        if self.ablation is not None and self.ablation not in ABLATIONS:
+            raise ConfigError(f"ablation must be one of {', '.join(ABLATIONS)}, not {self.ablation!r}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError(f"deterministic must be true or false, not {self.deterministic!r}")
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+    def resolved(self, vocab_size: int) -> Self:
+        """These settings for a vocabulary of this size, with the ablation carried out."""
+        model = replace(self.model, vocab_size=vocab_size)
+        return replace(self, model=model.ablated(self.ablation) if self.ablation is not None else model)
+
+    def steps_of_phase_1(self, examples: int) -> int:
+        if self.phase1_steps is not None:
+            return self.phase1_steps
+        return self.phase1_epochs * math.ceil(examples / self.batch_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them."""
+        return asdict(self) | {"betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from plain values, "model" as a mapping; what is left out keeps its default.
+
+        Raises:
+            ConfigError: an unknown name, or a value that cannot work.
+        """
+        values = dict(values)
+        if "model" in values and not isinstance(values["model"], CASEConfig):
+            values["model"] = CASEConfig(**_known(CASEConfig, values["model"], "model."))
+        return cls(**_known(cls, values, ""))
+
+
+def preset(name: str, **changes: Any) -> TrainConfig:
+    """The settings of `PRESETS` with ``changes`` on top; ``model`` may be a mapping of a few of its fields.
+
+    Raises:
+        ConfigError: no such preset, an unknown setting, or a value that cannot work.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; one of {', '.join(PRESETS)}")
+    values = PRESETS[name] | changes
+    if isinstance(changes.get("model"), Mapping):
+        values["model"] = PRESETS[name].get("model", {}) | changes["model"]
+    return TrainConfig.from_dict(values)
+
+
+def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two `TrainConfig.as_dict` differ in, in words, without the `ADJUSTABLE` settings."""
+    run, now = _flat(run), _flat(now)
+    names = [name for name in {**run, **now} if name not in ADJUSTABLE]
+    return [
+        f"{name} is {run.get(name)!r} in the run and {now.get(name)!r} now" for name in names if run.get(name) != now.get(name)
+    ]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    model = values.get("model")
+    return {
+        **{f"model.{name}": value for name, value in (model.items() if isinstance(model, Mapping) else ())},
+        **{name: value for name, value in values.items() if name != "model"},
+    }
+
+
+def _known(cls: type, values: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'settings'} must be a mapping of names to values, not {values!r}")
+    names = [item.name for item in fields(cls)]
+    unknown = [f"{prefix}{name}" for name in values if name not in names]
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(prefix + name for name in names)}")
+    return dict(values)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

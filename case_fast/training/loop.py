@@ -1,0 +1,431 @@
+"""The training loop: two phases, validation, early stopping, and a run that can be killed and resumed at any step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from case_fast.batch import Batch
+from case_fast.data import Store
+from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
+from case_fast.models import CASE, CASEOutput
+from case_fast.training.checkpoint import (
+    MAX_HEADER_BYTES,
+    Checkpoint,
+    Checkpoints,
+    load_model,
+    load_optimizer,
+    optimizer_tensors,
+    rng_state,
+    set_rng_state,
+    writing,
+)
+from case_fast.training.config import TrainConfig
+from case_fast.training.log import Display, RunLog
+from case_fast.training.process import StopRequest, default_device, device_name, peak_memory, reproducible
+from case_fast.training.run import RunFolder
+from case_fast.training.sampler import Sampler
+from case_fast.training.schedule import EarlyStopping, noam
+
+VALIDATION_BATCH = 32
+PHASES = {1: "phase 1 (L_BOW)", 2: "phase 2 (all losses)"}
+
+
+class NotFinite(CaseFastError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite; the message names the step and the dump."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. ``best``: ppl, accuracy (emotions) and losses of the validation whose weights are RUN/best."""
+
+    run: Path
+    steps: int
+    phase_1_steps: int
+    stopped: str
+    best_step: int
+    best: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    store: Store, out: str | Path, config: TrainConfig, console: Console | None = None, resume: bool = False
+) -> TrainResult:
+    """Train CASE on ``store`` into the run folder ``out``.
+
+    Resuming goes on from the newest sound checkpoint, bit for bit as if nothing had happened (on the same device, with as
+    many threads). Ctrl-C and SIGTERM end the step, write a checkpoint and raise; a second one aborts at once.
+
+    Raises:
+        ConfigError: a setting cannot work here, or differs from those of the run that is resumed; so for the store.
+        CheckpointError: ``out`` holds a run and ``resume`` is False, or none and it is True; nothing can be written; all
+            checkpoints are damaged.
+        DataError: the store lacks the splits train and valid.
+        Interrupted: stopped by the user, state saved.
+        NotFinite: a loss or gradient became NaN or infinite.
+    """
+    for split in ("train", "valid"):
+        if split not in store.splits or store.size(split) == 0:
+            raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
+    device = default_device(config.device)
+    config = config.resolved(len(store.featurizer.vocabulary))
+    run = RunFolder.open(out, config, store, device, resume)
+    try:
+        with (
+            reproducible(config.seed, config.deterministic, device),
+            StopRequest() as stop,
+            Display(console or Console()) as display,
+        ):
+            with ThreadPoolExecutor(1, "case_fast batches") as pool:
+                return Trainer(store, run, config, device, display, stop, pool, resume).train()
+    finally:
+        run.release()
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    seconds: float
+    dialogues: int
+    words: int
+    losses: dict[str, float]
+
+
+class Trainer:
+    """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over both phases."""
+
+    def __init__(self, store: Store, run: RunFolder, config: TrainConfig, device: torch.device, display: Display,
+                 stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):  # fmt: skip
+        self.store, self.run, self.config, self.device = store, run, config, device
+        self.display, self.stop, self.pool = display, stop, pool
+        self.sampler = Sampler(store.size("train"), config.batch_size, config.seed)
+        self.valid_size = min(store.size("valid"), config.valid_limit or store.size("valid"))
+        self.phase_1_steps = config.steps_of_phase_1(self.sampler.examples)
+        self.step = 0
+        self.validated = 0  # step of the last validation
+        self.stopping = EarlyStopping(config.patience, config.min_steps)
+        self.best: dict[str, Any] = {}
+
+        self.model = self._new_model()
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+        self.checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints)
+        if resume:
+            self._restore()
+        self.model.set_phase(self.phase)
+        with writing("the log", run.path):
+            self.log = RunLog(run.path, self.step if resume else None)
+        self.batches = self._ahead(self._training_batch, itertools.count(self.step))
+        self.recent: deque[StepTaken] = deque(maxlen=config.log_every)
+
+    def _new_model(self) -> CASE:
+        config = self.config
+        model = CASE(config.model)
+        pretrained = self.store.embeddings()
+        if pretrained is not None:
+            ids, vectors = pretrained
+            if vectors.shape[1] != config.model.d_model:
+                own, theirs = config.model.d_model, vectors.shape[1]
+                raise ConfigError(
+                    f"model.d_model is {own} and the store's word vectors have {theirs} numbers: set model.d_model to {theirs}, "
+                    "or prepare a store without vectors"
+                )
+            model.load_embeddings(ids, vectors)
+        return model.to(self.device).train()
+
+    # ---- where the run stands
+
+    @property
+    def phase(self) -> int:
+        return 1 if self.step < self.phase_1_steps else 2
+
+    @property
+    def phase_step(self) -> int:
+        return self.step - (self.phase_1_steps if self.phase == 2 else 0)
+
+    @property
+    def phase_total(self) -> int:
+        """Steps of this phase: of phase 2, the fewest that it can still have."""
+        if self.phase == 1:
+            return self.phase_1_steps
+        earliest = self.stopping.earliest_stop(self.phase_step, self.config.validate_every)
+        return min(earliest, self.config.max_steps or earliest)
+
+    @property
+    def at_the_limit(self) -> bool:
+        return self.phase == 2 and self.config.max_steps is not None and self.phase_step >= self.config.max_steps
+
+    @property
+    def validation_due(self) -> bool:
+        due = self.phase == 2 and self.phase_step > 0 and (self.phase_step % self.config.validate_every == 0 or self.at_the_limit)
+        return due and self.validated != self.step
+
+    @property
+    def stopped(self) -> str:
+        """Why the run is over, or ""."""
+        if self.stopping.stop:
+            return "early stopping"
+        return "max_steps" if self.at_the_limit and self.validated == self.step else ""
+
+    # ---- the run
+
+    def train(self) -> TrainResult:
+        try:
+            self._introduce()
+            begun = 0
+            while True:
+                if self.phase != begun:
+                    begun = self.phase
+                    self._begin_phase()
+                if self.validation_due:
+                    self._validate()
+                if self.stopped:
+                    break
+                if self.stop.signal:
+                    path = self._save()
+                    raise Interrupted(f"stopped by {self.stop.signal} after step {self.step}; the state is in {path}. "
+                                      f"Continue with the same command and --resume")  # fmt: skip
+                if self.step and self.step % self.config.checkpoint_every == 0:
+                    self._save()
+                self._train_step()
+            self._save()
+            return self._finish()
+        finally:
+            try:
+                self.log.close()
+            except OSError as error:  # TensorBoard's last lines; the run itself is safe or has said why not
+                self.display.line(f"TensorBoard's files are incomplete: {error}")
+
+    def _introduce(self) -> None:
+        size = sum(p.numel() for p in self.parameters)
+        self.display.line(
+            f"CASE with {size:,} trained parameters on {self.device} ({device_name(self.device)}); "
+            f"{self.sampler.examples:,} training dialogues, "
+            f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
+        )
+        unknown = self.store.manifest.get("counts", {}).get("unknown_response_words", {})
+        if unknown:
+            shares = ", ".join(f"{100 * share:.2f} % ({split})" for split, share in unknown.items())
+            self.display.line(f"unknown words among the words of the replies: {shares}")
+        if self.step:
+            self.display.line(f"resumed after step {self.step:,}")
+            self.log.write("resume", self.phase, self.step)
+
+    def _begin_phase(self) -> None:
+        self.model.set_phase(self.phase)
+        self.log.write("phase", self.phase, self.step, name=PHASES[self.phase])
+        self.display.bar(PHASES[self.phase], self.phase_step, self.phase_total)
+        self.recent.clear()  # the phases have other losses
+
+    def _finish(self) -> TrainResult:
+        best_step = self.stopping.best_step + self.phase_1_steps
+        result = TrainResult(self.run.path, self.step, self.phase_1_steps, self.stopped, best_step, self.best)
+        self.log.write("end", 2, self.step, stopped=self.stopped, best_step=best_step, best=self.best)
+        self.run.finish(asdict(result) | {"run": str(self.run.path)})
+        self.display.line(
+            f"done after {self.step:,} steps ({self.stopped}); best after step {best_step:,}: {_in_words(self.best)}"
+        )
+        return result
+
+    # ---- batches
+
+    def _ahead(self, make: Callable[[Any], Batch], keys: Iterable[Any]) -> Iterator[Batch]:
+        """``make(key)`` for each key in turn, the next one being made in the background meanwhile."""
+        waiting: deque[Future[Batch]] = deque()
+        for key in keys:
+            waiting.append(self.pool.submit(make, key))
+            if len(waiting) == 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _training_batch(self, step: int) -> Batch:
+        return self._pinned(self.store.batch("train", self.sampler.indices(step)))
+
+    def _validation_batch(self, start: int) -> Batch:
+        return self._pinned(self.store.batch("valid", range(start, min(start + VALIDATION_BATCH, self.valid_size))))
+
+    def _pinned(self, batch: Batch) -> Batch:
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
+    def _forward(self, batch: Batch) -> CASEOutput:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.model(batch.to(self.device, non_blocking=True))
+
+    # ---- one step
+
+    def _train_step(self) -> None:
+        config, started = self.config, time.perf_counter()
+        batch = next(self.batches)
+        output = self._forward(batch)
+        output.loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        numbers = {"norm": norm, "loss": output.loss, **output.losses}
+        values = torch.stack([number.detach().float() for number in numbers.values()]).tolist()  # one transfer for all
+        norm_value, losses = values[0], dict(zip(list(numbers)[1:], values[1:], strict=True))
+        if not (math.isfinite(losses["loss"]) and math.isfinite(norm_value)):
+            self._fail(losses, norm_value)
+        if config.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, config.clip_norm, norm)
+        lr = noam(self.step + 1, config.model.d_model, config.warmup, config.lr_scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # step and phase before the count moves on: the last step of phase 1 is one of phase 1
+        phase, phase_step, phase_total = self.phase, self.phase_step + 1, self.phase_total
+        self.step += 1
+        words = batch.context.numel() - batch.size + batch.target.numel()
+        self.recent.append(StepTaken(time.perf_counter() - started, batch.size, words, losses))
+        if self.step % config.log_every == 0:
+            self._log_step(phase, lr, norm_value, output)
+        self.display.step(phase_step, phase_total, self._status(losses, lr))
+
+    def _fail(self, losses: dict[str, float], norm: float) -> None:
+        step = self.step + 1
+        bad = [
+            name
+            for name, p in zip(self.names, self.parameters, strict=True)
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        indices = self.sampler.indices(self.step)
+        facts = {"phase": self.phase, "split": "train", "indices": indices, "losses": losses, "grad_norm": norm}
+        path = self.run.dump(step, facts | {"parameters_with_bad_gradients": bad})
+        self.log.write("failure", self.phase, step, losses=losses, grad_norm=norm)
+        what = f"loss {losses['loss']}" if not math.isfinite(losses["loss"]) else f"norm of the gradients {norm}"
+        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. Batch and losses are in {path}; "
+                        "the last checkpoint is untouched")  # fmt: skip
+
+    # ---- numbers of the latest steps
+
+    def _speed(self) -> tuple[float, float]:
+        """Dialogues and words (of contexts and replies) a second; validation and saving are left out."""
+        seconds = max(sum(taken.seconds for taken in self.recent), 1e-9)
+        return sum(taken.dialogues for taken in self.recent) / seconds, sum(taken.words for taken in self.recent) / seconds
+
+    def _status(self, losses: dict[str, float], lr: float) -> str:
+        dialogues, words = self._speed()
+        shown = f"bow {losses['bow']:.3f}"
+        if "generation" in losses:
+            shown = f"loss {losses['loss']:.3f}, perplexity {_perplexity(losses['generation']):.1f}"
+        return f"{shown}, lr {lr:.1e}, {dialogues:.0f} dialogues/s, {words:,.0f} words/s"
+
+    def _log_step(self, phase: int, lr: float, norm: float, output: CASEOutput) -> None:
+        """Losses are means over the steps since the last record, the rest is of the last step."""
+        means = {name: sum(taken.losses[name] for taken in self.recent) / len(self.recent) for name in self.recent[-1].losses}
+        dialogues, words = self._speed()
+        self.log.write(
+            "step", phase, self.step, loss=means.pop("loss"), losses=means, lr=lr, grad_norm=norm,
+            diagnostics={name: float(value) for name, value in output.diagnostics.items()},
+            examples_per_second=round(dialogues, 2), words_per_second=round(words, 1), **peak_memory(self.device),
+        )  # fmt: skip
+
+    # ---- validation
+
+    def _validate(self) -> None:
+        """Measure the validation split; keep the weights if they are the best. A stop request ends it without a result."""
+        started = time.perf_counter()
+        sums: dict[str, float] = defaultdict(float)
+        tokens = labelled = 0
+        nll = correct = 0.0
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch in self._ahead(self._validation_batch, range(0, self.valid_size, VALIDATION_BATCH)):
+                    if self.stop.signal:
+                        return
+                    output = self._forward(batch)
+                    emotion = batch.emotion.to(self.device)
+                    nll += output.nll.double().sum().item()
+                    tokens += batch.target.numel()
+                    labelled += int((batch.emotion >= 0).sum())
+                    correct += ((output.emotion_logits.argmax(-1) == emotion) & (emotion >= 0)).sum().item()
+                    for name, value in (("loss", output.loss), *output.losses.items()):
+                        sums[name] += value.item() * batch.size
+        finally:
+            self.model.train()
+        mean = nll / tokens
+        metrics: dict[str, Any] = {
+            "ppl": _perplexity(mean), "accuracy": correct / max(labelled, 1),
+            "loss": sums.pop("loss") / self.valid_size,
+            "losses": {name: value / self.valid_size for name, value in sums.items()} | {"generation": mean},
+            "examples": self.valid_size, "target_words": tokens,
+        }  # fmt: skip
+        if not math.isfinite(mean):
+            path = self.run.dump(self.step, {"phase": 2, "split": "valid", "metrics": metrics})
+            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")
+        better = self.stopping.update(self.phase_step, mean)
+        if better:
+            self.best = metrics
+            self.run.save_best(self.model)
+        self.validated = self.step
+        seconds = time.perf_counter() - started
+        self.log.write(
+            "validation", 2, self.step, **metrics, best=better, failures=self.stopping.failures, seconds=round(seconds, 2)
+        )
+        verdict = "the best so far" if better else f"not better than at step {self.stopping.best_step + self.phase_1_steps:,}"
+        if self.stopping.failures:
+            verdict += f", {self.stopping.failures} of {self.config.patience} before stopping"
+        self.display.line(f"validation after step {self.step:,}: {_in_words(metrics)}; {verdict}")
+
+    # ---- saving and coming back
+
+    def _save(self) -> Path:
+        started = time.perf_counter()
+        state = {
+            "config": self.config.as_dict(),
+            "store": {"path": str(self.store.path.resolve()), "fingerprint": self.store.fingerprint},
+            "rng": rng_state(self.device),
+            "validated": self.validated,
+            "stopping": {"best": self.stopping.best, "best_step": self.stopping.best_step, "failures": self.stopping.failures},
+            "best": self.best,
+        }
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer, self.names)}
+        path = self.checkpoints.save(self.step, tensors, state)
+        seconds = time.perf_counter() - started
+        self.log.write("checkpoint", self.phase, self.step, seconds=round(seconds, 3))
+        return path
+
+    def _restore(self) -> None:
+        self.checkpoints.clean()
+        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        found = self.checkpoints.newest(max_bytes=3 * weights + MAX_HEADER_BYTES)
+        if found is None:
+            self.display.line("there is no checkpoint yet: the run starts from the beginning")
+            return
+        self._take(found)
+
+    def _take(self, found: Checkpoint) -> None:
+        try:
+            ran, ran_on, state = found.state["config"], found.state["store"], found.state["stopping"]
+            self.run.compare(ran, ran_on, self.config, self.store)
+            load_model(self.model, found.tensors["model"])
+            load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
+            self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])
+            self.stopping = EarlyStopping(self.config.patience, self.config.min_steps, **state)
+            set_rng_state(found.state["rng"], self.device)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CaseFastError):
+                raise
+            raise CheckpointError(f"{found.path}: its state cannot be used ({error!r})") from error
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _in_words(metrics: dict[str, Any]) -> str:
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in metrics["losses"].items())
+    measured = f"perplexity {metrics['ppl']:.2f}, emotion accuracy {100 * metrics['accuracy']:.1f} %"
+    return f"{measured}, loss {metrics['loss']:.3f} ({losses})"
