@@ -1,9 +1,10 @@
-"""Small makers that the tests share: a tiny vocabulary and featurizer, dialogues with every kind of gap, tiny models."""
+"""Small makers that the tests share: dialogues with every kind of gap, tiny models, and arithmetic in plain Python."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -22,17 +23,25 @@ from case_fast.data.vocabulary import SPECIALS, Vocabulary
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION, RELATIONS
 from case_fast.models import CASE, CASEConfig
 
-WORDS = (
-    "i you we my the a to was is am not and so it had went feel . , ! ? exam dog rain boss letter party cake lost passed failed "
-    "broke happy sad proud angry joy grief fear hope alone love hug cry smile sleep work study call help friend sister home"
+PLAIN_WORDS = "i you we my the a to was is am not and so it had went feel".split()
+MARKS = ". , ! ?".split()
+CONTENT_WORDS = (
+    "exam dog rain boss letter party cake lost passed failed broke happy sad proud angry joy grief fear hope alone love "
+    "hug cry smile sleep work study call help friend sister home"
 ).split()
+WORDS = [*PLAIN_WORDS, *MARKS, *CONTENT_WORDS]
 CONCEPTS = {
-    "exam": ["grief", "proud", "fear"], "dog": ["love", "happy"], "boss": ["angry", "fear"], "party": ["joy", "happy", "love"],
-    "lost": ["grief", "sad"], "friend": ["love", "hope"], "letter": ["hope"],
-}  # fmt: skip
+    "exam": ["grief", "proud", "fear"],
+    "dog": ["love", "happy"],
+    "boss": ["angry", "fear"],
+    "party": ["joy", "happy", "love"],
+    "lost": ["grief", "sad"],
+    "friend": ["love", "hope"],
+    "letter": ["hope"],
+}
 INTENSITY = {
-    "happy": 0.9, "sad": 0.8, "proud": 0.75, "angry": 0.85, "joy": 0.95, "grief": 0.88, "fear": 0.82, "hope": 0.7, "love": 0.92,
-    "alone": 0.5, "exam": 0.3, "dog": 0.4, "home": -0.02,
+    "happy": 0.9, "sad": 0.8, "proud": 0.75, "angry": 0.85, "joy": 0.95, "grief": 0.88, "fear": 0.82, "hope": 0.7,
+    "love": 0.92, "alone": 0.5, "exam": 0.3, "dog": 0.4, "home": -0.02,
 }  # fmt: skip
 NO_CONCEPT_WORDS = ("rain", "cake", "sister", "home", "work", "sleep")  # words that no concept belongs to
 
@@ -67,15 +76,21 @@ def inferences(
         for relation in relations:
             if rng.random() < share:
                 length = (1, 2) if relation == REACTION_RELATION else (1, 5)
-                phrases = [" ".join(rng.choices(WORDS[21:], k=rng.randint(*length))) for _ in range(rng.randint(1, most))]
+                phrases = [
+                    " ".join(rng.choices(CONTENT_WORDS, k=rng.randint(*length))) for _ in range(rng.randint(1, most))
+                ]
                 made[text][relation] = list(dict.fromkeys(phrases))
     return made
 
 
 def dialogue(
-    turns: Sequence[str], texts: TextTable, known: Mapping[str, Mapping[str, Sequence[str]]], response: str = "i am so sad .",
-    emotion: str = "sad", featurizer: Featurizer | None = None,
-) -> Example:  # fmt: skip
+    turns: Sequence[str],
+    texts: TextTable,
+    known: Mapping[str, Mapping[str, Sequence[str]]],
+    response: str = "i am so sad .",
+    emotion: str = "sad",
+    featurizer: Featurizer | None = None,
+) -> Example:
     """The example of alternating turns (the speaker begins) with these inferences."""
     context = [Turn(text, place % 2 == 0) for place, text in enumerate(turns)]
     return (featurizer or tiny_featurizer()).example(context, known, texts, response, emotion)
@@ -114,14 +129,16 @@ def handmade_examples() -> tuple[list[Example], TextTable]:
     return examples, texts
 
 
-def random_examples(count: int, seed: int = 0, max_turns: int = 3, max_words: int = 9) -> tuple[list[Example], TextTable]:
+def random_examples(
+    count: int, seed: int = 0, max_turns: int = 3, max_words: int = 9
+) -> tuple[list[Example], TextTable]:
     """Ragged dialogues: any number of turns, sentences, words, inferences, concepts, some of them none."""
     rng = random.Random(seed)
     texts = TextTable(tiny_vocabulary())
     featurizer = tiny_featurizer()
     examples = []
     for _ in range(count):
-        words = NO_CONCEPT_WORDS if rng.random() < 0.2 else WORDS[:17] + WORDS[21:]
+        words = NO_CONCEPT_WORDS if rng.random() < 0.2 else PLAIN_WORDS + CONTENT_WORDS
         turns = [
             " ".join(
                 " ".join(rng.choices(words, k=rng.randint(1, max_words))) + rng.choice([".", "!", "?"])
@@ -143,7 +160,7 @@ def random_batch(count: int, seed: int = 0) -> Batch:
 def random_csr(
     vertices: int, edges: int, generator: torch.Generator, relations: int = 3, isolated: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """indptr, indices, relation (int32) of a random graph with parallel edges; ``isolated``: share of vertices without any."""
+    """indptr, indices, relation (int32) of a random graph with parallel edges; a share of its vertices ``isolated``."""
     degree = torch.zeros(vertices, dtype=torch.int64)
     lonely = torch.rand(vertices, generator=generator) < isolated
     if vertices and edges and not lonely.all():
@@ -212,3 +229,50 @@ def real_store(data: Path, folder: Path, limit: int) -> Store:
             limit=limit,
         )
     )
+
+
+# ---- numbers, for comparing with loops
+
+EXACT = 1e-12  # float64 against loops in another order of summation
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64) * scale
+
+
+def same(actual: Tensor, expected: object, tolerance: float = EXACT) -> None:
+    expected = torch.as_tensor(expected, dtype=actual.dtype).reshape(actual.shape)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradcheck(function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Analytic against numerical gradients with respect to all ``inputs`` (float64)."""
+    leaves = tuple(x.clone().requires_grad_() for x in inputs)
+    if any(leaf.numel() for leaf in leaves):
+        assert torch.autograd.gradcheck(function, leaves)
+    else:
+        function(*leaves).sum().backward()
+    grads = torch.autograd.grad(function(*leaves).sum(), leaves)
+    assert all(g.shape == leaf.shape and g.isfinite().all() for g, leaf in zip(grads, leaves, strict=True))
+
+
+def softmax(values: list[float]) -> list[float]:
+    peak = max(values)
+    terms = [math.exp(v - peak) for v in values]
+    return [t / math.fsum(terms) for t in terms]
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    return math.fsum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+
+
+def offsets(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0)
