@@ -262,9 +262,9 @@ def _beam(model: CASE, reading: Reading, config: GenerationConfig, dialogues: in
         logits = _forbid(model.next_word_logits(words, step, state), config, step)
         value, word = _best(logits, min(beams, logits.shape[1]))  # one hypothesis has no more survivors than that
         total = score.flatten().unsqueeze(1) + value - logits.logsumexp(1, keepdim=True)
-        score, place = _best(total.view(len(going), -1), beams)
+        score, place = _best(total.reshape(len(going), -1), beams)
         origin = place // value.shape[1]
-        newest = word.view(len(going), -1).gather(1, place)
+        newest = word.reshape(len(going), -1).gather(1, place)
 
         length, last = step + 1, step + 1 == config.max_words
         kept = []
