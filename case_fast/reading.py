@@ -7,6 +7,7 @@ thing everywhere: a counted, line-numbered skip, never a silent loss and never a
 from __future__ import annotations
 
 import gzip
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from case_fast.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20  # no real row of any supported format comes near 1 MiB
+_HOPELESS_LINE_BYTES = 1 << 28  # no text at all, such as a few kilobytes that unpack to terabytes of zeros
 _SHOWN_PER_REASON = 5
 
 
@@ -90,11 +92,10 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
     """Yield (line number from 1, text without line end) in bounded memory; ``.gz`` is unpacked on the way.
 
     Lines that are not UTF-8, hold a NUL byte or are longer than `MAX_LINE_BYTES` are counted in ``report`` and passed
-    over.
-    ``stream`` reads from an open binary stream (an archive's member) in place of the file.
+    over. ``stream`` reads from an open binary stream (an archive's member) in place of the file.
 
     Raises:
-        DataError: the file is missing, or its compression is damaged.
+        DataError: the file is missing, its compression is damaged, or a line does not end within 256 MiB.
     """
     if stream is None:
         path = require_file(path, "input file")
@@ -111,11 +112,16 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
                 if not raw:
                     return
                 if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                    while len(raw) and not raw.endswith(b"\n"):
+                    length = len(raw)
+                    while raw and not raw.endswith(b"\n"):
                         raw = stream.readline(MAX_LINE_BYTES)
+                        length += len(raw)
+                        if length > _HOPELESS_LINE_BYTES:
+                            raise DataError(path, f"a line of more than {_HOPELESS_LINE_BYTES >> 20} MiB: not a text file",
+                                            "Check which file this is", number)  # fmt: skip
                     report.skip(f"line longer than {MAX_LINE_BYTES} bytes", number)
                     continue
-            except (OSError, EOFError, zlib.error) as error:
+            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
                 raise DataError(path, f"damaged file ({error})", "Download it again", number) from error
             raw = raw.rstrip(b"\r\n")
             if b"\0" in raw:
