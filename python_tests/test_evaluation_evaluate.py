@@ -15,7 +15,6 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from case_fast.data import EMOTIONS
-from case_fast.data.prepare import PrepareSettings, prepare
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.evaluation import Evaluation, compare, evaluate
 from case_fast.evaluation.evaluate import PAPER, PAPER_NOTE, markdown
@@ -25,9 +24,8 @@ SETTINGS = {"strategy": "greedy", "beams": 4, "max_words": 30}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
-    return prepare(PrepareSettings("bundled", "bundled", "bundled", "bundled", str(folder / "store"), limit=12))
+def store(sample_store):
+    return sample_store
 
 
 def tiny(store, **settings):
@@ -44,7 +42,7 @@ def found(store, tmp_path_factory):
     model = tiny(store, graph_dropout=0.5).train()
     model.set_phase(1)
     out = tmp_path_factory.mktemp("out") / "evaluation" / "test"
-    evaluation = evaluate(model, store, "test", out, first_words(store), batch_size=5, settings=SETTINGS)
+    evaluation = evaluate(model, store, "test", out, first_words(store), batch_size=16, settings=SETTINGS)
     return SimpleNamespace(model=model, evaluation=evaluation, out=out)
 
 
@@ -96,7 +94,7 @@ def test_files(store, found):
     ]  # fmt: skip
     written = json.loads((found.out / "metrics.json").read_text())
     assert written["store"]["fingerprint"] == store.fingerprint
-    assert written["settings"]["strategy"] == "greedy" and written["settings"]["batch_size"] == 5
+    assert written["settings"]["strategy"] == "greedy" and written["settings"]["batch_size"] == 16
     assert written["counts"]["target_tokens"] == found.evaluation["ppl"].count
     assert {metric["name"] for metric in written["metrics"]} >= {"ppl", "ppl_response", "dist_1", "dist_2", "acc_1", "acc_5"}
     assert "decoding=greedy,max_words:30|" in found.evaluation["dist_1"].signature  # greedy uses no beams

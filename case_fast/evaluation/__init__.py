@@ -2,5 +2,6 @@
 
 from case_fast.evaluation.evaluate import Evaluation, compare, evaluate
 from case_fast.evaluation.metrics import Metric
+from case_fast.evaluation.report import write_report
 
-__all__ = ["Evaluation", "Metric", "compare", "evaluate"]
+__all__ = ["Evaluation", "Metric", "compare", "evaluate", "write_report"]

@@ -84,11 +84,20 @@ class Evaluation:
             metrics = [Metric(**metric) for metric in found.pop("metrics")]
             found.pop("paper", None)
             known = {name: found.pop(name) for name in ("split", "examples", "size", "bundled")}
+            _typed(known, split=str, examples=int, size=int, bundled=bool)
+            for metric in metrics:
+                _typed(vars(metric), name=str, value=(int, float, type(None)), signature=str, count=int, reason=str)
             return cls(**known, metrics=metrics, about=found, out=Path(folder))
         except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: not found. Make it with: case-fast evaluate RUN") from error
+            raise CheckpointError(f"{path}: not found. Make it with: case-fast evaluate RUN --data STORE") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: not the metrics of an evaluation ({error!r}). Evaluate again.") from error
+
+
+def _typed(values: Mapping[str, Any], **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name} is {values[name]!r}")
 
 
 def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: Generate, limit: int | None = None,
@@ -219,8 +228,10 @@ def _decoding(settings: Mapping[str, Any]) -> str:
     if not strategy:
         return ""
     used = {"greedy": (), "beam": ("beams", "length_penalty"), "sample": ("top_k", "top_p", "temperature", "seed")}
-    names = (*used.get(strategy, ()), "min_words", "max_words", "allow_unk")
-    return ",".join([strategy, *(f"{name}:{settings[name]}" for name in names if name in settings)])
+    names = (*used.get(strategy, ()), "max_words", "min_words", "allow_unk")
+    off = {"top_k": 0, "top_p": 1, "temperature": 1, "min_words": 0, "allow_unk": False}
+    parts = [f"{name}:{settings[name]}" for name in names if settings.get(name, off.get(name)) != off.get(name)]
+    return ",".join([strategy, *parts])
 
 
 def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence[Sequence[float]], scores: np.ndarray,
@@ -233,6 +244,7 @@ def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence
         yield json.dumps({
             "id": example.source.get("id", str(index)),
             "context": example.source.get("context", []),
+            "by_speaker": example.source.get("by_speaker", []),
             "emotion": EMOTIONS[example.emotion] if example.emotion >= 0 else None,
             "predicted": best[0][0],
             "probability": best[0][1],

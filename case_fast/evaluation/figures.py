@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import os
 import re
@@ -113,7 +114,7 @@ def curve_svg(curve: Curve, name: str) -> str:
     """
     x, y = _thin(np.asarray(curve.x, dtype=np.float64), np.asarray(curve.y, dtype=np.float64), curve.points)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.3, 2.5), layout="constrained")
+        figure = Figure(figsize=(3.7, 2.2), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.set_facecolor("none")
@@ -139,10 +140,11 @@ def curve_svg(curve: Curve, name: str) -> str:
             at, value, label = curve.marked
             axes.plot([at], [value], marker="o", color=_SECOND, markersize=6, linestyle="none")
             low, high = axes.get_xlim()
-            side, align = (-7, "right") if at > (low + high) / 2 else (7, "left")
-            axes.annotate(label, (at, value), xytext=(side, 7), textcoords="offset points", ha=align, color=_SECOND,
+            align = "right" if at > (low + high) / 2 else "left"
+            away = -13 if value <= np.nanmin(y) else 7  # on the side of the curve where it is not
+            axes.annotate(label, (at, value), xytext=(0, away), textcoords="offset points", ha=align, color=_SECOND,
                           fontsize=8.5)  # fmt: skip
-            axes.margins(y=0.16)
+            axes.margins(y=0.2)
         stream = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(stream, format="svg", transparent=True, metadata=no_metadata)
@@ -152,7 +154,7 @@ def curve_svg(curve: Curve, name: str) -> str:
 def _embed(svg: str, name: str, title: str) -> str:
     """Only the element itself, its ids made unique, its colours the page's, its size the page's choice."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)  # a style in a page would hold for all of it
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'(xlink:href|href)="#', rf'\1="#{name}-', svg)
@@ -160,5 +162,4 @@ def _embed(svg: str, name: str, title: str) -> str:
         svg = svg.replace(colour, variable)
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return f'{head} role="img" aria-label="{label}">{body}'
+    return f'{head} role="img" aria-label="{html.escape(title)}">{body}'
