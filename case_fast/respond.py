@@ -247,21 +247,22 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
     """
     run = Path(run)
     model, chosen = load_model(run, device, checkpoint)
+    features = run / "features"
+    remedy = f"Remove {features}, then write it again: case-fast train --data STORE --out {run} --resume"
     for name in ("vocabulary.json", "features.json", "knowledge.json"):
-        _require(run / "features" / name, run)
+        _require(features / name, remedy)
     try:
-        featurizer = Featurizer.load(run / "features")
-        recorded = json.loads((run / "features" / "knowledge.json").read_text(encoding="utf-8"))
+        featurizer = Featurizer.load(features)
+        recorded = json.loads((features / "knowledge.json").read_text(encoding="utf-8"))
         spec, cache = str(recorded["spec"]), recorded.get("cache")
     except DataError as error:
-        raise CheckpointError(f"{error.path}: {error.problem}. {_TRAIN.format(run=run)}") from error
+        raise CheckpointError(f"{error.path}: {error.problem}. {remedy}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{run}/features/knowledge.json: damaged ({error!r}). {_TRAIN.format(run=run)}") from error
-    if len(featurizer.vocabulary) != model.config.vocab_size:
-        raise CheckpointError(
-            f"{run}: features hold {len(featurizer.vocabulary)} words and the model {model.config.vocab_size}; they are of "
-            f"different runs. {_TRAIN.format(run=run)}"
-        )
+        raise CheckpointError(f"{features / 'knowledge.json'}: damaged ({error!r}). {remedy}") from error
+    words = len(featurizer.vocabulary)
+    if words != model.config.vocab_size:
+        problem = f"{words} words, the model has {model.config.vocab_size}: they are of different runs"
+        raise CheckpointError(f"{features}: {problem}. {remedy}")
     return Responder(model, featurizer, lambda: _open_knowledge(run, spec, cache, knowledge, str(chosen)))
 
 
@@ -270,7 +271,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
     run = Path(run)
     chosen = _device(device)
     if not run.is_dir():
-        raise CheckpointError(f"{run}: run folder not found. {_TRAIN.format(run=run)}")
+        raise CheckpointError(f"{run}: run folder not found. Make one with: case-fast train --data STORE --out {run}")
     best = run / "best"
     if not best.is_dir():
         raise CheckpointError(
@@ -283,8 +284,9 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         if not weights.is_dir():
             steps = sorted(path.name for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
             raise ConfigError(f"checkpoint {checkpoint!r} is not in {run}; give one of {', '.join(['best', *steps])}")
-    _require(best / "config.json", run)
-    _require(weights / "model.safetensors", run)
+    remedy = f"Put a copy of it back, or train again: case-fast train --data STORE --out {run}"
+    _require(best / "config.json", remedy)
+    _require(weights / "model.safetensors", remedy)
     try:
         if weights == best:
             model = CASE.from_pretrained(str(best), map_location=str(chosen))
@@ -292,16 +294,13 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
             model = CASE(CASEConfig(**json.loads((best / "config.json").read_text(encoding="utf-8"))))
             safetensors.torch.load_model(model, weights / "model.safetensors")
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{weights}: damaged, or not of this model ({error}). {_TRAIN.format(run=run)}") from error
+        raise CheckpointError(f"{weights}: damaged, or not of this model ({error}). {remedy}") from error
     return model.to(chosen).eval(), chosen
 
 
-_TRAIN = "Train the run again: case-fast train --data STORE --out {run}"
-
-
-def _require(path: Path, run: Path) -> None:
+def _require(path: Path, remedy: str) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path}: this part of the run is missing. {_TRAIN.format(run=run)}")
+        raise CheckpointError(f"{path}: this part of the run is missing. {remedy}")
 
 
 def _device(name: str) -> torch.device:
