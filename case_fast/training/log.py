@@ -93,10 +93,10 @@ class Display:
         self.console = console
         self._bars: Progress | None = None
         if console.is_terminal:
-            status = TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+            status = TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
             self._bars = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(),
-                status, console=console,
+                status, console=console, expand=True,
             )  # fmt: skip
         self._task: TaskID | None = None
         self._title, self._printed = "", time.monotonic()

@@ -1,0 +1,89 @@
+"""Learning rate, early stopping, and the order of examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from case_fast.errors import ConfigError
+from case_fast.training.sampler import Sampler, epoch_order
+from case_fast.training.schedule import EarlyStopping, noam
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(1, 4.3920523e-08), (6_000, 2.6352314e-04), (12_000, 5.2704628e-04), (48_000, 2.6352314e-04)]
+)
+def test_noam_of_the_paper(step, expected):
+    assert noam(step, 300, 12_000) == pytest.approx(expected, rel=1e-7)
+    assert noam(step, 300, 12_000, scale=0.5) == pytest.approx(expected / 2, rel=1e-7)
+
+
+def test_noam_rises_to_the_end_of_warmup_and_falls_after_it():
+    rates = [noam(step, 64, 50) for step in range(1, 200)]
+    assert np.argmax(rates) == 49
+    assert all(np.diff(rates[:50]) > 0) and all(np.diff(rates[49:]) < 0)
+
+
+def test_early_stopping_counts_failures_in_a_row_after_the_minimum():
+    stopping = EarlyStopping(patience=2, min_steps=30)
+    assert stopping.update(10, 5.0)
+    assert not stopping.update(20, 6.0) and stopping.failures == 0  # too early to count
+    assert not stopping.update(30, 5.0) and stopping.failures == 1  # equal is no better
+    assert stopping.update(40, 4.0) and (stopping.failures, stopping.best_step) == (0, 40)
+    assert not stopping.update(50, 4.5) and not stopping.stop
+    assert not stopping.update(60, 4.5) and stopping.stop
+    assert (stopping.best, stopping.best_step) == (4.0, 40)
+
+
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 7), st.lists(st.sampled_from([1.0, 2.0]), min_size=1, max_size=6))
+def test_earliest_stop_is_what_happens_when_nothing_gets_better(patience, min_steps, every, values):
+    stopping = EarlyStopping(patience, min_steps)
+    step = 0
+    for value in values:
+        step += every
+        stopping.update(step, value)
+        if stopping.stop:
+            return
+    foreseen = stopping.earliest_stop(step, every)
+    while not stopping.stop:
+        step += every
+        stopping.update(step, 3.0)
+    assert step == foreseen
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**63 - 1), st.integers(0, 5))
+def test_each_epoch_holds_each_example_once(examples, batch_size, seed, epoch):
+    sampler = Sampler(examples, batch_size, seed)
+    first = epoch * sampler.steps_per_epoch
+    batches = [sampler.indices(step) for step in range(first, first + sampler.steps_per_epoch)]
+    assert sorted(index for batch in batches for index in batch) == list(range(examples))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert len(batches[-1]) == (examples - 1) % batch_size + 1  # the short last batch is kept
+    assert [Sampler(examples, batch_size, seed).indices(step) for step in (first, first)] == [batches[0]] * 2
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 9))
+def test_the_order_does_not_depend_on_the_batch_size(examples, batch_size, seed):
+    sampler, one = Sampler(examples, batch_size, seed), Sampler(examples, 1, seed)
+    order = [index for step in range(2 * sampler.steps_per_epoch) for index in sampler.indices(step)]
+    assert order == [one.indices(step)[0] for step in range(2 * examples)]
+
+
+def test_the_order_is_the_same_everywhere_and_for_good():
+    assert epoch_order(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert epoch_order(2**62, 10**6, 10).tolist() == [4, 9, 5, 2, 8, 7, 1, 3, 6, 0]
+
+
+def test_orders_differ_between_epochs_and_seeds_and_are_uniform():
+    assert epoch_order(3, 0, 50).tolist() != epoch_order(3, 1, 50).tolist() != epoch_order(4, 1, 50).tolist()
+    places = np.array([epoch_order(7, epoch, 5) for epoch in range(2_000)])
+    for place in places.T:
+        counts = np.bincount(place, minlength=5)
+        assert ((counts - 400) ** 2 / 400).sum() < 18.5  # chi-square with 4 degrees of freedom: p = 0.001
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ConfigError, match="holds no examples"):
+        Sampler(0, 4, 0)
