@@ -335,7 +335,7 @@ def _open_knowledge(run: Path, recorded: str, cache: str | None, given: str | No
 # ---- chat
 
 _COMMANDS = "/why details of the last reply · /new another dialogue · /quit"
-_BAR = 20  # columns of a probability of 1
+_BAR = 12  # columns of a probability of 1
 _SHOWN = 5  # inferences and concepts below a reply; /why shows all
 
 
@@ -387,7 +387,7 @@ def chat(responder: Responder, console: Console, config: GenerationConfig | None
 def _bar(share: float) -> Text:
     filled = round(share * _BAR)
     percent = " <1 %" if 0 < share < 0.005 else f"{100 * share:3.0f} %"
-    return Text.assemble(("█" * filled, "cyan"), ("░" * (_BAR - filled), "dim"), f" {percent:>5}")
+    return Text.assemble(("█" * filled, "cyan"), ("░" * (_BAR - filled), "dim"), f" {percent:>5}", no_wrap=True)
 
 
 def _distinct(inferences: Iterable[Inference]) -> list[Inference]:
