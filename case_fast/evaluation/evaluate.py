@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -190,33 +191,34 @@ def _check(model: CASE, store: Store, split: str, limit: int | None) -> int:
 
 @contextmanager
 def _evaluating(model: CASE) -> Iterator[None]:
-    """Whole objective, no dropout, no running counts; the model's own state afterwards."""
-    phase, training = model.phase, model.training
-    model.set_phase(2)
+    """No dropout and no gradients; the model's own mode afterwards."""
+    training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.set_phase(phase)
         model.train(training)
 
 
 def _read_references(model: CASE, store: Store, split: str, indices: Sequence[int], batch_size: int,
                      device: torch.device | str, told: Callable[[int], None],
                      ) -> tuple[list[list[float]], np.ndarray, list[int]]:  # fmt: skip
-    """Teacher forcing: -log P of each target token by example, log-probabilities (n, emotions), labels."""
+    """Teacher forcing: -log P of each target token by example, log-probabilities (n, emotions), labels.
+
+    Without the losses that only training needs: they take most of a forward pass.
+    """
     nll: list[list[float]] = []
     scores: list[np.ndarray] = []
     labels: list[int] = []
     with _evaluating(model):
         for start in range(0, len(indices), batch_size):
-            batch = store.batch(split, indices[start : start + batch_size])
-            output = model(batch.to(device))
-            assert output.nll is not None and output.emotion_logits is not None  # phase 2 gives both
-            values, cu = output.nll.double().tolist(), batch.cu_target.tolist()
+            batch = store.batch(split, indices[start : start + batch_size]).to(device)
+            reading = model.read(batch)
+            logits = model.reply_logits(batch.decoder_input, batch.cu_target, reading.sources)
+            values, cu = F.cross_entropy(logits, batch.target, reduction="none").tolist(), batch.cu_target.tolist()
             nll += [values[a:b] for a, b in zip(cu[:-1], cu[1:], strict=True)]
-            scores.append(output.emotion_logits.double().cpu().numpy())
+            scores.append(reading.emotion_logits.double().cpu().numpy())
             labels += batch.emotion.tolist()
             told(len(nll))
     return nll, np.concatenate(scores), labels
