@@ -7,13 +7,14 @@ thing everywhere: a counted, line-numbered skip, never a silent loss and never a
 from __future__ import annotations
 
 import gzip
+import json
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from case_fast.errors import DataError
 
@@ -86,6 +87,15 @@ def require_folder(path: str | Path, what: str, remedy: str = "") -> Path:
         problem = f"{what} is a file, not a folder" if path.exists() else f"{what} not found"
         raise DataError(path, problem, remedy or "Check the path")
     return path
+
+
+def read_json(path: str | Path, what: str, remedy: str) -> Any:
+    """The value in a JSON file of ours, or a `DataError` that says what it should have been."""
+    path = require_file(path, what, remedy)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(path, f"{what} is damaged ({error})", remedy) from error
 
 
 def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = None) -> Iterator[tuple[int, str]]:

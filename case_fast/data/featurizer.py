@@ -6,6 +6,7 @@ Preparing a store and answering a raw sentence go through the same `Featurizer`,
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from case_fast.data.text import is_word, normalize_space, split_sentences, token
 from case_fast.data.vocabulary import CLS, LISTENER, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION
-from case_fast.reading import require_file
+from case_fast.reading import read_json
 
 Inferences = Mapping[str, Mapping[str, Sequence[str]]]  # sub-utterance -> relation -> texts, best first
 
@@ -42,11 +43,11 @@ class FeatureSettings:
     minimum_intensity: float = 0.6
 
     def __post_init__(self) -> None:
-        for name in ("max_context", "inferences_per_relation", "concepts_per_token"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.concepts_per_dialogue < 0:
-            raise ConfigError(f"concepts_per_dialogue must not be negative, not {self.concepts_per_dialogue}")
+        for name, least in (("max_context", 1), ("inferences_per_relation", 1), ("concepts_per_token", 1),
+                            ("concepts_per_dialogue", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 @dataclass
@@ -225,12 +226,18 @@ class Featurizer:
         """Read what `save` wrote; `DataError` names what is missing or damaged."""
         folder = Path(folder)
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
-        path = require_file(folder / "features.json", "feature file")
+        path = folder / "features.json"
+        found = read_json(path, "feature file", "Prepare the store again")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(vocabulary, found["concepts"], found["intensity"], FeatureSettings(**found["settings"]))
-        except (ValueError, TypeError, KeyError) as error:
+            concepts, intensity, settings = found["concepts"], found["intensity"], FeatureSettings(**found["settings"])
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in intensity.values()):
+                raise ValueError("an intensity is no finite number")
+            for head, words in concepts.items():
+                if not isinstance(words, list) or not all(word in vocabulary and word in intensity for word in words):
+                    raise ValueError(f"a concept of {head!r} is not in the vocabulary or has no intensity")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(path, f"not a feature file ({error!r})", "Prepare the store again") from error
+        return cls(vocabulary, concepts, intensity, settings)
 
 
 def with_cls(words: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,17 @@ from torch import Tensor
 
 from case_fast.batch import Batch
 from case_fast.data.batch import make_batch
-from case_fast.data.empathetic_dialogues import EMOTIONS
+from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS
 from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
 from case_fast.errors import DataError
 from case_fast.files import sha256, write_json
-from case_fast.reading import require_file, require_folder
+from case_fast.reading import read_json, require_file, require_folder
 
-FORMAT = "case_fast store 1"
+KIND = "case_fast store"
+FORMAT = f"{KIND} 1"
+_REMEDY = "Prepare the store again"
+_DTYPES = {"I32": np.int32, "I64": np.int64, "F32": np.float32, "U8": np.uint8}  # safetensors' names
 _INT, _FLOAT, _BYTE = ("i", np.int32), ("f", np.float32), ("B", np.uint8)
 # Graphs are stored as degrees (vertices), neighbours and relations (edges), all local to the example.
 _FIELDS: dict[str, tuple[str, type]] = {
@@ -107,38 +110,48 @@ def write_texts(texts: TextTable, path: Path) -> None:
 
 
 class _Arrays:
-    """Named arrays of a safetensors file as views of the mapped file: opening costs nothing, rows are read on use."""
+    """Named arrays of a safetensors file as views of the mapped file: opening costs nothing, rows are read on use.
 
-    def __init__(self, path: Path, expected: Sequence[str]):
-        self.path = require_file(path, "part of the store", "Prepare the store again")
+    Args:
+        ragged, scalars: the arrays that the file must hold; all have the same number of items.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path, ragged: Iterable[str], scalars: Iterable[str] = ()):
+        self.path = require_file(path, "part of the store", _REMEDY)
         try:
-            with safe_open(path, framework="numpy") as file:
-                names = set(file.keys())
-                missing = [name for name in expected if name not in names]
-                if missing:
-                    raise DataError(path, f"arrays missing: {', '.join(missing)}", "Prepare the store again")
-            self._load()
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(path, f"damaged ({error})", "Prepare the store again") from error
+            with safe_open(path, framework="numpy"):  # checks lengths, types and places of all arrays
+                pass
+            self._map()
+            sizes = {len(self.arrays[name]) for name in scalars}
+            for name in ragged:
+                offsets = self.arrays[f"{name}.offsets"]
+                if offsets[0] != 0 or offsets[-1] != len(self.arrays[name]) or (offsets[1:] < offsets[:-1]).any():
+                    raise ValueError(f"the offsets of {name} do not fit")
+                sizes.add(len(offsets) - 1)
+            if len(sizes) != 1:
+                raise ValueError("arrays of different lengths")
+        except KeyError as error:
+            raise DataError(path, f"an array is missing: {error}", _REMEDY) from error
+        except (SafetensorError, OSError, ValueError, IndexError, TypeError) as error:
+            raise DataError(path, f"damaged ({error})", _REMEDY) from error
 
-    def _load(self) -> None:
+    def _map(self) -> None:
         # safetensors copies what it hands to numpy; its header says where each array lies, so map the file instead
         with open(self.path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
-        dtypes = {"I32": np.int32, "I64": np.int64, "F32": np.float32, "U8": np.uint8}
-        whole = np.memmap(self.path, dtype=np.uint8, mode="r", offset=8 + size) if self.path.stat().st_size > 8 + size else None
+        header.pop("__metadata__", None)
+        filled = self.path.stat().st_size > 8 + size  # an empty file part cannot be mapped
+        whole = np.memmap(self.path, dtype=np.uint8, mode="r", offset=8 + size) if filled else np.zeros(0, np.uint8)
         self.arrays: dict[str, np.ndarray] = {}
         for name, item in header.items():
-            if name == "__metadata__":
-                continue
+            if item["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is of type {item['dtype']}")
             start, end = item["data_offsets"]
-            dtype = dtypes[item["dtype"]]
-            self.arrays[name] = (
-                np.zeros(0, dtype) if whole is None or start == end else whole[start:end].view(dtype).reshape(item["shape"])
-            )
+            self.arrays[name] = whole[start:end].view(_DTYPES[item["dtype"]]).reshape(item["shape"])
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -150,7 +163,7 @@ class _Arrays:
 
 class _StoredTexts:
     def __init__(self, path: Path):
-        self._arrays = _Arrays(path, ["words", "words.offsets", "text", "text.offsets"])
+        self._arrays = _Arrays(path, ("words", "text"))
 
     def __len__(self) -> int:
         return len(self._arrays["words.offsets"]) - 1
@@ -167,21 +180,18 @@ class Store:
 
     def __init__(self, path: str | Path):
         self.path = require_folder(path, "store", "Make one with case-fast prepare (case-fast prepare --help)")
-        manifest = require_file(self.path / "manifest.json", "manifest of the store", "Prepare the store again")
-        try:
-            self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-            form = self.manifest["format"]
-            self.splits: tuple[str, ...] = tuple(self.manifest["counts"]["examples"])
-            self.fingerprint: str = self.manifest["fingerprint"]
-            self.knowledge: dict[str, str | None] = self.manifest["knowledge"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise DataError(manifest, f"not the manifest of a store ({error!r})", "Prepare the store again") from error
-        if form != FORMAT:
-            raise DataError(manifest, f"format {form!r}, this version reads {FORMAT!r}", "Prepare the store again")
+        self.manifest = read_manifest(self.path)
+        counts = self.manifest["counts"]["examples"]
+        self.splits: tuple[str, ...] = tuple(split for split in SPLITS if split in counts)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.knowledge: dict[str, str | None] = self.manifest["knowledge"]
         self.featurizer = Featurizer.load(self.path)
         self.texts = _StoredTexts(self.path / "texts.safetensors")
-        expected = [*_FIELDS, *(f"{name}.offsets" for name in _FIELDS), *_SCALARS]
-        self._splits = {split: _Arrays(self.path / f"{split}.safetensors", expected) for split in self.splits}
+        self._splits = {split: _Arrays(self.path / f"{split}.safetensors", _FIELDS, _SCALARS) for split in self.splits}
+        for split in self.splits:
+            if self.size(split) != counts[split]:
+                problem = f"{self.size(split)} examples, {counts[split]} in the manifest"
+                raise DataError(self.path / f"{split}.safetensors", problem, _REMEDY)
 
     def size(self, split: str) -> int:
         """Number of examples of a split."""
@@ -227,10 +237,30 @@ class Store:
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         """Word ids (n,) and their pretrained vectors (n, d), or None when the store was prepared without any."""
         path = self.path / "embeddings.safetensors"
-        if not path.is_file():
+        if path.name not in self.manifest["files"]:
             return None
-        found = load_file(path)
-        return found["ids"], found["vectors"]
+        try:
+            found = load_file(require_file(path, "word vectors of the store", _REMEDY))
+            return found["ids"], found["vectors"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise DataError(path, f"damaged ({error})", _REMEDY) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store of this format; `DataError` if the folder has none."""
+    path = folder / "manifest.json"
+    found = read_json(path, "manifest of the store", _REMEDY)
+    form = found.get("format") if isinstance(found, dict) else None
+    if form != FORMAT:
+        raise DataError(path, f"format {form!r}, this version reads {FORMAT!r}", _REMEDY)
+    try:
+        parts = (found["counts"]["examples"], found["files"], found["knowledge"])
+        sound = isinstance(found["fingerprint"], str) and all(isinstance(part, dict) for part in parts)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise DataError(path, "entries are missing or damaged", _REMEDY)
+    return found
 
 
 def open_store(path: str | Path) -> Store:

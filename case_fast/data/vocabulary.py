@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from case_fast.errors import DataError
-from case_fast.reading import require_file
+from case_fast.reading import read_json
 
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>", "<cls>", "<sep>", "<speaker>", "<listener>")
 PAD, UNK, BOS, EOS, CLS, SEP, SPEAKER, LISTENER = range(len(SPECIALS))
@@ -54,8 +54,10 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read what `save` wrote; `DataError` if the file is missing or is no vocabulary."""
-        path = require_file(path, "vocabulary file")
+        words = read_json(path, "vocabulary", "Prepare the store again")
         try:
-            return cls(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise ValueError("it is no list of words")
+            return cls(words)
+        except ValueError as error:
             raise DataError(path, f"not a vocabulary ({error})", "Prepare the store again") from error
