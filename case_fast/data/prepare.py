@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,13 +17,14 @@ import numpy as np
 from case_fast.data.embeddings import read_glove
 from case_fast.data.empathetic_dialogues import SPLITS, Conversation, listener_turns, read_conversations
 from case_fast.data.featurizer import FeatureSettings, Featurizer, Inferences, TextTable, prompts
+from case_fast.data.store import KIND as STORE_KIND
 from case_fast.data.store import SplitWriter, Store, open_store, write_store
 from case_fast.data.text import STOP_WORDS, tokenize
 from case_fast.data.vocabulary import UNK, Vocabulary
-from case_fast.errors import ConfigError, Interrupted
+from case_fast.errors import ConfigError, DataError, Interrupted
 from case_fast.files import whole_folder
 from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache, VADLexicon, open_source, read_concepts
-from case_fast.reading import ReadReport
+from case_fast.reading import ReadReport, read_json, require_file
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -93,9 +95,9 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         DataError: an input is missing or unusable; ConfigError: a setting is; Interrupted: Ctrl-C, the cache is kept.
     """
     stages = stages or Stages()
-    out = Path(settings.out)
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is there and is no store; give another folder, so that nothing is lost")
+    out = Path(os.path.abspath(settings.out))
+    cache_path = Path(settings.cache) if settings.cache else out.with_name(out.name + ".knowledge.sqlite")
+    _check_place(out, cache_path)
     started = time.monotonic()
     reports: list[ReadReport] = []
 
@@ -105,6 +107,11 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
 
     paths = {part: bundled(part) if getattr(settings, part) == "bundled" else Path(getattr(settings, part))
              for part in ("dialogues", "conceptnet", "lexicon")}  # fmt: skip
+    # what is read late is looked for now: hours of inference may lie between
+    require_file(paths["lexicon"], "lexicon")
+    require_file(paths["conceptnet"], "ConceptNet assertions file")
+    if settings.embeddings:
+        require_file(settings.embeddings, "file of word vectors")
     with stages.stage("Reading dialogues"):
         dialogues: dict[str, list[Conversation]] = {}
         for split in SPLITS:
@@ -114,7 +121,6 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         if lexicon.report:
             noted(lexicon.report)
 
-    cache_path = Path(settings.cache) if settings.cache else out.with_name(out.name + ".knowledge.sqlite")
     with stages.stage("Opening knowledge"):
         source = open_source(settings.knowledge, settings.device)
         for report in getattr(source, "reports", ()):
@@ -185,6 +191,24 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
             "seconds": round(time.monotonic() - started, 1),
         })  # fmt: skip
     return open_store(out)
+
+
+def _check_place(out: Path, cache: Path) -> None:
+    """Refuse to replace a folder that is no store, or one with files that would be lost with it."""
+    if cache.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--cache {cache} lies in --out {out}, which is replaced as a whole; put it elsewhere")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        manifest = read_json(out / "manifest.json", "manifest of the store", "")
+        store, own = manifest["format"].startswith(STORE_KIND), {*manifest["files"], "manifest.json"}
+    except (DataError, KeyError, TypeError, AttributeError):
+        store = False
+    if not store:
+        raise ConfigError(f"--out {out} is there and is no store; give another folder, so that nothing is lost")
+    if others := sorted(path.name for path in out.iterdir() if path.name not in own):
+        raise ConfigError(f"--out {out} is a store that would be replaced, but {', '.join(others[:3])} in it is no part of it; "
+                          "move that elsewhere or give another folder")  # fmt: skip
 
 
 def _absolute(spec: str) -> str:
