@@ -59,18 +59,25 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for item in sorted(temporary.rglob("*")):
+        for item in [*sorted(temporary.rglob("*")), temporary]:
+            item.chmod(0o755 if item.is_dir() else 0o644)  # temporary folders and safetensors' files are the owner's alone
             sync(item)
-        sync(temporary)
-        temporary.chmod(0o755)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            path.rename(old / "folder")
-            temporary.rename(path)
-            shutil.rmtree(old)
+            try:
+                path.rename(old / "folder")
+                temporary.rename(path)
+                sync(path.parent)
+            except BaseException:
+                if not path.exists():
+                    (old / "folder").rename(path)
+                raise
+            finally:
+                if path.exists():  # one of the two is in place
+                    shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(path)
-        sync(path.parent)
+            sync(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
