@@ -37,7 +37,7 @@ from case_fast import equations as eq
 from case_fast.batch import Batch
 from case_fast.data.batch import make_batch
 from case_fast.data.featurizer import Example, TextTable
-from case_fast.errors import ConfigError
+from case_fast.errors import CheckpointError, ConfigError
 from case_fast.knowledge.source import RELATIONS
 from case_fast.models import ABLATIONS, CASE, CASEConfig, CASEOutput
 
@@ -459,22 +459,32 @@ def test_save_and_load(tmp_path, no_network: None):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_loading_is_strict(tmp_path, no_network: None):
+def test_loading_is_strict_and_takes_folders_only(tmp_path, no_network: None):
+    for absent in (tmp_path / "absent", "runs/best", "best", tmp_path):  # the mixin would look for two of these on the hub
+        with pytest.raises(CheckpointError, match="save_pretrained"):
+            CASE.from_pretrained(absent)
     tiny_model().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
     for spoiled in (
         {n: t for n, t in weights.items() if n != "word_counts"},
         {n: t for n, t in weights.items() if n != "decoder.norm.weight"},
         weights | {"another": torch.zeros(1)},
         weights | {"w_aff": torch.zeros(3)},
     ):
-        save_file(spoiled, tmp_path / "model.safetensors")
-        with pytest.raises(RuntimeError):
+        save_file(spoiled, path)
+        with pytest.raises(CheckpointError):
             CASE.from_pretrained(tmp_path)
-    save_file(weights, tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"d_model": 5}))
-    with pytest.raises(ConfigError, match="d_model"):
+    save_file(weights, path)
+    CASE.from_pretrained(tmp_path)
+    good = (tmp_path / "config.json").read_text()
+    for wrong in (json.dumps(json.loads(good) | {"d_model": 5}), json.dumps(json.loads(good) | {"colour": 1}), good[:-9], "[]"):
+        (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(CheckpointError):
+            CASE.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(good)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError):
         CASE.from_pretrained(tmp_path)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from case_fast import equations as eq
 from case_fast.batch import Batch
+from case_fast.errors import CheckpointError
 from case_fast.models.config import CASEConfig
 from case_fast.models.layers import Decoder, DecoderState, Encoder, GraphEncoder, Source
 
@@ -147,13 +151,23 @@ class CASE(
         nn.init.xavier_uniform_(self.w_emo)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any], map_location: str = "cpu", strict: bool = True,
-                         **hub: Any) -> Self:  # fmt: skip
-        """Strict by default, and with `CASEConfig`: the mixin would pass the dict, and let weights be missing."""
-        settings = CASEConfig(**config)
-        if os.path.isdir(model_id):
-            return cls._load_as_safetensor(cls(settings), os.path.join(model_id, "model.safetensors"), map_location, strict)
-        return super()._from_pretrained(model_id=model_id, config=settings, map_location=map_location, strict=strict, **hub)
+    def from_pretrained(cls, folder: str | Path, map_location: str = "cpu") -> Self:
+        """The model that `save_pretrained` wrote into ``folder``, in evaluation mode, on the device ``map_location``.
+
+        Folders only, where the mixin would ask the network for any path that does not exist: fetch a model from the hub
+        first, with ``huggingface_hub.snapshot_download``. Strict: all weights and settings must be there and fit.
+
+        Raises:
+            CheckpointError: a part is missing, damaged, or not of this model.
+        """
+        folder = Path(folder)
+        try:
+            model = cls(CASEConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+            load_model(model, folder / "model.safetensors")
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            problem = f"{folder}: missing, damaged or not of this model ({error})"
+            raise CheckpointError(f"{problem}. Give a folder that save_pretrained wrote") from error
+        return model.to(map_location).eval()
 
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
