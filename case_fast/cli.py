@@ -193,10 +193,12 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             progress.update(task, completed=done, total=total)
 
         def replies(indices: Sequence[int]) -> list[Any]:
-            return list(generate_all(model, store, split, indices, generation, batch_size, chosen))
+            total = len(indices)  # the references are the first half of the work, the replies the second
+            halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
+            return list(generate_all(model, store, split, indices, generation, batch_size, chosen, halfway))
 
         return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
-                        device=chosen, console=console, progress=told)  # fmt: skip
+                        device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))  # fmt: skip
 
 
 def _chat(args: Namespace, console: Console) -> None:
