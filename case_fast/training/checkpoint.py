@@ -199,8 +199,8 @@ def writing(what: str, path: Path) -> Iterator[None]:
 
 def _sealed(body: dict[str, Any]) -> bytes:
     """The only text that a manifest of this content can have, its own checksum included."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True, allow_nan=False).encode()
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode()
 
 
 def _read_file(path: Path, max_bytes: int | None) -> bytes:

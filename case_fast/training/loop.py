@@ -422,7 +422,7 @@ class Trainer:
 
 
 def _perplexity(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+    return math.inf if nll > 700 else math.exp(nll)
 
 
 def _in_words(metrics: dict[str, Any]) -> str:
