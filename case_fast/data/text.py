@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import cycle
 
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.treebank import TreebankWordDetokenizer
@@ -52,10 +53,12 @@ def tokenize(text: str) -> list[str]:
 
 def detokenize(words: list[str]) -> str:
     """Words as a person would write them: punctuation attached, sentences and "I" capitalised."""
-    text = _detokenizer.detokenize(words)
+    marks = cycle(("``", "''"))  # double quotes open and close by turns, as the detokenizer writes them
+    text = _detokenizer.detokenize([next(marks) if word == '"' else word for word in words])
     text = re.sub(r"\s+([.,!?;:%)])", r"\1", text)
-    text = re.sub(r"\bi\b", "I", text)
-    return re.sub(r"(^|[.!?]\s+)([a-z])", lambda match: match[1] + match[2].upper(), text)
+    text = re.sub(r"(?<=\.\.\.)(?=\w)", " ", text)
+    text = re.sub(r"\bi\b(?!\.\w)", "I", text)
+    return re.sub(r"(^\W*|(?<!\.\.)[.!?]\s+)([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 def split_sentences(text: str) -> list[str]:
