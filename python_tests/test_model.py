@@ -251,6 +251,17 @@ def test_empty_knowledge(concepts: bool, size: int):
             assert out.losses["coarse"] == 0 and (found["w_coarse"] == 0).all()
 
 
+def test_each_gap_in_phase_1_and_no_nan_on_the_way_back():
+    """A dialogue of every kind by itself; anomaly mode also sees a NaN that is dropped before it reaches a parameter."""
+    examples, texts = handmade_examples()
+    for phase, e in itertools.product((1, 2), examples):
+        model = tiny_model(d_model=8, ffn=8, graph_dropout=0.1).train()
+        model.set_phase(phase)
+        with torch.autograd.set_detect_anomaly(True):
+            model(make_batch([e], texts)).loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_what_is_left_out_leaves_the_divisor_too():
     """L_coarse over the dialogues that have knowledge, L_fine over the pairs that exist, as if the others were not there."""
     examples, texts = handmade_examples()
