@@ -83,7 +83,7 @@ def emotion_intensity(valence: Tensor, arousal: Tensor) -> Tensor:
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
                     relation_key: Tensor | None = None, scale: float | None = None,
-                    dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+                    dropout_p: float = 0.0, seed: int = 0) -> Tensor:  # fmt: skip
     """Eq. 1-2: relation-enhanced multi-head attention of each vertex over its neighbours.
 
     score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r]), softmax over the neighbours of i. Without
@@ -95,12 +95,12 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
         indptr, indices: CSR, (V + 1,) and (E,) integers.
         relation: (E,) integers in [0, R); relation_query, relation_key: (R, H, D), l of Eq. 2 after projection.
         scale: default D ** -0.5.
-        dropout_p: dropout on the attention weights, from torch's generator.
+        dropout_p, seed: dropout on the attention weights, by counter (`dropout_keep`).
 
     Returns:
         (V, H, D).
     """
-    vertices, _, dimension = query.shape
+    vertices, heads, dimension = query.shape
     row = segment_ids(indptr, indices.numel())
     neighbour = indices.long()
     q, k = take(query, row), take(key, neighbour)
@@ -111,8 +111,21 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
         k = k + take(relation_key, relation.long())
     score = full_precision((q * k).sum(-1)) * (dimension**-0.5 if scale is None else scale)
     weight = segment_log_softmax(score, row, vertices).exp().to(value.dtype)
-    weight = F.dropout(weight, dropout_p, training=dropout_p > 0)
+    if dropout_p > 0:
+        weight = weight * dropout_keep(indices.numel(), heads, dropout_p, seed, weight.device) / (1 - dropout_p)
     return segment_sum(weight.unsqueeze(-1) * take(value, neighbour), row, vertices)
+
+
+def dropout_keep(edges: int, heads: int, dropout_p: float, seed: int, device: torch.device) -> Tensor:
+    """(E, H) bool: the attention weights that dropout keeps; a function of (seed, edge, head) alone, on every backend.
+
+    keep(e, h): word 0 of Philox(counter = (e low, e high, h, 0), key = seed) >= floor(p 2^32).
+    """
+    edge = torch.arange(edges, device=device).repeat_interleave(heads)
+    head = torch.arange(heads, device=device).repeat(edges)
+    counter = torch.stack([edge & 0xFFFFFFFF, edge >> 32, head, torch.zeros_like(head)], dim=1)
+    word = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[:, 0]
+    return (word >= math.floor(dropout_p * 2**32)).view(edges, heads)
 
 
 def superimpose_intensity(vertices: Tensor, intensity: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import dot, generator, gradcheck, normal, offsets, random_csr, same, sigmoid, softmax
+from helpers import dot, generator, gradcheck, normal, offsets, random_csr, same, sigmoid, slow_philox, softmax
 from torch import Tensor
 
 from case_fast import equations as eq
@@ -189,11 +189,21 @@ def test_graph_attention_by_hand():
         eq.graph_attention(q, k, v, *edges, relation)
 
 
-def test_graph_attention_dropout_keeps_the_mean():
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 1, 2**63 - 1])
+def test_dropout_keep_is_philox_of_edge_and_head(seed: int):
+    keep = eq.dropout_keep(5, 3, 0.3, seed, torch.device("cpu"))
+    words = [[slow_philox((e, 0, h, 0), (seed & 0xFFFFFFFF, seed >> 32))[0] for h in range(3)] for e in range(5)]
+    assert keep.tolist() == [[word >= int(0.3 * 2**32) for word in row] for row in words]
+
+
+def test_graph_attention_dropout():
     indptr, indices = torch.tensor([0, 3000]), torch.zeros(3000, dtype=torch.int64)
-    x = torch.ones(1, 1, 1)
-    out = eq.graph_attention(x, x, x, indptr, indices, dropout_p=0.25)
-    assert out.item() != 1 and abs(out.item() - 1) < 0.1
+    x = torch.ones(1, 2, 1, dtype=torch.float64)
+    out = eq.graph_attention(x, x, x, indptr, indices, dropout_p=0.25, seed=5)
+    kept = eq.dropout_keep(3000, 2, 0.25, 5, x.device).double().mean(0)  # 1/3000 of each kept weight, over 1 - p
+    same(out, kept / 0.75)
+    assert (kept - 0.75).abs().max() < 0.04  # five standard deviations
+    assert not torch.equal(out, eq.graph_attention(x, x, x, indptr, indices, dropout_p=0.25, seed=6))
 
 
 def test_superimpose_intensity():

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import gradcheck, normal, same, sigmoid
+from helpers import gradcheck, normal, same, sigmoid, slow_philox
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -118,15 +118,6 @@ def test_mim_is_small_where_pairs_match():
     weight = torch.eye(5, dtype=torch.float64)
     good, bad = (eq.bilinear_mim(x, y, weight, reduction="none") for y in (aligned, -aligned))
     assert (good < bad).all() and (good > 0).all()
-
-
-def slow_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return tuple(c)
 
 
 def slow_draws(positive: list[int], rows_of_y: int, k: int, seed: int) -> tuple[list, list]:

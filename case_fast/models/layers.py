@@ -21,6 +21,11 @@ def first_rows(cu: Tensor) -> Tensor:
     return torch.arange(cu.numel(), device=cu.device)
 
 
+def draw_seed() -> int:
+    """A seed for dropout by counter, from torch's CPU generator, whose state checkpoints hold."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
 class Attention(nn.Module):
     """Multi-head attention over packed sequences; projections without bias."""
 
@@ -102,9 +107,10 @@ class GraphEncoderLayer(nn.Module):
             relation_query, relation_key = (
                 half.unflatten(-1, (self.heads, -1)) for half in self.relation(relation_embedding).chunk(2, dim=-1)
             )
+        dropout = self.dropout_p if self.training else 0.0
         attended = graph_attention(
             q, k, v, indptr, indices, relation if relation_query is not None else None, relation_query, relation_key,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=dropout, seed=draw_seed() if dropout else 0,
         )  # fmt: skip
         x = self.attention_norm(x + self.dropout(self.output(attended.flatten(-2))))
         x = x + self.dropout(self.ffn(x))
