@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -215,6 +216,7 @@ def test_pretrained_vectors_are_where_training_starts(tmp_path):
     assert (table[8:14] - vectors).abs().max() < 0.1 and not torch.equal(table[8:14], vectors)
     with pytest.raises(ConfigError, match="model.d_model is 16 and the store's word vectors have 12 numbers"):
         run(MemoryStore(vectors=torch.randn(6, 12)), tmp_path / "other")
+    run(store, tmp_path / "other")  # nothing had begun there
 
 
 def test_bf16_and_clipping_train(store, tmp_path):
@@ -368,6 +370,7 @@ def test_resuming_with_something_else_names_what_differs(store, whole, tmp_path)
         (tmp_path / "run" / name).unlink()
     with pytest.raises(ConfigError, match="batch_size is 4 in the run and 5 now"):
         run(store, tmp_path / "run", tiny_run(batch_size=5), resume=True)
+    run(store, tmp_path / "run", resume=True)  # the refusal has left nothing wrong behind
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: damaged .* Remove this file; resuming writes it anew"):
         run(store, tmp_path / "run", resume=True)
@@ -470,6 +473,21 @@ def test_a_full_disk_stops_the_run_and_leaves_the_checkpoint_before(store, whole
             run(store, out)
     run(store, out, resume=True)
     assert outcome(out) == outcome(whole)
+
+
+@pytest.mark.parametrize(("every", "part"), [(3, "the checkpoint of step 3"), (99, "the best weights")])
+def test_a_file_that_cannot_grow_stops_the_run_with_the_reason(store, whole, tmp_path, every, part):
+    """The system's limit on a file's size: a write that fails half way, inside torch's, safetensors' and our own code."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        with pytest.raises(CheckpointError, match=rf"{part} could not be written to .*File too large"):
+            run(store, tmp_path / "run", tiny_run(checkpoint_every=every))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "run" / "best").exists()
+    run(store, tmp_path / "run", resume=True)
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 @pytest.mark.parametrize("gone", ["run", "run/checkpoints"])

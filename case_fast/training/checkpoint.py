@@ -190,9 +190,9 @@ def writing(what: str, path: Path) -> Iterator[None]:
     """Turns a failure to write a part of a run into a `CheckpointError` with the reason and what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors gives its own error when a disk is full
         raise CheckpointError(
-            f"{what} could not be written to {path} ({error.strerror or error}). "
+            f"{what} could not be written to {path} ({getattr(error, 'strerror', None) or error}). "
             "The checkpoints before it are untouched: mend that, then resume"
         ) from error
 

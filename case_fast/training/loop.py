@@ -79,7 +79,7 @@ def train(
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
     device = default_device(config.device)
     config = config.resolved(len(store.featurizer.vocabulary))
-    run = RunFolder.open(out, config, store, device, resume)
+    run = RunFolder.open(out, config, store, resume)
     try:
         with (
             reproducible(config.seed, config.deterministic, device),
@@ -122,6 +122,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints)
         if resume:
             self._restore()
+        run.set_up(config, store, device)
         self.model.set_phase(self.phase)
         with writing("the log", run.path):
             self.log = RunLog(run.path, self.step if resume else None)
@@ -144,6 +145,10 @@ class Trainer:
         return model.to(self.device).train()
 
     # ---- where the run stands
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
 
     @property
     def phase(self) -> int:
@@ -207,9 +212,8 @@ class Trainer:
                 self.display.line(f"TensorBoard's files are incomplete: {error}")
 
     def _introduce(self) -> None:
-        size = sum(p.numel() for p in self.parameters)
         self.display.line(
-            f"CASE with {size:,} trained parameters on {self.device} ({device_name(self.device)}); "
+            f"CASE with {self.parameter_count:,} trained parameters on {self.device} ({device_name(self.device)}); "
             f"{self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
@@ -231,7 +235,7 @@ class Trainer:
         best_step = self.stopping.best_step + self.phase_1_steps
         result = TrainResult(self.run.path, self.step, self.phase_1_steps, self.stopped, best_step, self.best)
         self.log.write("end", 2, self.step, stopped=self.stopped, best_step=best_step, best=self.best)
-        self.run.finish(asdict(result) | {"run": str(self.run.path)})
+        self.run.finish(parameters=self.parameter_count, result=asdict(result) | {"run": str(self.run.path)})
         self.display.line(
             f"done after {self.step:,} steps ({self.stopped}); best after step {best_step:,}: {_in_words(self.best)}"
         )

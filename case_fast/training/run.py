@@ -47,8 +47,8 @@ class RunFolder:
         self._lock = -1
 
     @classmethod
-    def open(cls, path: str | Path, config: TrainConfig, store: Store, device: torch.device, resume: bool) -> Self:
-        """Start a run's folder, or come back to it; ``config`` is resolved.
+    def open(cls, path: str | Path, config: TrainConfig, store: Store, resume: bool) -> Self:
+        """The folder of a new run, or of one to go on with; ``config`` is resolved. `set_up` fills it.
 
         Raises:
             CheckpointError: it holds a run and ``resume`` is False, or the other way round; it cannot be written; another
@@ -66,15 +66,15 @@ class RunFolder:
         with writing("the run", run.path):
             run.path.mkdir(parents=True, exist_ok=True)
             run._hold()
-        try:
-            if resume:
-                run.compare(run.read("config.json"), run.read("manifest.json").get("store", {}), config, store)
-                run._clean()
-            with writing("the run", run.path):
-                run._set_up(config, store, device, resume)
-        except BaseException:
-            run.release()
-            raise
+        if resume:
+            try:
+                stored = run.read("manifest.json").get("store")
+                run.compare(run.read("config.json"), stored if isinstance(stored, dict) else {}, config, store)
+                with writing("the run", run.path):
+                    run._clean()
+            except BaseException:
+                run.release()
+                raise
         return run
 
     def _hold(self) -> None:
@@ -107,8 +107,8 @@ class RunFolder:
         """`ConfigError` naming what differs between what the run was started with and what it is resumed with."""
         found = differences(ran, config.as_dict()) if ran else []
         if ran_on.get("fingerprint", store.fingerprint) != store.fingerprint:
-            found.append(f"the store is {ran_on.get('path')} ({ran_on['fingerprint'][:12]}) in the run "
-                         f"and {store.path} ({store.fingerprint[:12]}) now")  # fmt: skip
+            of_run = f"{ran_on.get('path')} ({str(ran_on['fingerprint'])[:12]})"
+            found.append(f"the store is {of_run} in the run and {store.path} ({store.fingerprint[:12]}) now")
         if found:
             raise ConfigError(f"{self.path} cannot be resumed so: {'; '.join(found)}. Use what it ran with, or start another run")
 
@@ -118,14 +118,19 @@ class RunFolder:
             for left in self.path.glob(f".{name}.*"):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
-    def _set_up(self, config: TrainConfig, store: Store, device: torch.device, resume: bool) -> None:
+    def set_up(self, config: TrainConfig, store: Store, device: torch.device) -> None:
+        """Write what describes the run, once it is known that it can begin or go on; what is there already is kept."""
+        with writing("the run", self.path):
+            self._set_up(config, store, device)
+
+    def _set_up(self, config: TrainConfig, store: Store, device: torch.device) -> None:
         write_json(self.path / "config.json", config.as_dict())
         if not (self.path / "features").is_dir():
             with whole_folder(self.path / "features") as folder:
                 store.featurizer.save(folder)
                 write_json(folder / "knowledge.json", store.knowledge)
         (self.path / "checkpoints").mkdir(exist_ok=True)
-        manifest = self.read("manifest.json") if resume else {}
+        manifest = self.read("manifest.json")
         now = {
             "command": shlex.join(sys.argv),
             "device": _device_in_words(device),
@@ -133,6 +138,7 @@ class RunFolder:
             "versions": _versions(),
         }
         if manifest:
+            manifest.pop("finished", None)  # until it ends again
             manifest.setdefault("resumed", []).append({"time": _now(), **now})
         else:
             data = {
@@ -144,9 +150,10 @@ class RunFolder:
         write_json(self.path / "manifest.json", manifest)
         sync(self.path)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, **facts: Any) -> None:
+        """Note in the manifest that training has ended, and how."""
         with writing("the manifest", self.path / "manifest.json"):
-            write_json(self.path / "manifest.json", self.read("manifest.json") | {"finished": _now(), "result": plain(result)})
+            write_json(self.path / "manifest.json", self.read("manifest.json") | {"finished": _now(), **plain(facts)})
 
     def save_best(self, model: CASE) -> None:
         """Replace RUN/best. Of its files only the weights differ within a run, so replacing each replaces all at once."""
