@@ -67,15 +67,16 @@ def _graph(graph: CSR, names: list[str], relations: tuple[str, ...]) -> dict[str
 def show(store: Store, split: str, index: int, console: Console) -> None:
     """Print `describe` as panels and tables."""
     found = describe(store, split, index)
+    # Text, not str, wherever somebody's words are shown: a bracket in them is no markup
     dialogue = Text()
+    dialogue.append(f"situation {found['situation']}\n", style="dim")
     for said, by_speaker in zip(found["context"], found["by_speaker"], strict=True):
         dialogue.append("speaker   " if by_speaker else "listener  ", style="cyan" if by_speaker else "green")
         dialogue.append(said + "\n")
     dialogue.append("reply     ", style="bold green")
     dialogue.append(found["response"])
-    title = f"{split} {index} of {store.size(split):,} · {found['id']} · {found['emotion']}"
-    subtitle = f"situation: {found['situation']}"
-    console.print(Panel(dialogue, title=title, subtitle=subtitle, title_align="left", subtitle_align="left"))
+    title = Text(f"{split} {index} of {store.size(split):,} · {found['id']} · {found['emotion']}")
+    console.print(Panel(dialogue, title=title, title_align="left"))
     if found["truncated_words"] or found["unknown_words"]:
         console.print(f"{found['truncated_words']} words cut off, {found['unknown_words']} words not in the vocabulary")
 
@@ -92,7 +93,7 @@ def show(store: Store, split: str, index: int, console: Console) -> None:
     for column in ("concept", "intensity", "of the words"):
         table.add_column(column)
     for concept in found["concepts"]:
-        table.add_row(concept["word"], f"{concept['intensity']:.3f}", ", ".join(concept["of"]))
+        table.add_row(*map(Text, (concept["word"], f"{concept['intensity']:.3f}", ", ".join(concept["of"]))))
     console.print(table if found["concepts"] else "No emotional concepts.")
 
     for title, graph, first in (
@@ -114,4 +115,5 @@ def show(store: Store, split: str, index: int, console: Console) -> None:
             else:
                 body.append(", ".join(f"{names[a]} – {names[b]}" for a, b in edges) or "–")
             body.append("\n")
+        body.rstrip()
         console.print(Panel(body, title=f"{title}: {len(names)} vertices, {total} edges", title_align="left"))
