@@ -1,4 +1,5 @@
-// The widest vector unit that this processor and operating system offer, found at run time.
+// The widest vector unit that this processor and operating system offer, found at run time. The environment variable
+// CASE_FAST_SIMD=scalar|avx2 asks for a lower one, for tests.
 #pragma once
 
 #ifdef __cplusplus

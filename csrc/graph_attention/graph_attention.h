@@ -1,0 +1,50 @@
+// Relation-biased sparse graph attention and its gradients. Plain C; no torch, no Python.
+//   score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r])
+//   out_i = sum over the neighbours k of i of dropout(softmax(score(i, .)))_k * v_k; zeros where i has no neighbours
+// The neighbours of vertex i are indices[indptr[i]:indptr[i+1]]; parallel edges count separately.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum case_fast_dtype { CASE_FAST_F32 = 0, CASE_FAST_F64 = 1, CASE_FAST_F16 = 2, CASE_FAST_BF16 = 3 };
+
+enum case_fast_status {
+    CASE_FAST_OK = 0,
+    CASE_FAST_BAD_INDPTR = 1,    // does not start with 0, falls, or does not end with `edges`
+    CASE_FAST_BAD_INDICES = 2,   // a neighbour outside [0, vertices)
+    CASE_FAST_BAD_RELATION = 3,  // a relation outside [0, relations)
+    CASE_FAST_BAD_ARGUMENT = 4,  // a size, a dtype, dropout_p or a missing pointer
+    CASE_FAST_NO_MEMORY = 5,
+    CASE_FAST_CUDA_ERROR = 6,
+};
+
+typedef struct case_fast_graph {
+    int64_t vertices, edges, relations;           // relations 0: plain attention, relation == NULL
+    int32_t heads, dim, dtype, index_bits;        // index_bits 32 or 64: indptr, indices and relation alike
+    const void *indptr, *indices, *relation;      // (vertices + 1), (edges), (edges)
+    double scale, dropout_p;                      // dropout_p in [0, 1], on the softmax weights
+    uint64_t seed;                                // see case_fast_keep in common/philox.h
+} case_fast_graph;
+
+// query, key, value, out: (V, H, D) contiguous. relation_query, relation_key: (R, H, D), NULL where relations is 0.
+// weights: (E, H), the softmax BEFORE dropout; double for F64, else float. Kept for the backward pass.
+//
+// On the CPU: F32 and F64. Everything is checked before it is used, and on an error nothing has been written. Outputs are
+// written whole, whatever stood there. The results are the same bits for any number of threads.
+int case_fast_graph_attention_forward_cpu(const case_fast_graph *graph, const void *query, const void *key, const void *value,
+                                          const void *relation_query, const void *relation_key, void *out, void *weights,
+                                          int threads);
+
+// The last two are ignored where relations is 0.
+int case_fast_graph_attention_backward_cpu(const case_fast_graph *graph, const void *query, const void *key, const void *value,
+                                           const void *relation_query, const void *relation_key, const void *weights,
+                                           const void *grad_out, void *grad_query, void *grad_key, void *grad_value,
+                                           void *grad_relation_query, void *grad_relation_key, int threads);
+
+#ifdef __cplusplus
+}
+#endif
