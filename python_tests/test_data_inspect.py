@@ -82,8 +82,8 @@ def test_show_prints_every_part(tmp_path, width):
     text = " ".join(printed(store, width=width).replace("│", " ").split())
     for part in ("train 0 of 1 · c:1#4 · sad", "situation Bad luck.", "speaker The exam was zebra.", "listener Sad.",
                  f"speaker {SAID}", "reply So sad.", "0 words cut off, 3 words not in the vocabulary", "u0 – u1, u0 – u2",
-                 "u1 – u2", "u0 – to pass", "u2 – to study, u2 – hard", "exam – grim", "dog – sad", "[CLS] with every other vertex",
-                 "6 vertices, 12 edges", "16 vertices, 48 edges"):  # fmt: skip
+                 "u1 – u2", "u0 – to pass", "u2 – to study, u2 – hard", "exam – grim", "dog – sad",
+                 "[CLS] with every other vertex", "6 vertices, 12 edges", "16 vertices, 48 edges"):  # fmt: skip
         assert part in text, part
     for word in ("to", "pass", "study", "hard", "glad", "0.950", "0.900", *RELATIONS):
         assert word in text

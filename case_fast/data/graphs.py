@@ -18,7 +18,7 @@ CONCEPT = 3
 
 @dataclass(frozen=True)
 class CSR:
-    """``indices[indptr[i]:indptr[i+1]]`` are the neighbours of vertex i, ``relation`` the edge's type; all int32."""
+    """``indices[indptr[i]:indptr[i+1]]`` are the neighbours of vertex i, ``relation`` the edge's type; int32 (in a store, relation is uint8)."""
 
     indptr: np.ndarray
     indices: np.ndarray

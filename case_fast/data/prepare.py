@@ -255,4 +255,3 @@ def _statistics(writers: dict[str, SplitWriter], texts: TextTable, vocabulary: V
         "concept_vertices": size("concept"),
         "truncated_contexts": sum(int(np.count_nonzero(w.scalars["truncated"])) for w in writers.values()),
     }
-

@@ -288,4 +288,3 @@ def write_store(folder: Path, featurizer: Featurizer, texts: TextTable, splits: 
         "files": files,
     }
     write_json(folder / "manifest.json", manifest)
-
