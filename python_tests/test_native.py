@@ -71,18 +71,40 @@ def test_hidden_devices_are_reported_and_never_an_exception():
     assert done.stdout.split() == ["0", "True"]
 
 
-@pytest.mark.parametrize("asked", ["", "reference"])
-def test_reference_runs_and_is_logged_once_with_the_reason(asked):
+def chosen_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("case_fast backend of")]
+
+
+@pytest.mark.parametrize("asked", ["", "native"])
+def test_native_runs_on_cpu_and_is_logged_once(asked):
+    native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
     done = run(CHOOSE, CASE_FAST_BACKEND=asked)
+    assert done.stdout.strip() == "['native', 'native']"
+    (line,) = chosen_lines(done)
+    assert line.startswith("case_fast backend of graph_attention on cpu: native")
+    assert ("CASE_FAST_BACKEND asks for it" if asked else native.simd) in line
+
+
+def test_reference_runs_where_asked_for_and_is_logged_once():
+    done = run(CHOOSE, CASE_FAST_BACKEND="reference")
     assert done.stdout.strip() == "['reference', 'reference']"
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("case_fast backend: reference")]
-    assert ("CASE_FAST_BACKEND asks for it" if asked else "no native or triton kernel exists") in line
+    (line,) = chosen_lines(done)
+    assert line == "case_fast backend of graph_attention on cpu: reference (CASE_FAST_BACKEND asks for it)"
 
 
-@pytest.mark.parametrize("asked", ["native", "triton"])
-def test_a_backend_without_kernels_is_refused(asked):
-    said = run(CHOOSE, CASE_FAST_BACKEND=asked).stdout
-    assert said.startswith(f"ConfigError CASE_FAST_BACKEND={asked}: no {asked} kernel exists in this version yet")
+@pytest.mark.parametrize(
+    "asked, before, why",
+    [
+        ("native", BLOCK_NATIVE, "native module: it is not built for this Python"),
+        ("triton", "import sys; sys.modules['triton'] = None\n", "triton is not installed"),
+        ("triton", "", "no Triton kernels for cpu (TRITON_INTERPRET=1 interprets them)"),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_refused_with_the_reason(asked, before, why):
+    if not before:
+        pytest.importorskip("triton", reason="triton is not installed")
+    said = run(before + CHOOSE, CASE_FAST_BACKEND=asked, TRITON_INTERPRET="0").stdout
+    assert said.startswith(f"ConfigError CASE_FAST_BACKEND={asked}: graph_attention on cpu cannot run there: {why}")
 
 
 def test_an_unknown_backend_is_refused_naming_the_variable():
@@ -96,7 +118,8 @@ def test_works_without_the_native_module():
     assert chosen == "['reference', 'reference']"
     assert report.startswith("{'available': False, 'reason': 'it is not built for this Python")
     assert version == case_fast.__version__
-    assert "native module: not used: it is not built for this Python" in done.stderr
+    (line,) = chosen_lines(done)
+    assert "reference, plain torch and slower (native not used: native module: it is not built for this Python" in line
 
 
 def test_a_module_of_another_version_is_not_used():

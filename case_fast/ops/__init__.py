@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from case_fast.ops.backend import backend_name, native_report
+from case_fast.ops.graph_attention import graph_attention
 
-__all__ = ["backend_name", "native_report"]
+__all__ = ["backend_name", "graph_attention", "native_report"]

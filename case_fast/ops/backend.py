@@ -1,30 +1,34 @@
 """Which backend runs the ops, and why.
 
+    native      case_fast._native: C++ on CPU, CUDA on NVIDIA GPUs
+    triton      Triton kernels, on GPUs that the native module does not serve
     reference   case_fast.equations: plain torch on any device
-    native      case_fast._native: C++ and CUDA
-    triton      Triton kernels
 
-CASE_FAST_BACKEND=native|triton|reference overrides the choice. This version has the reference alone.
+CASE_FAST_BACKEND=native|triton|reference overrides the choice.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
+
+import torch
 
 from case_fast import __version__
 from case_fast.errors import ConfigError
 
 BACKENDS = ("native", "triton", "reference")
+GPUS = ("cuda", "xpu")  # AMD's are "cuda" to torch
 _log = logging.getLogger("case_fast")
 
 try:
-    import case_fast._native as _native  # not `from case_fast import`, which hides why it failed
+    import case_fast._native as native  # not `from case_fast import`, which hides why it failed
 
     _native_missing = ""
-    if _native.__version__ != __version__:
-        _native_missing = f"it is version {_native.__version__}, the package is {__version__}; install case_fast again"
+    if native.__version__ != __version__:
+        _native_missing = f"it is version {native.__version__}, the package is {__version__}; install case_fast again"
 except ModuleNotFoundError:
     _native_missing = "it is not built for this Python; pip install -e . builds it"
 except ImportError as error:
@@ -39,27 +43,75 @@ def native_report() -> dict:
     """
     if _native_missing:
         return {"available": False, "reason": _native_missing}
-    return {"available": True, "reason": "", **_native.report()}
+    return {"available": True, "reason": "", **native.report()}
 
 
-def backend_name() -> str:
-    """The backend that runs the ops: "reference" in this version. The first call logs which and why.
+def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:
+    """The backend that runs a family of ops on a type of device, such as "cpu" or "cuda". The first call logs which and why.
 
     Raises:
-        ConfigError: CASE_FAST_BACKEND names no backend, or one without kernels in this version.
+        ConfigError: CASE_FAST_BACKEND names no backend, or one that cannot serve.
     """
-    return _choose(os.environ.get("CASE_FAST_BACKEND", ""))
+    return choose(family, device)
+
+
+@torch.compiler.assume_constant_result
+def choose(family: str, device: str, beyond: str = "") -> str:
+    """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is."""
+    return _choose(family, device, beyond, os.environ.get("CASE_FAST_BACKEND", ""))
 
 
 @functools.cache
-def _choose(asked: str) -> str:
+def _choose(family: str, device: str, beyond: str, asked: str) -> str:
     if asked and asked not in BACKENDS:
         raise ConfigError(f"CASE_FAST_BACKEND={asked!r} names no backend; use {', '.join(BACKENDS)}, or unset it")
-    if asked in ("native", "triton"):
-        raise ConfigError(
-            f"CASE_FAST_BACKEND={asked}: no {asked} kernel exists in this version yet; use reference, or unset it"
-        )
-    why = "CASE_FAST_BACKEND asks for it" if asked else "no native or triton kernel exists in this version yet"
-    native = f"not used: {_native_missing}" if _native_missing else f"built, {_native.simd}"
-    _log.info("backend: reference (%s); native module: %s", why, native)
+    absent = {"native": beyond or _native_absent(family, device), "triton": beyond or _triton_absent(family, device, asked)}
+    said = "; ".join(f"{name} not used: {why}" for name, why in absent.items() if why)
+    if asked:
+        if absent.get(asked):
+            raise ConfigError(
+                f"CASE_FAST_BACKEND={asked}: {family} on {device} cannot run there: {absent[asked]}. "
+                "Choose another backend, or unset it"
+            )
+        _log.info("backend of %s on %s: %s (CASE_FAST_BACKEND asks for it)", family, device, asked)
+        return asked
+    for name, why in absent.items():
+        if not why:
+            detail = native.simd if (name, device) == ("native", "cpu") else said or "its kernels serve this device"
+            _log.info("backend of %s on %s: %s (%s)", family, device, name, detail)
+            return name
+    _log.warning("backend of %s on %s: reference, plain torch and slower (%s)", family, device, said)
     return "reference"
+
+
+def _native_absent(family: str, device: str) -> str:
+    """Why the native module does not serve this family on this device; empty where it does."""
+    if device not in ("cpu", "cuda"):
+        return f"the native module has no kernels for {device}"
+    if _native_missing:
+        return f"native module: {_native_missing}"
+    if device == "cpu":
+        return "" if hasattr(native, f"{family}_forward") else "the native module has no CPU kernel of it"
+    if torch.version.hip:
+        return "the native module has no kernels for AMD GPUs"
+    if not hasattr(native, f"{family}_forward_cuda"):
+        return "the native module was built without CUDA"
+    return ""
+
+
+def _triton_absent(family: str, device: str, asked: str) -> str:
+    """Why Triton does not serve; empty where it does. In Triton's interpreter it serves the CPU too, where asked to."""
+    if importlib.util.find_spec(f"case_fast.ops.{family}_triton") is None:
+        return "there is no Triton kernel of it"
+    if not _has_triton():
+        return "triton is not installed"
+    if device in GPUS or (device == "cpu" and asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return ""
+    return f"no Triton kernels for {device}" + (" (TRITON_INTERPRET=1 interprets them)" if device == "cpu" else "")
+
+
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # blocked in sys.modules
+        return False
