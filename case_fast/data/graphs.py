@@ -18,7 +18,10 @@ CONCEPT = 3
 
 @dataclass(frozen=True)
 class CSR:
-    """``indices[indptr[i]:indptr[i+1]]`` are the neighbours of vertex i, ``relation`` the edge's type; int32 (in a store, relation is uint8)."""
+    """``indices[indptr[i]:indptr[i+1]]`` are the neighbours of vertex i, ``relation`` the types of these edges.
+
+    All int32; ``relation`` read from a store is uint8.
+    """
 
     indptr: np.ndarray
     indices: np.ndarray

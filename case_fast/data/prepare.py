@@ -230,7 +230,7 @@ def _count_words(train: list[Conversation], inferences: Inferences) -> Counter[s
         for turn in conversation.turns:
             counts.update(tokenize(turn.text))
     known = {text for subs in _prompts(train) for sub in subs for found in inferences[sub].values() for text in found}
-    for text in sorted(known):
+    for text in known:
         counts.update(tokenize(text))
     return counts
 
