@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,7 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 @contextmanager
 def _bar(console: Console) -> Iterator[Progress]:
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                  TimeRemainingColumn(), console=console, transient=True) as progress:  # fmt: skip
+                  TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as progress:  # fmt: skip
         yield progress
 
 
@@ -195,7 +196,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
         def replies(indices: Sequence[int]) -> list[Any]:
             total = len(indices)  # the references are the first half of the work, the replies the second
             halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
-            return list(generate_all(model, store, split, indices, generation, batch_size, chosen, halfway))
+            return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
         return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))  # fmt: skip
@@ -243,7 +244,7 @@ def _demo(args: Namespace, console: Console) -> None:
     store = prepare(PrepareSettings("bundled", "bundled", "bundled", "bundled", str(store_path)), _Stages(console))
     _prepared(store, console)
     console.rule("2  train: phase 1 on L_BOW, phase 2 on the whole objective")
-    train(store, run, TrainConfig(**PRESETS["demo"]), console=console)
+    train(store, run, TrainConfig.from_dict(PRESETS["demo"]), console=console)
     console.rule("3  evaluate on the toy test split")
     run_evaluation(str(run), str(store_path), "test", None, 32, "auto", GenerationConfig(), console)
     console.rule("4  five replies")
@@ -257,7 +258,7 @@ def _demo(args: Namespace, console: Console) -> None:
     console.print(f"{write_report(run)}\n", highlight=False)
     console.print(f"Done in {time.monotonic() - started:.0f} s. A toy model on a toy corpus: it shows that everything works, "
                   f"not how well CASE answers.\nTalk to it: case-fast chat {run}\n", highlight=False)  # fmt: skip
-    console.print(_REAL_DATA, highlight=False)
+    console.print(_REAL_DATA, highlight=False, soft_wrap=True)
 
 
 # name -> what it does, its arguments, what carries it out; a command imports only what it needs
@@ -299,6 +300,8 @@ usage: case-fast COMMAND [arguments]          case-fast COMMAND --help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
+    # Threads that spin while they wait make a step ten times slower on a machine with other work. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     console, errors = Console(), Console(stderr=True)
     if not words or words[0] in ("--help", "-h", "--version"):
