@@ -1,0 +1,124 @@
+"""The inputs of the graph benchmarks: batches of graphs, and what attends over them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from case_fast.batch import Graphs
+from case_fast.errors import ConfigError
+
+HEADS, DIMENSION, RELATIONS = 2, 150, 7  # of the paper: d = 300 in two heads; five relations, temporal order, self loop
+REAL_GRAPHS = Path(__file__).parent / "data" / "graphs.safetensors"  # made by `python -m benchmarks.real_graphs`
+REAL_KINDS = ("cognition", "concept")
+FIELDS = ("indptr", "indices", "relation", "cu_vertices")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input. query, key, value, grad_out: (V, H, D); relation_query, relation_key: (R, H, D) or None: plain attention."""
+
+    name: str
+    what: str
+    graphs: Graphs
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    relation_query: Tensor | None
+    relation_key: Tensor | None
+    grad_out: Tensor
+
+    @property
+    def vertices(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def edges(self) -> int:
+        return self.graphs.indices.numel()
+
+    @property
+    def relation(self) -> Tensor | None:
+        return None if self.relation_query is None else self.graphs.relation
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What gradients are taken of."""
+        floats = (self.query, self.key, self.value, self.relation_query, self.relation_key)
+        return tuple(x for x in floats if x is not None)
+
+
+def random_graphs(count: int, vertices: int, edges: int, generator: torch.Generator) -> Graphs:
+    """``count`` graphs of equal size: a self loop at each vertex, as in CASE, and distinct random edges, ``edges`` in all."""
+    start = vertices * torch.arange(count)
+    rows, columns = [], []
+    for first in start.tolist():
+        own = torch.arange(vertices) * (vertices + 1)  # a cell of the matrix: row * vertices + column
+        others = torch.empty(0, dtype=torch.int64)
+        while others.numel() < edges - vertices:
+            drawn = torch.randint(vertices**2, (2 * edges,), generator=generator)
+            others = torch.cat([others, drawn[drawn % (vertices + 1) != 0]]).unique()
+        others = others[torch.randperm(others.numel(), generator=generator)[: edges - vertices]]
+        cell = torch.cat([own, others]).sort().values
+        rows.append(cell // vertices + first)
+        columns.append(cell % vertices + first)
+    row, column = torch.cat(rows), torch.cat(columns)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(row, minlength=count * vertices).cumsum(0)])
+    relation = torch.randint(RELATIONS, (row.numel(),), generator=generator)
+    cu_vertices = vertices * torch.arange(count + 1)
+    return Graphs(indptr.int(), column.int(), relation.int(), cu_vertices, torch.arange(count).repeat_interleave(vertices))
+
+
+def make_case(name: str, what: str, graphs: Graphs, relations: int | None = RELATIONS, heads: int = HEADS, seed: int = 0,
+              dimension: int = DIMENSION, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:  # fmt: skip
+    """Normal queries, keys, values and relations over these graphs; the same numbers for one seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, heads, dimension, generator=generator).to(device, dtype)
+
+    vertices = graphs.indptr.numel() - 1
+    q, k, v, g = (normal(vertices) for _ in range(4))
+    relation = (None, None) if relations is None else (normal(relations), normal(relations))
+    return Case(name, what, graphs.to(device), q, k, v, *relation, g)
+
+
+def read_real_graphs(kind: str, path: Path = REAL_GRAPHS) -> list[Graphs]:
+    """The batches of 16 dialogues' graphs that `benchmarks.real_graphs` wrote."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; make it from a store: python -m benchmarks.real_graphs STORE --out {path}")
+    stored = load_file(path)
+    batches = []
+    while f"{kind}.{len(batches)}.indptr" in stored:
+        parts = {field: stored[f"{kind}.{len(batches)}.{field}"] for field in FIELDS}
+        sizes = parts["cu_vertices"].diff()
+        batches.append(Graphs(**parts, dialogue=torch.arange(sizes.numel()).repeat_interleave(sizes)))
+    if not batches:
+        raise ConfigError(f"{path} holds no graphs of the kind {kind!r}; make it again with python -m benchmarks.real_graphs")
+    return batches
+
+
+def median_batch(batches: list[Graphs]) -> Graphs:
+    """The batch with the median number of edges."""
+    return sorted(batches, key=lambda graphs: graphs.indices.numel())[len(batches) // 2]
+
+
+def case_of(name: str, real: Path = REAL_GRAPHS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+    """The case of a name: paper, cognition, concept, or a number of vertices such as 1e4 or 300."""
+    if name == "paper":
+        graphs = random_graphs(16, 84, 336, torch.Generator().manual_seed(0))
+        return make_case(name, "16 graphs of 84 vertices, 4 edges a vertex", graphs, device=device, dtype=dtype)
+    if name in REAL_KINDS:
+        graphs = median_batch(read_real_graphs(name, real))
+        kind, relations = ("G_CS", RELATIONS) if name == "cognition" else ("G_EC (no relations)", None)
+        what = f"{kind} of {graphs.cu_vertices.numel() - 1} EmpatheticDialogues"
+        return make_case(name, what, graphs, relations, device=device, dtype=dtype)
+    if not re.fullmatch(r"[1-9]\d*(e\d)?", name) or not 8 <= float(name) <= 1e7:
+        raise ConfigError(f"size {name!r} is unknown; one of paper, {', '.join(REAL_KINDS)}, or a number of vertices, 8 to 1e7")
+    vertices = int(float(name))
+    graphs = random_graphs(1, vertices, 4 * vertices, torch.Generator().manual_seed(0))
+    return make_case(name, f"one graph of {vertices:,} vertices, 4 edges a vertex", graphs, device=device, dtype=dtype)
