@@ -247,11 +247,11 @@ def _demo(args: Namespace, console: Console) -> None:
     train(store, run, TrainConfig.from_dict(PRESETS["demo"]), console=console)
     console.rule("3  evaluate on the toy test split")
     run_evaluation(str(run), str(store_path), "test", None, 32, "auto", GenerationConfig(), console)
-    console.rule("4  five replies")
+    console.rule("4  five replies, beam search")
     responder = load(run)
     for said in ("I failed my exam. I studied so hard.", "My dog died last night.", "I got a new job today!",
                  "I heard a strange noise and I was home alone.", "My best friend threw a surprise party for me."):  # fmt: skip
-        reply = responder.respond(said)
+        reply = responder.respond(said, GenerationConfig(strategy="beam"))
         console.print(f"[cyan]speaker [/cyan] {escape(said)}", highlight=False)
         console.print(f"[green]reply   [/green] {escape(reply.text)} [dim]({reply.emotion})[/dim]", highlight=False)
     console.rule("5  report")
