@@ -148,6 +148,7 @@ def test_detokenize_writes_contractions_long_and_capitals():
         ("I failed", ["I failed"]),
         ("I failed. So sad! Why?", ["I failed.", "So sad!", "Why?"]),
         ("I failed.So sad", ["I failed.", "So sad"]),
+        ("I love the U.S.A.", ["I love the U.S.A."]),
         ("No way?! I won...", ["No way?!", "I won..."]),
         ("It cost 3.50 dollars. Ok.", ["It cost 3.50 dollars.", "Ok."]),
         ('She said "no." Then she left.', ['She said "no.', "Then she left."]),
