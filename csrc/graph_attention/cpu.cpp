@@ -59,14 +59,15 @@ private:
     std::vector<std::unique_ptr<void, void (*)(void *)>> blocks_;
 };
 
+// Whether 0 <= value < limit for all. Branch-free, for the compiler to vectorise: the sign bit of any bad value stays.
 template <class I>
 bool all_within(const I *values, int64_t count, int64_t limit) {
-    I low = 0, high = -1;  // branch-free, for the compiler to vectorise
-    for (int64_t i = 0; i < count; ++i) {
-        low = std::min(low, values[i]);
-        high = std::max(high, values[i]);
-    }
-    return low >= 0 && int64_t(high) < limit;
+    using Unsigned = std::make_unsigned_t<I>;
+    const Unsigned last = Unsigned(std::min<int64_t>(limit - 1, std::numeric_limits<I>::max()));
+    if (limit == 0) return count == 0;
+    Unsigned signs = 0;
+    for (int64_t i = 0; i < count; ++i) signs |= Unsigned(values[i]) | (last - Unsigned(values[i]));
+    return I(signs) >= 0;
 }
 
 template <class I>
@@ -156,21 +157,21 @@ std::vector<int64_t> even_ranges(int64_t vertices, int64_t edges, int64_t parts,
 }
 
 // Bounds of the smallest ranges of vertices that no edge leaves.
-template <class T>
-std::vector<int64_t> closed_blocks(const GraphAttention<T> &a) {
+template <class I>
+std::vector<int64_t> closed_blocks(const I *indptr, const I *indices, int64_t vertices) {
     std::vector<int64_t> bounds;  // the beginnings so far
     int64_t reach = -1;           // the last vertex known to belong to the present block
-    for (int64_t row = 0; row < a.vertices; ++row) {
-        int64_t low = row, high = row;
-        for (int64_t e = at(a.indptr, row), end = at(a.indptr, row + 1); e < end; ++e) {
-            low = std::min(low, at(a.indices, e));
-            high = std::max(high, at(a.indices, e));
+    for (int64_t row = 0; row < vertices; ++row) {
+        I low = I(row), high = I(row);
+        for (I e = indptr[row]; e < indptr[row + 1]; ++e) {
+            low = std::min(low, indices[e]);
+            high = std::max(high, indices[e]);
         }
         if (row > reach) bounds.push_back(row);
         while (bounds.back() > low) bounds.pop_back();  // an edge back joins blocks that seemed closed
-        reach = std::max(reach, high);
+        reach = std::max<int64_t>(reach, high);
     }
-    bounds.push_back(a.vertices);
+    bounds.push_back(vertices);
     return bounds;
 }
 
@@ -178,8 +179,7 @@ std::vector<int64_t> closed_blocks(const GraphAttention<T> &a) {
 template <class T>
 struct Transpose {
     const GraphAttention<T> &a;
-    int64_t *column_end, *place, *place_row;
-    int32_t *place_relation;
+    int64_t *column_end, *place_edge, *place_row;
 
     void build(int64_t begin, int64_t end) const {
         const int64_t first = at(a.indptr, begin), last = at(a.indptr, end);
@@ -195,9 +195,8 @@ struct Transpose {
         for (int64_t row = begin; row < end; ++row)
             for (int64_t e = at(a.indptr, row); e < at(a.indptr, row + 1); ++e) {
                 const int64_t p = column_end[at(a.indices, e)]++;
-                place[e] = p;
+                place_edge[p] = e;
                 place_row[p] = row;
-                if (a.relations) place_relation[p] = int32_t(at(a.relation, e));
             }
     }
 };
@@ -216,25 +215,6 @@ int forward(const case_fast_graph &g, const void *query, const void *key, const 
     return CASE_FAST_OK;
 }
 
-// Sums the chunks' partial relation gradients, in order.
-template <class T>
-void reduce_relations(const GraphAttention<T> &a, const T *partials, int64_t chunks, int64_t stride, T *grad_relation_query,
-                      T *grad_relation_key) {
-    for (int64_t row = 0; row < a.relations * a.heads; ++row) {
-        T count = 0;
-        for (int64_t c = 0; c < chunks; ++c) count += partials[c * stride + a.relations * a.heads * 2 * a.padded + row];
-        for (int slot = 0; slot < 2; ++slot) {
-            T *const out = (slot ? grad_relation_key : grad_relation_query) + row * a.dim;
-            const T *const other = a.bias + (2 * row + 1 - slot) * a.padded;
-            for (int i = 0; i < a.dim; ++i) out[i] = count == 0 ? T(0) : count * other[i];
-            for (int64_t c = 0; c < chunks; ++c) {
-                const T *const partial = partials + c * stride + (2 * row + slot) * a.padded;
-                for (int i = 0; i < a.dim; ++i) out[i] += partial[i];
-            }
-        }
-    }
-}
-
 template <class T>
 int backward(const case_fast_graph &g, const void *query, const void *key, const void *value, const void *relation_query,
              const void *relation_key, const void *weights, const void *grad_out, void *grad_query, void *grad_key,
@@ -249,23 +229,24 @@ int backward(const case_fast_graph &g, const void *query, const void *key, const
     const RowKernels<T> &kernel = row_kernels<T>();
 
     Transpose<T> transpose = {a, workspace.take<int64_t>(g.vertices), workspace.take<int64_t>(g.edges),
-                              workspace.take<int64_t>(g.edges), workspace.take<int32_t>(g.edges)};
+                              workspace.take<int64_t>(g.edges)};
     a.column_end = transpose.column_end;
-    a.place = transpose.place;
+    a.place_edge = transpose.place_edge;
     a.place_row = transpose.place_row;
-    a.place_relation = transpose.place_relation;
-    a.place_grad = workspace.take<T>(g.edges * g.heads);
-    a.place_weight = workspace.take<T>(g.edges * g.heads);
+    a.score_grad = workspace.take<T>(g.edges * g.heads);
 
     const auto row_edges = [&](int64_t i) { return at(a.indptr, i); };
-    const auto blocks = closed_blocks(a);
+    const auto blocks = a.indptr.wide ? closed_blocks(static_cast<const int64_t *>(g.indptr), static_cast<const int64_t *>(g.indices), g.vertices)
+                                      : closed_blocks(static_cast<const int32_t *>(g.indptr), static_cast<const int32_t *>(g.indices), g.vertices);
     bool small = true;
     for (size_t i = 0; i + 1 < blocks.size(); ++i)
         small &= blocks[i + 1] - blocks[i] + row_edges(blocks[i + 1]) - row_edges(blocks[i]) <= largest_block;
 
     // Few enough chunks that their partial sums stay below the inputs in size.
-    int64_t chunks = std::max<int64_t>(1, std::min<int64_t>((g.vertices + g.edges) / 256, most_chunks));
-    if (g.relations) chunks = std::max<int64_t>(1, std::min<int64_t>(chunks, g.vertices / (2 * g.relations)));
+    int64_t chunks = std::min<int64_t>((g.vertices + g.edges) / 256, most_chunks);
+    if (g.relations) chunks = std::min<int64_t>(chunks, g.vertices / (2 * g.relations));
+    if (small) chunks = std::min<int64_t>(chunks, int64_t(blocks.size()) - 1);
+    chunks = std::max<int64_t>(chunks, 1);
     const int64_t rows = g.relations * g.heads, stride = (rows * 2 * a.padded + rows + 15) / 16 * 16;
     T *const partials = workspace.take<T>(chunks * stride);
     const auto partial = [&](int64_t chunk) { return partials + chunk * stride; };
@@ -295,8 +276,9 @@ int backward(const case_fast_graph &g, const void *query, const void *key, const
             kernel.backward_columns(a, bounds[size_t(i)], bounds[size_t(i) + 1], column_begin(bounds[size_t(i)]), partial(i));
         });
     }
-    if (g.relations)
-        reduce_relations(a, partials, chunks, stride, static_cast<T *>(grad_relation_query), static_cast<T *>(grad_relation_key));
+    case_fast_parallel(threads, rows, [&](int64_t row) {
+        kernel.reduce(a, partials, chunks, stride, row, static_cast<T *>(grad_relation_query), static_cast<T *>(grad_relation_key));
+    });
     return CASE_FAST_OK;
 }
 

@@ -27,20 +27,21 @@ struct GraphAttention {
     T *grad_query, *grad_key, *grad_value;
     // The edges sorted by neighbour, stably: those that end in vertex k have places from column_end[k - 1] (0 for
     // k = 0) up to column_end[k].
-    const int64_t *column_end, *place;        // (V); (E): edge -> its place
-    const int64_t *place_row;                 // (E): place -> the vertex that the edge starts from
-    const int32_t *place_relation;            // (E)
-    T *place_grad, *place_weight;             // (E, H): scale * d loss / d score; the weight after dropout
+    const int64_t *column_end;               // (V)
+    const int64_t *place_edge, *place_row;   // (E): place -> the edge, the vertex that it starts from
+    T *score_grad;                           // (E, H): scale * d loss / d score
 };
 
-// Partial sums of the relation gradients over some edges: (R, H, 2, padded) in the layout of `bias`, then (R, H), the sums of
-// place_grad, which rows adds. The gradient of relation_query is slot 0 plus that sum times relation_key; likewise slot 1.
+// Partial sums of the relation gradients over a chunk's edges: (R, H, 2, padded) in the layout of `bias`, then (R, H), the sums
+// of score_grad. The gradient of relation_query is slot 0 plus that sum times relation_key; likewise slot 1.
 template <class T>
 struct RowKernels {
     void (*forward)(const GraphAttention<T> &, int64_t begin, int64_t end);                       // out, weights
-    void (*backward_rows)(const GraphAttention<T> &, int64_t begin, int64_t end, T *partial);     // grad_query, place_*, slot 1
+    void (*backward_rows)(const GraphAttention<T> &, int64_t begin, int64_t end, T *partial);     // grad_query, score_grad, slot 1, sums
     void (*backward_columns)(const GraphAttention<T> &, int64_t begin, int64_t end, int64_t place, T *partial);
     // grad_key, grad_value, slot 0; `place` is where column `begin` begins
+    void (*reduce)(const GraphAttention<T> &, const T *partials, int64_t chunks, int64_t stride, int64_t row,
+                   T *grad_relation_query, T *grad_relation_key);  // row of (R * H)
 };
 
 struct GraphAttentionKernels {

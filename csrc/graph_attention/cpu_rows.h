@@ -11,18 +11,14 @@
 namespace {
 
 constexpr int group = 4;
-
-struct Edges {  // a group's offsets, in elements
-    int64_t row[group];   // into (V, H, D): the vertex at the other end
-    int64_t bias[group];  // into (R, H, 2, padded)
-};
+constexpr int64_t row_block = 16;  // rows done phase by phase, so that one row's scalar chain hides behind its neighbours
 
 // Calls body(i, load, store) for each vector of a row; the last, if not full, goes through masked loads and stores.
 template <class T, class Body>
 CASE_FAST_INLINE void each_vector(int dim, Body body) {
     constexpr int width = Lanes<T>::width;
     const int full = dim / width * width;
-    for (int i = 0; i < full; i += width)
+    for (int64_t i = 0; i < full; i += width)
         body(
             i, [](const T *from) __attribute__((always_inline)) { return load(from); },
             [](T *to, Vector<T> x) __attribute__((always_inline)) { store(to, x); });
@@ -34,45 +30,58 @@ CASE_FAST_INLINE void each_vector(int dim, Body body) {
     }
 }
 
-// Runs body(first, std integral constant count) over [begin, end) in groups of four and a rest.
+// Calls body(first, count, fresh) over [begin, end) in groups of four and a rest; count and fresh (whether it is the first
+// group) are known to the compiler.
 template <int n>
-struct Count {
+struct Constant {
     static constexpr int value = n;
 };
+template <class Body, class Fresh>
+CASE_FAST_INLINE void rest(int64_t i, int64_t end, Body &body, Fresh fresh) {
+    switch (end - i) {
+        case 3: return body(i, Constant<3>{}, fresh);
+        case 2: return body(i, Constant<2>{}, fresh);
+        case 1: return body(i, Constant<1>{}, fresh);
+    }
+}
 template <class Body>
 CASE_FAST_INLINE void each_group(int64_t begin, int64_t end, Body body) {
-    int64_t i = begin;
-    for (; i + group <= end; i += group) body(i, Count<group>{});
-    switch (end - i) {
-        case 3: return body(i, Count<3>{});
-        case 2: return body(i, Count<2>{});
-        case 1: return body(i, Count<1>{});
-    }
+    if (end - begin < group) return rest(begin, end, body, Constant<1>{});
+    body(begin, Constant<group>{}, Constant<1>{});
+    for (begin += group; begin + group <= end; begin += group) body(begin, Constant<group>{}, Constant<0>{});
+    rest(begin, end, body, Constant<0>{});
+}
+
+// The members of GraphAttention that inner loops need: local, so that no store is thought to change them.
+template <class T>
+struct Shape {
+    int64_t row, bias;  // elements in a vertex's row of all heads, and in a relation's row of `bias`
+    int heads, dim;
+    int64_t padded;
+};
+template <class T>
+CASE_FAST_INLINE Shape<T> shape(const GraphAttention<T> &a) {
+    return {int64_t(a.heads) * a.dim, int64_t(a.heads) * 2 * a.padded, a.heads, a.dim, a.padded};
 }
 
 template <class T>
-CASE_FAST_INLINE int64_t row_offset(const GraphAttention<T> &a, int64_t vertex, int h) {
-    return (vertex * a.heads + h) * a.dim;
-}
-template <class T>
-CASE_FAST_INLINE int64_t bias_offset(const GraphAttention<T> &a, int64_t relation, int h) {
-    return (relation * a.heads + h) * 2 * a.padded;
+CASE_FAST_INLINE void clear(T *row, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) row[i] = T(0);
 }
 
 // out[j] = (own + relation_query) . (other_j + relation_key), or own . other_j
 template <class T, bool biased, int count>
-CASE_FAST_INLINE void dots(const GraphAttention<T> &a, const T *own, const T *other, const Edges &edges, T out[group]) {
+CASE_FAST_INLINE void dots(int dim, int64_t padded, const T *own, const T *const other[group], const T *const bias[group],
+                           T out[group]) {
     Vector<T> sum[group] = {};
-    each_vector<T>(a.dim, [&](int i, auto load, auto) __attribute__((always_inline)) {
+    each_vector<T>(dim, [&](int64_t i, auto load, auto) __attribute__((always_inline)) {
         const Vector<T> x = load(own + i);
         for (int j = 0; j < count; ++j) {
-            const Vector<T> y = load(other + i + edges.row[j]);
-            if (biased) {
-                const T *bias = a.bias + i + edges.bias[j];
-                sum[j] += (x + ::load(bias)) * (y + ::load(bias + a.padded));
-            } else {
+            const Vector<T> y = load(other[j] + i);
+            if (biased)
+                sum[j] += (x + ::load(bias[j] + i)) * (y + ::load(bias[j] + padded + i));
+            else
                 sum[j] += x * y;
-            }
         }
     });
     sums(sum, out);
@@ -81,6 +90,10 @@ CASE_FAST_INLINE void dots(const GraphAttention<T> &a, const T *own, const T *ot
 template <class T>
 CASE_FAST_INLINE bool keeps(const GraphAttention<T> &a, int64_t e, int h) {
     return a.drop_below == 0 || case_fast_keep(a.seed, e, h, a.drop_below);
+}
+template <class T>
+CASE_FAST_INLINE T dropped(const GraphAttention<T> &a, int64_t e, int h, T x) {
+    return keeps(a, e, h) ? x * a.kept_scale : T(0);
 }
 
 CASE_FAST_INLINE void exponentials(float *x, int64_t count) {
@@ -97,194 +110,253 @@ CASE_FAST_INLINE void exponentials(double *x, int64_t count) {
 }
 
 template <class T, bool biased>
-CASE_FAST_INLINE void score_row(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end) {
-    for (int h = 0; h < a.heads; ++h)
-        each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
-            constexpr int n = decltype(count)::value;
-            Edges edges;
-            for (int j = 0; j < n; ++j) {
-                edges.row[j] = row_offset(a, at(a.indices, e + j), h);
-                if (biased) edges.bias[j] = bias_offset(a, at(a.relation, e + j), h);
-            }
+CASE_FAST_INLINE void scores(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end) {
+    const Shape<T> s = shape(a);
+    const T *const query = a.query + row * s.row, *const key = a.key, *const bias = a.bias;
+    T *const weights = a.weights;
+    const T scale = a.scale;
+    each_group(begin, end, [&](int64_t e, auto count, auto) __attribute__((always_inline)) {
+        constexpr int n = decltype(count)::value;
+        const T *other[group], *other_bias[group];
+        for (int j = 0; j < n; ++j) other[j] = key + at(a.indices, e + j) * s.row;
+        if (biased)
+            for (int j = 0; j < n; ++j) other_bias[j] = bias + at(a.relation, e + j) * s.bias;
+        for (int h = 0; h < s.heads; ++h) {
             T dot[group];
-            dots<T, biased, n>(a, a.query + row_offset(a, row, h), a.key, edges, dot);
-            for (int j = 0; j < n; ++j) a.weights[(e + j) * a.heads + h] = a.scale * dot[j];
-        });
+            dots<T, biased, n>(s.dim, s.padded, query + h * s.dim, other, other_bias, dot);
+            for (int j = 0; j < n; ++j) {
+                weights[(e + j) * s.heads + h] = scale * dot[j];
+                other[j] += s.dim;
+                if (biased) other_bias[j] += 2 * s.padded;
+            }
+        }
+    });
 }
 
 // Scores to softmax weights, in place.
 template <class T>
-CASE_FAST_INLINE void softmax_row(const GraphAttention<T> &a, int64_t begin, int64_t end) {
-    T *const first = a.weights + begin * a.heads, *const last = a.weights + end * a.heads;
-    for (int h = 0; h < a.heads; ++h) {
+CASE_FAST_INLINE void softmax(T *weights, int heads, int64_t begin, int64_t end) {
+    T *const first = weights + begin * heads, *const last = weights + end * heads;
+    for (int h = 0; h < heads; ++h) {
         T top = first[h];
-        for (T *w = first + h; w < last; w += a.heads) top = *w > top ? *w : top;  // NaN: comes back through the sum
-        for (T *w = first + h; w < last; w += a.heads) *w -= top;
+        for (T *w = first + h; w < last; w += heads) top = *w > top ? *w : top;  // NaN: comes back through the sum
+        for (T *w = first + h; w < last; w += heads) *w -= top;
     }
     exponentials(first, last - first);
-    for (int h = 0; h < a.heads; ++h) {
+    for (int h = 0; h < heads; ++h) {
         T sum = 0;
-        for (T *w = first + h; w < last; w += a.heads) sum += *w;
-        for (T *w = first + h; w < last; w += a.heads) *w /= sum;
+        for (T *w = first + h; w < last; w += heads) sum += *w;
+        const T inverse = 1 / sum;
+        for (T *w = first + h; w < last; w += heads) *w *= inverse;
     }
 }
 
 template <class T>
-CASE_FAST_INLINE void combine_row(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end) {
-    for (int h = 0; h < a.heads; ++h) {
-        T *const out = a.out + row_offset(a, row, h);
-        if (begin == end)
-            each_vector<T>(a.dim, [&](int i, auto, auto store) __attribute__((always_inline)) { store(out + i, Vector<T>{}); });
-        each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
-            constexpr int n = decltype(count)::value;
-            int64_t other[group];
+CASE_FAST_INLINE void combine(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end) {
+    const Shape<T> s = shape(a);
+    const T *const value = a.value, *const weights = a.weights;
+    T *const out_row = a.out + row * s.row;
+    if (begin == end) clear(out_row, s.row);
+    each_group(begin, end, [&](int64_t e, auto count, auto fresh) __attribute__((always_inline)) {
+        constexpr int n = decltype(count)::value;
+        const T *other[group];
+        for (int j = 0; j < n; ++j) other[j] = value + at(a.indices, e + j) * s.row;
+        for (int h = 0; h < s.heads; ++h) {
+            T *const out = out_row + h * s.dim;
             T w[group];
-            for (int j = 0; j < n; ++j) {
-                other[j] = row_offset(a, at(a.indices, e + j), h);
-                w[j] = keeps(a, e + j, h) ? a.weights[(e + j) * a.heads + h] * a.kept_scale : T(0);
-            }
-            const bool fresh = e == begin;
-            each_vector<T>(a.dim, [&](int i, auto load, auto store) __attribute__((always_inline)) {
+            for (int j = 0; j < n; ++j) w[j] = dropped(a, e + j, h, weights[(e + j) * s.heads + h]);
+            each_vector<T>(s.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
                 Vector<T> sum = {};
-                if (!fresh) sum = load(out + i);
-                for (int j = 0; j < n; ++j) sum += w[j] * load(a.value + i + other[j]);
+                if (!fresh.value) sum = load(out + i);
+                for (int j = 0; j < n; ++j) sum += w[j] * load(other[j] + i);
                 store(out + i, sum);
             });
-        });
-    }
+            for (int j = 0; j < n; ++j) other[j] += s.dim;
+        }
+    });
 }
 
 template <class T, bool biased>
 void forward(const GraphAttention<T> &a, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = at(a.indptr, row), last = at(a.indptr, row + 1);
-        if (first < last) {
-            score_row<T, biased>(a, row, first, last);
-            softmax_row(a, first, last);
+    for (int64_t block = begin; block < end; block += row_block) {
+        const int64_t block_end = block + row_block < end ? block + row_block : end;
+        for (int64_t row = block; row < block_end; ++row)
+            scores<T, biased>(a, row, at(a.indptr, row), at(a.indptr, row + 1));
+        for (int64_t row = block; row < block_end; ++row) {
+            const int64_t first = at(a.indptr, row), last = at(a.indptr, row + 1);
+            if (first < last) softmax(a.weights, a.heads, first, last);
         }
-        combine_row(a, row, first, last);
+        for (int64_t row = block; row < block_end; ++row) combine(a, row, at(a.indptr, row), at(a.indptr, row + 1));
     }
 }
 
-// place_weight; place_grad = scale * weight * (d loss / d weight - sum over the row of weight * d loss / d weight)
+// d loss / d weight
 template <class T>
-CASE_FAST_INLINE void score_gradients(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end) {
-    for (int h = 0; h < a.heads; ++h) {
-        T mean = 0;
-        each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
-            constexpr int n = decltype(count)::value;
-            Edges edges;
-            for (int j = 0; j < n; ++j) edges.row[j] = row_offset(a, at(a.indices, e + j), h);
+CASE_FAST_INLINE void weight_gradients(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end) {
+    const Shape<T> s = shape(a);
+    const T *const grad_out = a.grad_out + row * s.row, *const value = a.value;
+    T *const score_grad = a.score_grad;
+    each_group(begin, end, [&](int64_t e, auto count, auto) __attribute__((always_inline)) {
+        constexpr int n = decltype(count)::value;
+        const T *other[group];
+        for (int j = 0; j < n; ++j) other[j] = value + at(a.indices, e + j) * s.row;
+        for (int h = 0; h < s.heads; ++h) {
             T dot[group];
-            dots<T, false, n>(a, a.grad_out + row_offset(a, row, h), a.value, edges, dot);
+            dots<T, false, n>(s.dim, s.padded, grad_out + h * s.dim, other, other, dot);
             for (int j = 0; j < n; ++j) {
-                const T weight = a.weights[(e + j) * a.heads + h];
-                const int64_t at_place = a.place[e + j] * a.heads + h;
-                const bool kept = keeps(a, e + j, h);
-                const T grad = kept ? dot[j] * a.kept_scale : T(0);
-                a.place_weight[at_place] = kept ? weight * a.kept_scale : T(0);
-                a.place_grad[at_place] = grad;
-                mean += weight * grad;
+                score_grad[(e + j) * s.heads + h] = dropped(a, e + j, h, dot[j]);
+                other[j] += s.dim;
             }
-        });
-        for (int64_t e = begin; e < end; ++e) {
-            T &grad = a.place_grad[a.place[e] * a.heads + h];
-            grad = a.scale * a.weights[e * a.heads + h] * (grad - mean);
         }
+    });
+}
+
+// In place: scale * weight * (d loss / d weight - sum over the row of weight * d loss / d weight)
+template <class T>
+CASE_FAST_INLINE void softmax_gradients(const GraphAttention<T> &a, int64_t begin, int64_t end) {
+    const int64_t heads = a.heads;
+    const T *const weights = a.weights;
+    T *const grads = a.score_grad;
+    const T scale = a.scale;
+    for (int h = 0; h < heads; ++h) {
+        T mean = 0;
+        for (int64_t i = begin * heads + h; i < end * heads; i += heads) mean += weights[i] * grads[i];
+        for (int64_t i = begin * heads + h; i < end * heads; i += heads) grads[i] = scale * weights[i] * (grads[i] - mean);
     }
 }
 
 template <class T, bool biased>
-void backward_rows(const GraphAttention<T> &a, int64_t begin, int64_t end, T *partial) {
-    T *const counts = biased ? partial + a.relations * a.heads * 2 * a.padded : nullptr;
-    for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = at(a.indptr, row), last = at(a.indptr, row + 1);
-        score_gradients(a, row, first, last);
-        for (int h = 0; h < a.heads; ++h) {
-            const T *const query = a.query + row_offset(a, row, h);
-            T *const grad_query = a.grad_query + row_offset(a, row, h);
-            if (first == last)
-                each_vector<T>(a.dim, [&](int i, auto, auto store) __attribute__((always_inline)) { store(grad_query + i, Vector<T>{}); });
-            each_group(first, last, [&](int64_t e, auto count) __attribute__((always_inline)) {
-                constexpr int n = decltype(count)::value;
-                Edges edges;
-                T grad[group];
+CASE_FAST_INLINE void query_gradients(const GraphAttention<T> &a, int64_t row, int64_t begin, int64_t end, T *partial) {
+    const Shape<T> s = shape(a);
+    const T *const query_row = a.query + row * s.row, *const key = a.key, *const score_grad = a.score_grad;
+    T *const grad_row = a.grad_query + row * s.row;
+    T *const totals = biased ? partial + a.relations * s.bias : nullptr;
+    const int64_t to_partial = partial - a.bias;
+    if (begin == end) clear(grad_row, s.row);
+    each_group(begin, end, [&](int64_t e, auto count, auto fresh) __attribute__((always_inline)) {
+        constexpr int n = decltype(count)::value;
+        const T *other[group], *bias[group];
+        for (int j = 0; j < n; ++j) other[j] = key + at(a.indices, e + j) * s.row;
+        if (biased)
+            for (int j = 0; j < n; ++j) {
+                const int64_t relation = at(a.relation, e + j);
+                bias[j] = a.bias + relation * s.bias + s.padded;
+                for (int h = 0; h < s.heads; ++h) totals[relation * s.heads + h] += score_grad[(e + j) * s.heads + h];
+            }
+        for (int h = 0; h < s.heads; ++h) {
+            const T *const query = query_row + h * s.dim;
+            T *const grad_query = grad_row + h * s.dim;
+            T grad[group];
+            for (int j = 0; j < n; ++j) grad[j] = score_grad[(e + j) * s.heads + h];
+            each_vector<T>(s.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+                Vector<T> sum = {};
+                if (!fresh.value) sum = load(grad_query + i);
+                const Vector<T> x = load(query + i);
                 for (int j = 0; j < n; ++j) {
-                    edges.row[j] = row_offset(a, at(a.indices, e + j), h);
-                    grad[j] = a.place_grad[a.place[e + j] * a.heads + h];
+                    Vector<T> y = load(other[j] + i);
                     if (biased) {
-                        const int64_t relation = at(a.relation, e + j);
-                        edges.bias[j] = bias_offset(a, relation, h);
-                        counts[relation * a.heads + h] += grad[j];
+                        y += ::load(bias[j] + i);
+                        T *const to = const_cast<T *>(bias[j]) + to_partial + i;
+                        ::store(to, ::load(to) + grad[j] * x);
                     }
+                    sum += grad[j] * y;
                 }
-                const bool fresh = e == first;
-                each_vector<T>(a.dim, [&](int i, auto load, auto store) __attribute__((always_inline)) {
-                    Vector<T> sum = {};
-                    if (!fresh) sum = load(grad_query + i);
-                    const Vector<T> x = load(query + i);
-                    for (int j = 0; j < n; ++j) {
-                        Vector<T> y = load(a.key + i + edges.row[j]);
-                        if (biased) {
-                            const int64_t slot = edges.bias[j] + a.padded + i;
-                            y += ::load(a.bias + slot);
-                            ::store(partial + slot, ::load(partial + slot) + grad[j] * x);
-                        }
-                        sum += grad[j] * y;
-                    }
-                    store(grad_query + i, sum);
-                });
+                store(grad_query + i, sum);
             });
+            for (int j = 0; j < n; ++j) {
+                other[j] += s.dim;
+                if (biased) bias[j] += 2 * s.padded;
+            }
         }
+    });
+}
+
+template <class T, bool biased>
+void backward_rows(const GraphAttention<T> &a, int64_t begin, int64_t end, T *partial) {
+    for (int64_t block = begin; block < end; block += row_block) {
+        const int64_t block_end = block + row_block < end ? block + row_block : end;
+        for (int64_t row = block; row < block_end; ++row)
+            weight_gradients(a, row, at(a.indptr, row), at(a.indptr, row + 1));
+        for (int64_t row = block; row < block_end; ++row) softmax_gradients(a, at(a.indptr, row), at(a.indptr, row + 1));
+        for (int64_t row = block; row < block_end; ++row)
+            query_gradients<T, biased>(a, row, at(a.indptr, row), at(a.indptr, row + 1), partial);
     }
 }
 
 template <class T, bool biased>
 void backward_columns(const GraphAttention<T> &a, int64_t begin, int64_t end, int64_t place, T *partial) {
+    const Shape<T> s = shape(a);
+    const T *const query = a.query, *const grad_out = a.grad_out, *const weights = a.weights, *const score_grad = a.score_grad;
+    const int64_t *const place_row = a.place_row, *const place_edge = a.place_edge;
+    const int64_t to_partial = partial - a.bias, to_grad_out = grad_out - query;
     for (int64_t column = begin, first = place, last; column < end; ++column, first = last) {
         last = a.column_end[column];
-        for (int h = 0; h < a.heads; ++h) {
-            const int64_t own = row_offset(a, column, h);
-            const T *const key = a.key + own;
-            T *const grad_key = a.grad_key + own, *const grad_value = a.grad_value + own;
-            if (first == last)
-                each_vector<T>(a.dim, [&](int i, auto, auto store) __attribute__((always_inline)) {
-                    store(grad_key + i, Vector<T>{});
-                    store(grad_value + i, Vector<T>{});
-                });
-            each_group(first, last, [&](int64_t p, auto count) __attribute__((always_inline)) {
-                constexpr int n = decltype(count)::value;
-                Edges edges;
+        const T *const key_row = a.key + column * s.row;
+        T *const grad_key_row = a.grad_key + column * s.row, *const grad_value_row = a.grad_value + column * s.row;
+        if (first == last) {
+            clear(grad_key_row, s.row);
+            clear(grad_value_row, s.row);
+        }
+        each_group(first, last, [&](int64_t p, auto count, auto fresh) __attribute__((always_inline)) {
+            constexpr int n = decltype(count)::value;
+            const T *other[group], *bias[group];
+            for (int j = 0; j < n; ++j) other[j] = query + place_row[p + j] * s.row;
+            if (biased)
+                for (int j = 0; j < n; ++j) bias[j] = a.bias + at(a.relation, place_edge[p + j]) * s.bias;
+            for (int h = 0; h < s.heads; ++h) {
+                const T *const key = key_row + h * s.dim;
+                T *const grad_key = grad_key_row + h * s.dim, *const grad_value = grad_value_row + h * s.dim;
                 T grad[group], weight[group];
                 for (int j = 0; j < n; ++j) {
-                    edges.row[j] = row_offset(a, a.place_row[p + j], h);
-                    if (biased) edges.bias[j] = bias_offset(a, a.place_relation[p + j], h);
-                    grad[j] = a.place_grad[(p + j) * a.heads + h];
-                    weight[j] = a.place_weight[(p + j) * a.heads + h];
+                    const int64_t e = place_edge[p + j];
+                    grad[j] = score_grad[e * s.heads + h];
+                    weight[j] = dropped(a, e, h, weights[e * s.heads + h]);
                 }
-                const bool fresh = p == first;
-                each_vector<T>(a.dim, [&](int i, auto load, auto store) __attribute__((always_inline)) {
+                each_vector<T>(s.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
                     Vector<T> key_sum = {}, value_sum = {};
-                    if (!fresh) {
+                    if (!fresh.value) {
                         key_sum = load(grad_key + i);
                         value_sum = load(grad_value + i);
                     }
                     const Vector<T> x = load(key + i);
                     for (int j = 0; j < n; ++j) {
-                        Vector<T> y = load(a.query + i + edges.row[j]);
-                        value_sum += weight[j] * load(a.grad_out + i + edges.row[j]);
+                        Vector<T> y = load(other[j] + i);
+                        value_sum += weight[j] * load(other[j] + to_grad_out + i);
                         if (biased) {
-                            const int64_t slot = edges.bias[j] + i;
-                            y += ::load(a.bias + slot);
-                            ::store(partial + slot, ::load(partial + slot) + grad[j] * x);
+                            y += ::load(bias[j] + i);
+                            T *const to = const_cast<T *>(bias[j]) + to_partial + i;
+                            ::store(to, ::load(to) + grad[j] * x);
                         }
                         key_sum += grad[j] * y;
                     }
                     store(grad_key + i, key_sum);
                     store(grad_value + i, value_sum);
                 });
-            });
-        }
+                for (int j = 0; j < n; ++j) {
+                    other[j] += s.dim;
+                    if (biased) bias[j] += 2 * s.padded;
+                }
+            }
+        });
+    }
+}
+
+// Row `row` of the relation gradients: the chunks' partial sums, in order.
+template <class T>
+void reduce(const GraphAttention<T> &a, const T *partials, int64_t chunks, int64_t stride, int64_t row, T *grad_relation_query,
+            T *grad_relation_key) {
+    const int64_t rows = a.relations * a.heads, padded = a.padded;
+    T total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += partials[c * stride + rows * 2 * padded + row];
+    for (int slot = 0; slot < 2; ++slot) {
+        T *const out = (slot ? grad_relation_key : grad_relation_query) + row * a.dim;
+        const T *const other = a.bias + (2 * row + 1 - slot) * padded, *const partial = partials + (2 * row + slot) * padded;
+        each_vector<T>(a.dim, [&](int64_t i, auto, auto store) __attribute__((always_inline)) {
+            Vector<T> sum = {};
+            if (total != 0) sum = total * load(other + i);  // 0 where no edge has the relation, be its row NaN
+            for (int64_t c = 0; c < chunks; ++c) sum += load(partial + c * stride + i);
+            store(out + i, sum);
+        });
     }
 }
 
@@ -302,10 +374,10 @@ void backward_columns_any(const GraphAttention<T> &a, int64_t begin, int64_t end
                 : backward_columns<T, false>(a, begin, end, place, partial);
 }
 
-#define CASE_FAST_GRAPH_ATTENTION_KERNELS                                        \
-    {                                                                            \
-        {forward_any<float>, backward_rows_any<float>, backward_columns_any<float>}, \
-        {forward_any<double>, backward_rows_any<double>, backward_columns_any<double>}, \
+#define CASE_FAST_GRAPH_ATTENTION_KERNELS                                                                  \
+    {                                                                                                      \
+        {forward_any<float>, backward_rows_any<float>, backward_columns_any<float>, reduce<float>},        \
+        {forward_any<double>, backward_rows_any<double>, backward_columns_any<double>, reduce<double>},    \
     }
 
 }  // namespace
