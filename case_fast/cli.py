@@ -1,4 +1,4 @@
-"""The command line: prepare | inspect | train | evaluate | chat | report | merge-cache | demo."""
+"""The command line: prepare | inspect | train | evaluate | chat | report | merge-cache | demo | bench."""
 
 from __future__ import annotations
 
@@ -101,6 +101,13 @@ def _merge_cache_arguments(parser: ArgumentParser) -> None:
 
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
+
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("family", type=str, help="kernels to measure: graph_attention")
+    parser.add_argument("--sizes", type=str, default="", help="paper,cognition,concept,1e3,1e4,1e5 or some; default all of them")
+    parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
+    parser.add_argument("--out", type=str, default="bench", help="folder for JSON, Markdown table and picture")
 
 
 @contextmanager
@@ -261,6 +268,24 @@ def _demo(args: Namespace, console: Console) -> None:
     console.print(_REAL_DATA, highlight=False, soft_wrap=True)
 
 
+def _bench(args: Namespace, console: Console) -> None:
+    from case_fast.bench import bench
+
+    sizes = [size.strip() for size in args.sizes.split(",") if size.strip()]
+    with _bar(console) as progress:
+        task = progress.add_task("", total=None)
+
+        def told(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told)
+    for line in lines:
+        console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
+                      f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms)", highlight=False, soft_wrap=True)  # fmt: skip
+    for path in paths:
+        console.print(f"{path}", highlight=False, soft_wrap=True)
+
+
 # name -> what it does, its arguments, what carries it out; a command imports only what it needs
 _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Console], None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
@@ -273,6 +298,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
     "merge-cache": ("Add the inferences of other caches to one.", _merge_cache_arguments, _merge_cache),
     "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", _demo_arguments, _demo),
+    "bench": ("Kernels against their peers, in a checkout: time and memory, checked before timed.", _bench_arguments, _bench),
 }  # fmt: skip
 
 

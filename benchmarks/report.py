@@ -1,0 +1,184 @@
+"""What a run measured as JSON, as a Markdown table and as a picture, with all that is needed to judge it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import memory
+from benchmarks.measure import MODES, OURS, SLACK
+
+_ROOT = Path(__file__).parents[1]
+_FLOOR = 0.3  # MB; below, the resident set says nothing
+
+
+def environment(family: str) -> dict[str, Any]:
+    """The machine, the versions, the commit, the moment, and how busy the machine was before the run."""
+    from case_fast import __version__
+    from case_fast.ops import backend_name, native_report
+
+    found = {"case_fast": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "torch_geometric"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(),
+                    "system": f"{platform.system()} {platform.machine()}"},
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": found,
+        "backend": backend_name(family, "cpu"),
+        "native": native_report(),
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "case_fast", "csrc", "benchmarks/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu() -> str:
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or "unknown"
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------------- numbers
+
+
+def summary(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each mode: our median, the fastest peer that was not refused, and how many times longer it takes."""
+    lines = []
+    for mode in MODES:
+        timed = {row["peer"]: row for row in case["rows"] if row["mode"] == mode and "median_ms" in row}
+        if not (mine := timed.pop(OURS, None)) or not timed:
+            continue
+        best = min(timed.values(), key=lambda row: row["median_ms"])
+        lines.append({"case": case["name"], "mode": mode, "ours_ms": mine["median_ms"], "best_peer": best["peer"],
+                      "best_peer_ms": best["median_ms"], "ratio": best["median_ms"] / mine["median_ms"]})  # fmt: skip
+    return lines
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _megabytes(taken: int | None) -> str:
+    if taken is None:
+        return ""
+    return f"< {_FLOOR}" if taken < _FLOOR * 1e6 else _number(taken / 1e6)
+
+
+def _cells(row: dict[str, Any] | None, ours_ms: float) -> list[str]:
+    """threads, median, quartiles, times ours, extra memory."""
+    if row is None:
+        return [""] * 5
+    for reason in ("left_out", "refused"):
+        if reason in row:
+            return ["", f"{'wrong: ' if reason == 'refused' else ''}{row[reason]}", "", "", ""]
+    low, high = (_number(x) for x in row["quartiles_ms"])
+    part = f" ({_number(row['part']['ms'])} of it {row['part']['name']})" if "part" in row else ""
+    times = "" if row["peer"] == OURS else f"{row['median_ms'] / ours_ms:.1f}"
+    return [str(row["threads"]), _number(row["median_ms"]) + part, f"{low} .. {high}", times, _megabytes(row.get("extra_bytes"))]
+
+
+def markdown(family: str, found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
+    machine, versions = found["machine"], found["versions"]
+    lines = [
+        f"# {family}: {OURS} and its peers",
+        "",
+        f"{found['date']}, commit {found['commit']}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{machine['system']}; load before the run {found['load_before']}; backend {found['backend']}"
+        f"{' (' + found['native']['simd'] + ')' if 'simd' in found['native'] else ''}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        + ".",
+        "",
+        f"Every result (output and gradients) was checked against float64 before it was timed: off by at most {SLACK} times what "
+        "plain torch is in float32, plus 1e-5 of the largest value. All float32. Each peer runs with its own best number of "
+        "threads. Medians of rounds in turns, with quartiles; ratios are of this run alone. Extra memory: " + memory.HOW + ".",
+        "",
+        *(["**A quick run: it shows that all works, not how fast it is.**", ""] if found.get("quick") else []),
+        f"| case | | {OURS}, ms | best peer, ms | peer / {OURS} | the best peer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        for line in summary(case):
+            lines.append(f"| {line['case']} | {line['mode']} | {_number(line['ours_ms'])} | {_number(line['best_peer_ms'])} "
+                         f"| **{line['ratio']:.1f}** | {line['best_peer']} |")  # fmt: skip
+    for case in cases:
+        sizes = f"V = {case['vertices']:,}, E = {case['edges']:,}, H = {case['heads']}, D = {case['dimension']}"
+        lines += ["", f"## {case['name']}: {case['what']}", "", f"{sizes}, {case['relations'] or 'no'} relations"]
+        for mode in MODES:
+            rows = [row for row in case["rows"] if row["mode"] == mode]
+            ours_ms = next((row["median_ms"] for row in rows if row["peer"] == OURS), float("nan"))
+            lines += ["", f"| {mode} | threads | median, ms | quartiles | times {OURS} | extra MB |", "|---|---|---|---|---|---|"]
+            lines += [f"| {row['peer']} | {' | '.join(_cells(row, ours_ms))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------- picture
+
+
+def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: Path) -> None:
+    """Time and extra memory over the vertices of one graph; a line for each peer."""
+    from matplotlib.figure import Figure
+
+    single = sorted((case for case in cases if case["name"][0].isdigit()), key=lambda case: case["vertices"])
+    panels = [(MODES[0], "median_ms", 1.0, "ms"), (MODES[1], "median_ms", 1.0, "ms"), (MODES[1], "extra_bytes", 1e6, "extra MB")]
+    peers = list(dict.fromkeys(row["peer"] for case in single for row in case["rows"]))
+    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, (mode, field, unit, label) in zip(axes, panels, strict=True):
+        for place, peer in enumerate(peers):
+            points = [(case["vertices"], row[field] / unit) for case in single for row in case["rows"]
+                      if (row["peer"], row["mode"]) == (peer, mode) and row.get(field) is not None]  # fmt: skip
+            if field == "extra_bytes":
+                points = [(x, max(y, _FLOOR)) for x, y in points]
+            mine = peer == OURS
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), label=peer, marker="os^vDPX*<>"[place % 10],
+                      color="black" if mine else f"C{(place - 1) % 10}", linewidth=2.5 if mine else 1.2, markersize=5,
+                      zorder=3 if mine else 2)  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel="vertices of one graph, 4 edges each", ylabel=label, title=f"{mode}, {label}")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    machine = found["machine"]
+    figure.suptitle(f"{family}: {machine['cpu']}, {machine['cores']} cores, torch {found['versions']['torch']}, "
+                    f"commit {found['commit'].split()[0]}, {found['date'][:10]}", fontsize=10)  # fmt: skip
+    figure.savefig(path, dpi=110)
+
+
+def write(family: str, found: dict[str, Any], cases: list[dict[str, Any]], out: Path) -> list[Path]:
+    """OUT/FAMILY.json, .md and .png; ``found`` is the `environment` and whatever else the run says of itself."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{family}.{ending}" for ending in ("json", "md", "png")]
+    results = {"benchmark": family, "environment": found, "memory": memory.HOW, "cases": cases,
+               "summary": [line for case in cases for line in summary(case)]}  # fmt: skip
+    paths[0].write_text(json.dumps(results, indent=1) + "\n")
+    paths[1].write_text(markdown(family, found, cases))
+    plot(family, found, cases, paths[2])
+    return paths

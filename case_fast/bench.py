@@ -1,0 +1,50 @@
+"""Runs the benchmarks of a checkout; they are not installed with the package."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from case_fast.errors import CaseFastError, ConfigError
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def families() -> list[str]:
+    """The kernels that have a benchmark; none where the package was installed without its checkout."""
+    folder = _CHECKOUT / "benchmarks"
+    return sorted(path.stem.removesuffix("_peers") for path in folder.glob("*_peers.py"))
+
+
+def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None]
+          ) -> tuple[list[dict[str, Any]], list[Path]]:  # fmt: skip
+    """Measure a family of kernels against its peers and write JSON, Markdown and a picture into ``out``.
+
+    Returns:
+        A line for each case and mode (case, mode, ours_ms, best_peer, best_peer_ms, ratio), and the files written.
+
+    Raises:
+        ConfigError: no such family or size, or no checkout.
+        CaseFastError: our own result was wrong; nothing is written.
+    """
+    known = families()
+    if not known:
+        raise ConfigError("the benchmarks are not installed with the package; run case-fast bench in a checkout of case_fast, "
+                          "installed by pip install -e '.[bench]'")  # fmt: skip
+    if family not in known:
+        raise ConfigError(f"there is no benchmark of {family!r}; one of {', '.join(known)}")
+    if str(_CHECKOUT) not in sys.path:
+        sys.path.insert(0, str(_CHECKOUT))
+    measured = importlib.import_module(f"benchmarks.{family}")
+    report = importlib.import_module("benchmarks.report")
+    wrong = importlib.import_module("benchmarks.measure").WrongResult
+    found = report.environment(family) | {"quick": quick}
+    try:
+        cases = measured.run(sizes, quick, tell=tell)
+    except wrong as error:
+        raise CaseFastError(f"nothing was measured: {error}") from error
+    paths = report.write(family, found, cases, out)
+    return [line for case in cases for line in report.summary(case)], paths
