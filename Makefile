@@ -59,7 +59,7 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch $(PACKAGE)
 	@echo "installing case_fast and its dependencies, building the native module (a minute or two)"
-	@$(PIP) install -q -c constraints.txt -e .
+	@$(PIP) install -q -c constraints.txt -e '.[tensorboard]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.torch $(PACKAGE)
