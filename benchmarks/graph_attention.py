@@ -28,7 +28,7 @@ def truth(case: Case) -> Truth:
 
 def _by_rows(case: Case, dtype: torch.dtype) -> list[Tensor]:
     """Rows do not need each other: a few at a time."""
-    leaves = [x.to(dtype).requires_grad_() for x in case.inputs]
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in case.inputs]
     query, *others = leaves
     outs = []
     for start in range(0, case.vertices, _CHUNK):
@@ -40,7 +40,7 @@ def _by_rows(case: Case, dtype: torch.dtype) -> list[Tensor]:
                                         *others[2:])  # fmt: skip
         out.backward(case.grad_out[rows].to(dtype))
         outs.append(out.detach())
-    return [torch.cat(outs), *(x.grad for x in leaves if x.grad is not None)]
+    return [torch.cat(outs), *(x.grad for x in leaves)]
 
 
 def run(sizes: Sequence[str] = (), quick: bool = False, real: Path = REAL_GRAPHS, rounds: int = 30, budget: float = 60.0,
