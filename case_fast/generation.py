@@ -7,8 +7,7 @@ so that every log-probability here is that of a word among those that may be sai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +21,7 @@ from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.models.case import CASE, Reading
 from case_fast.models.layers import Source
+from case_fast.models.mode import evaluating
 
 _HEAD = 1024  # words within which top-p nearly always ends
 
@@ -87,18 +87,6 @@ class Generated:
     words: tuple[int, ...]
     score: float
     ended_by: Literal["eos", "length"]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is restored after."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
 
 
 def generate(model: CASE, batch: Batch, config: GenerationConfig, first_index: int | Sequence[int] = 0,

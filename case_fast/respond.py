@@ -26,7 +26,7 @@ from case_fast.data.featurizer import Example, Featurizer, TextTable, prompts
 from case_fast.data.graphs import CONCEPT
 from case_fast.data.text import detokenize, normalize_space, tokenize
 from case_fast.errors import CheckpointError, ConfigError, DataError
-from case_fast.generation import Generated, GenerationConfig, evaluating, generate
+from case_fast.generation import Generated, GenerationConfig, generate
 from case_fast.knowledge import (
     COGNITION_RELATIONS,
     REACTION_RELATION,
@@ -38,6 +38,7 @@ from case_fast.knowledge import (
 )
 from case_fast.models.case import CASE, Reading
 from case_fast.models.config import CASEConfig
+from case_fast.models.mode import evaluating
 
 _log = logging.getLogger("case_fast")
 _SHOWN_EMOTIONS = 5

@@ -14,7 +14,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from case_fast.evaluation.figures import confusion_png
 from case_fast.evaluation.metrics import Metric, format_value
 from case_fast.files import write_json, write_text
 from case_fast.models.case import CASE
+from case_fast.models.mode import evaluating
 
 # Table 1 of the paper, row CASE: the official test set, greedy decoding, knowledge from COMET, embeddings from GloVe.
 PAPER = {"ppl": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402}
@@ -189,18 +189,6 @@ def _check(model: CASE, store: Store, split: str, limit: int | None) -> int:
     return size
 
 
-@contextmanager
-def _evaluating(model: CASE) -> Iterator[None]:
-    """No dropout and no gradients; the model's own mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
 def _read_references(model: CASE, store: Store, split: str, indices: Sequence[int], batch_size: int,
                      device: torch.device | str, told: Callable[[int], None],
                      ) -> tuple[list[list[float]], np.ndarray, list[int]]:  # fmt: skip
@@ -211,7 +199,7 @@ def _read_references(model: CASE, store: Store, split: str, indices: Sequence[in
     nll: list[list[float]] = []
     scores: list[np.ndarray] = []
     labels: list[int] = []
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(indices), batch_size):
             batch = store.batch(split, indices[start : start + batch_size]).to(device)
             reading = model.read(batch)
