@@ -22,7 +22,7 @@ extern "C" case_fast_simd case_fast_simd_level(void) {
     // Asked on each call, so that a test can go through the levels; a level that the machine lacks changes nothing.
     const char *const asked = std::getenv("CASE_FAST_SIMD");
     if (!asked) return level;
-    for (const case_fast_simd lower : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2})
+    for (const case_fast_simd lower : {CASE_FAST_SCALAR, CASE_FAST_AVX2})
         if (lower < level && std::strcmp(asked, case_fast_simd_name(lower)) == 0) return lower;
     return level;
 }

@@ -30,26 +30,19 @@ CASE_FAST_INLINE void each_vector(int dim, Body body) {
     }
 }
 
-// Calls body(first, count, fresh) over [begin, end) in groups of four and a rest; count and fresh (whether it is the first
-// group) are known to the compiler.
+// Calls body(first, count) over [begin, end) in groups of four and a rest; count is known to the compiler.
 template <int n>
 struct Constant {
     static constexpr int value = n;
 };
-template <class Body, class Fresh>
-CASE_FAST_INLINE void rest(int64_t i, int64_t end, Body &body, Fresh fresh) {
-    switch (end - i) {
-        case 3: return body(i, Constant<3>{}, fresh);
-        case 2: return body(i, Constant<2>{}, fresh);
-        case 1: return body(i, Constant<1>{}, fresh);
-    }
-}
 template <class Body>
 CASE_FAST_INLINE void each_group(int64_t begin, int64_t end, Body body) {
-    if (end - begin < group) return rest(begin, end, body, Constant<1>{});
-    body(begin, Constant<group>{}, Constant<1>{});
-    for (begin += group; begin + group <= end; begin += group) body(begin, Constant<group>{}, Constant<0>{});
-    rest(begin, end, body, Constant<0>{});
+    for (; begin + group <= end; begin += group) body(begin, Constant<group>{});
+    switch (end - begin) {
+        case 3: return body(begin, Constant<3>{});
+        case 2: return body(begin, Constant<2>{});
+        case 1: return body(begin, Constant<1>{});
+    }
 }
 
 // The members of GraphAttention that inner loops need: local, so that no store is thought to change them.
@@ -115,7 +108,7 @@ CASE_FAST_INLINE void scores(const GraphAttention<T> &a, int64_t row, int64_t be
     const T *const query = a.query + row * s.row, *const key = a.key, *const bias = a.bias;
     T *const weights = a.weights;
     const T scale = a.scale;
-    each_group(begin, end, [&](int64_t e, auto count, auto) __attribute__((always_inline)) {
+    each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
         constexpr int n = decltype(count)::value;
         const T *other[group], *other_bias[group];
         for (int j = 0; j < n; ++j) other[j] = key + at(a.indices, e + j) * s.row;
@@ -157,7 +150,8 @@ CASE_FAST_INLINE void combine(const GraphAttention<T> &a, int64_t row, int64_t b
     const T *const value = a.value, *const weights = a.weights;
     T *const out_row = a.out + row * s.row;
     if (begin == end) clear(out_row, s.row);
-    each_group(begin, end, [&](int64_t e, auto count, auto fresh) __attribute__((always_inline)) {
+    each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
+        const bool fresh = e == begin;
         constexpr int n = decltype(count)::value;
         const T *other[group];
         for (int j = 0; j < n; ++j) other[j] = value + at(a.indices, e + j) * s.row;
@@ -167,7 +161,7 @@ CASE_FAST_INLINE void combine(const GraphAttention<T> &a, int64_t row, int64_t b
             for (int j = 0; j < n; ++j) w[j] = dropped(a, e + j, h, weights[(e + j) * s.heads + h]);
             each_vector<T>(s.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
                 Vector<T> sum = {};
-                if (!fresh.value) sum = load(out + i);
+                if (!fresh) sum = load(out + i);
                 for (int j = 0; j < n; ++j) sum += w[j] * load(other[j] + i);
                 store(out + i, sum);
             });
@@ -196,7 +190,7 @@ CASE_FAST_INLINE void weight_gradients(const GraphAttention<T> &a, int64_t row, 
     const Shape<T> s = shape(a);
     const T *const grad_out = a.grad_out + row * s.row, *const value = a.value;
     T *const score_grad = a.score_grad;
-    each_group(begin, end, [&](int64_t e, auto count, auto) __attribute__((always_inline)) {
+    each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
         constexpr int n = decltype(count)::value;
         const T *other[group];
         for (int j = 0; j < n; ++j) other[j] = value + at(a.indices, e + j) * s.row;
@@ -233,7 +227,8 @@ CASE_FAST_INLINE void query_gradients(const GraphAttention<T> &a, int64_t row, i
     T *const totals = biased ? partial + a.relations * s.bias : nullptr;
     const int64_t to_partial = partial - a.bias;
     if (begin == end) clear(grad_row, s.row);
-    each_group(begin, end, [&](int64_t e, auto count, auto fresh) __attribute__((always_inline)) {
+    each_group(begin, end, [&](int64_t e, auto count) __attribute__((always_inline)) {
+        const bool fresh = e == begin;
         constexpr int n = decltype(count)::value;
         const T *other[group], *bias[group];
         for (int j = 0; j < n; ++j) other[j] = key + at(a.indices, e + j) * s.row;
@@ -250,7 +245,7 @@ CASE_FAST_INLINE void query_gradients(const GraphAttention<T> &a, int64_t row, i
             for (int j = 0; j < n; ++j) grad[j] = score_grad[(e + j) * s.heads + h];
             each_vector<T>(s.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
                 Vector<T> sum = {};
-                if (!fresh.value) sum = load(grad_query + i);
+                if (!fresh) sum = load(grad_query + i);
                 const Vector<T> x = load(query + i);
                 for (int j = 0; j < n; ++j) {
                     Vector<T> y = load(other[j] + i);
@@ -297,7 +292,8 @@ void backward_columns(const GraphAttention<T> &a, int64_t begin, int64_t end, in
             clear(grad_key_row, s.row);
             clear(grad_value_row, s.row);
         }
-        each_group(first, last, [&](int64_t p, auto count, auto fresh) __attribute__((always_inline)) {
+        each_group(first, last, [&](int64_t p, auto count) __attribute__((always_inline)) {
+            const bool fresh = p == first;
             constexpr int n = decltype(count)::value;
             const T *other[group], *bias[group];
             for (int j = 0; j < n; ++j) other[j] = query + place_row[p + j] * s.row;
@@ -314,7 +310,7 @@ void backward_columns(const GraphAttention<T> &a, int64_t begin, int64_t end, in
                 }
                 each_vector<T>(s.dim, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
                     Vector<T> key_sum = {}, value_sum = {};
-                    if (!fresh.value) {
+                    if (!fresh) {
                         key_sum = load(grad_key + i);
                         value_sum = load(grad_value + i);
                     }
