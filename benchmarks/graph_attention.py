@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ def _by_rows(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return [torch.cat(outs), *(x.grad for x in leaves)]
 
 
-def run(sizes: Sequence[str] = (), quick: bool = False, real: Path = REAL_GRAPHS, rounds: int = 30, budget: float = 60.0,
+def run(sizes: Sequence[str] = (), quick: bool = False, real: Path = REAL_GRAPHS, rounds: int = 30, budget: float = 30.0,
         peers: dict[str, Callable[[Case], Work]] | None = None, tell: Callable[[str, int, int], None] = lambda *_: None,
-        ) -> list[dict[str, Any]]:  # fmt: skip
-    """Measure each size: {"name", "what", "vertices", ..., "rows": a dict for each peer and mode, as report.py reads them}.
+        ) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Measure each size and yield {"name", "what", "vertices", ..., "rows": a dict for each peer and mode}.
 
     Args:
         sizes: names of `graphs.case_of`; default SIZES, of which the real graphs are left out where ``real`` is missing.
@@ -62,7 +62,8 @@ def run(sizes: Sequence[str] = (), quick: bool = False, real: Path = REAL_GRAPHS
     cases = {size: case_of(size, real) for size in sizes}
     threads = torch.get_num_threads()
     try:
-        return [_measure(case, real, chosen, counts, rounds, budget, tell) for case in cases.values()]
+        for case in cases.values():
+            yield _measure(case, real, chosen, counts, rounds, budget, tell)
     finally:
         torch.set_num_threads(threads)
 
@@ -74,6 +75,7 @@ def _measure(case: Case, real: Path, peers: dict[str, Callable[[Case], Work]], c
     expected = truth(case)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     timings: dict[tuple[str, str], Timing] = {}
+    others: dict[str, float | None] = {}
     for mode in MODES:
         torch.compiler.reset()  # each compiled peer is compiled anew for each case, and never falls back to eager for its number
         ready: dict[str, tuple[Work, Timing, float]] = {}
@@ -97,7 +99,8 @@ def _measure(case: Case, real: Path, peers: dict[str, Callable[[Case], Work]], c
                 row["refused"] = str(why)
                 if name == OURS:
                     raise WrongResult(f"{case.name}, {mode}: {name}: {why}") from why
-        take_turns(ready, mode, rounds, budget, lambda done, total, mode=mode: tell(f"{case.name}, {mode}", done, total))
+        others[mode] = take_turns(ready, mode, rounds, budget,
+                                  lambda done, total, mode=mode: tell(f"{case.name}, {mode}", done, total))  # fmt: skip
         timings |= {(name, mode): timing for name, (_, timing, _) in ready.items()}
     del ready, work
     tell(f"{case.name}: memory", 0, 1)
@@ -113,4 +116,5 @@ def _measure(case: Case, real: Path, peers: dict[str, Callable[[Case], Work]], c
     heads, dimension = case.query.shape[1:]
     relations = 0 if case.relation_query is None else case.relation_query.shape[0]
     return {"name": case.name, "what": case.what, "vertices": case.vertices, "edges": case.edges, "heads": heads,
-            "dimension": dimension, "relations": relations, "rows": list(rows.values())}  # fmt: skip
+            "dimension": dimension, "relations": relations, "cores_busy_with_others": others,
+            "rows": list(rows.values())}  # fmt: skip

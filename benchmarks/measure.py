@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -145,24 +146,41 @@ def tune(work: Work, mode: str, truth: Truth, counts: Iterable[int]) -> tuple[Ti
     return best
 
 
+def busy() -> float | None:
+    """Seconds that all cores together have worked for anyone but this process, since some moment; None where Linux is not."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    except OSError:
+        return None
+    own = os.times()
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
 def take_turns(ready: dict[str, tuple[Work, Timing, float]], mode: str, rounds: int, budget: float,
-               tell: Callable[[int, int], None] = lambda done, total: None) -> None:  # fmt: skip
-    """Fill the timings: in each round each in turn, one call to warm up, then as many as make about 10 ms.
+               tell: Callable[[int, int], None] = lambda done, total: None) -> float | None:  # fmt: skip
+    """Fill the timings: in each round each in turn, a call to warm up (below 0.2 s), then as many as make about 10 ms.
 
     Interleaved, so that what else the machine does hits all alike. Fewer rounds (at least 5) where they would take more than
     ``budget`` seconds.
+
+    Returns:
+        How many cores others kept busy meanwhile; a run to publish has nearly none.
     """
     calls = {name: max(1, min(50, round(0.01 / taken))) for name, (_, _, taken) in ready.items()}
-    round_takes = sum(taken * (calls[name] + 1) for name, (_, _, taken) in ready.items())
+    round_takes = sum(taken * (calls[name] + (taken < 0.2)) for name, (_, _, taken) in ready.items())
     rounds = min(rounds, max(5, int(budget / round_takes))) if ready else 0
     gc.collect()
     gc.disable()
+    before, started = busy(), time.perf_counter()
     try:
         for done in range(rounds):
-            for name, (work, timing, _) in ready.items():
+            for name, (work, timing, taken) in ready.items():
                 torch.set_num_threads(timing.threads)
-                work.run(mode)
+                if taken < 0.2:
+                    work.run(mode)
                 timing.samples.append(seconds(lambda run=work.run: run(mode), calls[name]))
             tell(done + 1, rounds)
     finally:
         gc.enable()
+    after = busy()
+    return None if before is None or after is None else max(0.0, (after - before) / (time.perf_counter() - started))

@@ -136,6 +136,9 @@ def markdown(family: str, found: dict[str, Any], cases: list[dict[str, Any]]) ->
         for mode in MODES:
             rows = [row for row in case["rows"] if row["mode"] == mode]
             ours_ms = next((row["median_ms"] for row in rows if row["peer"] == OURS), float("nan"))
+            others = case["cores_busy_with_others"][mode]
+            if others is not None:
+                lines += ["", f"Meanwhile others kept {others:.2f} cores busy."]
             lines += ["", f"| {mode} | threads | median, ms | quartiles | times {OURS} | extra MB |", "|---|---|---|---|---|---|"]
             lines += [f"| {row['peer']} | {' | '.join(_cells(row, ours_ms))} |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
 
     Raises:
         ConfigError: no such family or size, or no checkout.
-        CaseFastError: our own result was wrong; nothing is written.
+        CaseFastError: our own result was wrong; it is not timed, cases before it are written.
     """
     known = families()
     if not known:
@@ -42,9 +42,12 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
     report = importlib.import_module("benchmarks.report")
     wrong = importlib.import_module("benchmarks.measure").WrongResult
     found = report.environment(family) | {"quick": quick}
+    cases: list[dict[str, Any]] = []
+    paths: list[Path] = []
     try:
-        cases = measured.run(sizes, quick, tell=tell)
+        for case in measured.run(sizes, quick, tell=tell):
+            cases.append(case)
+            paths = report.write(family, found, cases, out)  # after each: a run that is stopped leaves what it has
     except wrong as error:
-        raise CaseFastError(f"nothing was measured: {error}") from error
-    paths = report.write(family, found, cases, out)
+        raise CaseFastError(f"our own result is wrong, the benchmark stops: {error}") from error
     return [line for case in cases for line in report.summary(case)], paths
