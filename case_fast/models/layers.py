@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from case_fast.equations import graph_attention, packed_attention, superimpose_intensity, take
+from case_fast.equations import packed_attention, superimpose_intensity, take
+from case_fast.ops import graph_attention
 
 
 def first_rows(cu: Tensor) -> Tensor:
