@@ -158,7 +158,8 @@ std::vector<int64_t> even_ranges(int64_t vertices, int64_t edges, int64_t parts,
 
 // Bounds of the smallest ranges of vertices that no edge leaves.
 template <class I>
-std::vector<int64_t> closed_blocks(const I *indptr, const I *indices, int64_t vertices) {
+std::vector<int64_t> closed_blocks(const void *offsets, const void *neighbours, int64_t vertices) {
+    const I *const indptr = static_cast<const I *>(offsets), *const indices = static_cast<const I *>(neighbours);
     std::vector<int64_t> bounds;  // the beginnings so far
     int64_t reach = -1;           // the last vertex known to belong to the present block
     for (int64_t row = 0; row < vertices; ++row) {
@@ -236,8 +237,8 @@ int backward(const case_fast_graph &g, const void *query, const void *key, const
     a.score_grad = workspace.take<T>(g.edges * g.heads);
 
     const auto row_edges = [&](int64_t i) { return at(a.indptr, i); };
-    const auto blocks = a.indptr.wide ? closed_blocks(static_cast<const int64_t *>(g.indptr), static_cast<const int64_t *>(g.indices), g.vertices)
-                                      : closed_blocks(static_cast<const int32_t *>(g.indptr), static_cast<const int32_t *>(g.indices), g.vertices);
+    const auto blocks = a.indptr.wide ? closed_blocks<int64_t>(g.indptr, g.indices, g.vertices)
+                                      : closed_blocks<int32_t>(g.indptr, g.indices, g.vertices);
     bool small = true;
     for (size_t i = 0; i + 1 < blocks.size(); ++i)
         small &= blocks[i + 1] - blocks[i] + row_edges(blocks[i + 1]) - row_edges(blocks[i]) <= largest_block;

@@ -105,8 +105,12 @@ Outputs<double> naive(const Graph &g, const Setting &s, const Inputs<T> &in) {
             const auto other = [&](int64_t e) { return (g.indices[size_t(e)] * s.heads + h) * d; };
             const auto bias = [&](int64_t e) { return (g.relation[size_t(e)] * s.heads + h) * d; };
             const auto weight = [&](int64_t e) -> double & { return o.weights[size_t(e * s.heads + h)]; };
-            const auto x = [&](int64_t e, int64_t c) { return in.query[size_t(own + c)] + (biased ? double(in.relation_query[size_t(bias(e) + c)]) : 0.0); };
-            const auto y = [&](int64_t e, int64_t c) { return in.key[size_t(other(e) + c)] + (biased ? double(in.relation_key[size_t(bias(e) + c)]) : 0.0); };
+            const auto x = [&](int64_t e, int64_t c) {
+                return in.query[size_t(own + c)] + (biased ? double(in.relation_query[size_t(bias(e) + c)]) : 0.0);
+            };
+            const auto y = [&](int64_t e, int64_t c) {
+                return in.key[size_t(other(e) + c)] + (biased ? double(in.relation_key[size_t(bias(e) + c)]) : 0.0);
+            };
             const auto mask = [&](int64_t e) {
                 return case_fast_keep(s.seed, e, h, case_fast_drop_below(s.dropout_p)) ? 1 / (1 - s.dropout_p) : 0.0;
             };
@@ -191,8 +195,9 @@ void compare(const Graph &g, const Setting &s, const char *what) {
         for (double x : want) largest = std::max(largest, std::fabs(x));
         for (size_t j = 0; j < want.size(); ++j) {
             const double error = std::fabs(got[j] - want[j]) / largest;
-            if (!(error < (sizeof(T) == 4 ? 2e-5 : 1e-13))) std::fprintf(stderr, "%s: output %zu[%zu]: %g, not %g\n", what, i, j, double(got[j]), want[j]);
-            CHECK(error < (sizeof(T) == 4 ? 2e-5 : 1e-13));
+            const bool close = error < (sizeof(T) == 4 ? 2e-5 : 1e-13);
+            if (!close) std::fprintf(stderr, "%s: output %zu[%zu]: %g, not %g\n", what, i, j, double(got[j]), want[j]);
+            CHECK(close);
         }
     }
     for (int threads : {1, 2, 3}) {
