@@ -95,7 +95,10 @@ def _native_absent(family: str, device: str) -> str:
     if torch.version.hip:
         return "the native module has no kernels for AMD GPUs"
     if not hasattr(native, f"{family}_forward_cuda"):
-        return "the native module was built without CUDA"
+        return "the native module was built without CUDA, or for CUDA without this op"
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if found and min(found) < (8, 0):
+        return "the native kernels need compute capability 8.0"
     return ""
 
 

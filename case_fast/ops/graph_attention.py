@@ -13,10 +13,12 @@ from torch import Tensor
 
 from case_fast import equations
 from case_fast.ops import backend
+from case_fast.ops.device_flag import device_flag, raise_pending
 
 FAMILY = "graph_attention"
 MAX_DIMENSION = 256  # of a head, in the GPU kernels
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # enum case_fast_dtype
+PLAN_AUTO = 0  # enum case_fast_plan of cuda.h
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 
@@ -218,11 +220,15 @@ def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tenso
             query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed
         )
     out, weights = _outputs(query, indices)
-    status = backend.native.graph_attention_forward(
-        *_graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed),
+    graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
+    pointers = (
         query.data_ptr(), key.data_ptr(), value.data_ptr(), _pointer(relation_query), _pointer(relation_key),
-        out.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), weights.data_ptr(),
     )  # fmt: skip
+    if query.is_cpu:
+        status = backend.native.graph_attention_forward(*graph, *pointers, torch.get_num_threads())
+    else:
+        status = _on_cuda("forward", query.device, graph, pointers)
     if status:
         _raise(status, indptr, indices, relation, query.shape[0], relation_query)
     return out, weights
@@ -244,12 +250,15 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
         )  # fmt: skip
         return [x for x in found if x is not None]
     found = _gradients(query, key, value, relation_query, relation_key)
-    status = backend.native.graph_attention_backward(
-        *_graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed),
+    graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
+    pointers = (
         query.data_ptr(), key.data_ptr(), value.data_ptr(), _pointer(relation_query), _pointer(relation_key),
-        weights.data_ptr(), grad_out.data_ptr(), *[x.data_ptr() for x in found],
-        *([] if relation is not None else [0, 0]), torch.get_num_threads(),
+        weights.data_ptr(), grad_out.data_ptr(), *[x.data_ptr() for x in found], *(() if relation is not None else (0, 0)),
     )  # fmt: skip
+    if query.is_cpu:
+        status = backend.native.graph_attention_backward(*graph, *pointers, torch.get_num_threads())
+    else:
+        status = _on_cuda("backward", query.device, graph, pointers)
     if status:
         _raise(status, indptr, indices, relation, query.shape[0], relation_query)
     return found
@@ -266,6 +275,17 @@ def _graph(query: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | No
     )  # fmt: skip
 
 
+def _on_cuda(direction: str, device: torch.device, graph: tuple, pointers: tuple) -> int:
+    """Launches a native CUDA kernel on torch's current stream, with its workspace; the status. Waits for nothing."""
+    raise_pending()
+    with torch.cuda.device(device):
+        size = backend.native.graph_attention_workspace_cuda(*graph, direction == "backward", PLAN_AUTO)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        call = getattr(backend.native, f"graph_attention_{direction}_cuda")
+        return call(*graph, *pointers, PLAN_AUTO, workspace.data_ptr(), size, device_flag().data_ptr(),
+                    torch.cuda.current_stream().cuda_stream)  # fmt: skip
+
+
 def _raise(status: int, indptr: Tensor, indices: Tensor, relation: Tensor | None, vertices: int,
            relation_query: Tensor | None) -> None:  # fmt: skip
     """The error that belongs to a status of enum case_fast_status; nothing was written."""
@@ -274,6 +294,8 @@ def _raise(status: int, indptr: Tensor, indices: Tensor, relation: Tensor | None
         raise IndexError(f"{('indptr', 'indices', 'relation')[status - 1]} names what does not exist")
     if status == 5:
         raise MemoryError("graph_attention found no memory for its workspace")
+    if status == 6:
+        raise RuntimeError("graph_attention: CUDA refused a launch; CUDA_LAUNCH_BLOCKING=1 shows where an earlier error arose")
     raise RuntimeError(f"graph_attention: the native kernel refused its arguments (status {status})")
 
 
