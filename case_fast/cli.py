@@ -277,6 +277,8 @@ def _bench(args: Namespace, console: Console) -> None:
         task = progress.add_task("", total=None)
 
         def told(what: str, done: int, total: int) -> None:
+            if what != progress.tasks[0].description and not console.is_terminal:
+                console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
         lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told)
