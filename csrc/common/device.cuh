@@ -1,11 +1,11 @@
 // What the CUDA kernels of every family share: number types, warps, rows in registers.
 //
-// With CASE_FAST_EMULATE the same kernels compile as plain C++ and run on the CPU (tests/cuda_emulator.h), so that their logic
+// With CASE_FAST_EMULATE the same kernels compile as plain C++ and run on the CPU (common/cuda_emulator.h), so that their logic
 // is tested, under sanitizers, where there is no GPU.
 #pragma once
 
 #ifdef CASE_FAST_EMULATE
-#include "tests/cuda_emulator.h"
+#include "common/cuda_emulator.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
