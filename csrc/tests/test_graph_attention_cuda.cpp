@@ -8,6 +8,7 @@
 
 #include "graph_attention/cuda.cu"
 
+#include <algorithm>
 #include <random>
 #include <string>
 
@@ -208,6 +209,47 @@ void damaged(int plan) {
     }
 }
 
+// NaN in one graph of a batch reaches no other, not even through rows that a warp loads and does not use.
+void contained(int plan) {
+    const Case c{"contained", 40, 160, 2, 10, 4, 0.2, 5};
+    Problem<float> p(c, 5);
+    int32_t flag = 0;
+    bool sound;
+    const Results clean = run<float, int32_t>(p, plan, &flag, sound);
+    const size_t width = 20, first = 8 * width, last = 16 * width;  // the second graph
+    for (auto *x : {&p.query, &p.key, &p.value, &p.grad_out}) std::fill(x->begin() + first, x->begin() + last, NAN);
+    const Results hurt = run<float, int32_t>(p, plan, &flag, sound);
+    for (int i = 0; i < 4; ++i)
+        for (size_t n = 0; n < hurt.of[i].size(); ++n)
+            expect((n >= first && n < last) || hurt.of[i][n] == clean.of[i][n], std::string("NaN spread in ") + NAMES[i]);
+    for (int v = 0; v < c.vertices; ++v) {  // a vertex that does not lead to itself never reads its own value or gradient
+        Problem<float> q(c, 5);
+        const auto begin = q.indices.begin() + q.indptr[v], end = q.indices.begin() + q.indptr[v + 1];
+        if (std::find(begin, end, v) != end) continue;
+        for (auto *x : {&q.value, &q.grad_out}) std::fill(x->begin() + v * width, x->begin() + (v + 1) * width, NAN);
+        const Results r = run<float, int32_t>(q, plan, &flag, sound);
+        for (size_t n = v * width; n < (v + 1) * width; ++n) {
+            expect(r.of[0][n] == clean.of[0][n], "a row read its own value");
+            expect(r.of[3][n] == clean.of[3][n], "a column read its own gradient");
+        }
+    }
+}
+
+void sorts() {
+    std::mt19937 random(1);
+    std::vector<int> start = {0};
+    std::vector<int64_t> list;
+    for (const int size : {0, 1, 2, 31, 32, 33, 64, 127, 128, 129, 0, 255, 256, 257, 1000, 3}) {
+        for (int i = 0; i < size; ++i) list.push_back(edge_and_row(static_cast<int>(random() >> 1), static_cast<int>(random() >> 1)));
+        start.push_back(static_cast<int>(list.size()));
+    }
+    std::vector<int64_t> expected = list;
+    for (size_t c = 0; c + 1 < start.size(); ++c) std::sort(expected.begin() + start[c], expected.begin() + start[c + 1]);
+    const int columns = static_cast<int>(start.size()) - 1;
+    CASE_FAST_LAUNCH(sort_columns, blocks(columns, ORDER_THREADS / WARP), ORDER_THREADS, 0, nullptr, columns, start.data(), list.data());
+    expect(list == expected, "columns are not sorted");
+}
+
 }  // namespace
 
 int main() {
@@ -225,6 +267,7 @@ int main() {
         {"dense", 9, 700, 1, 6, 3, 0.1, 1},
         {"long row and column", 30, 60, 1, 4, 35, 0.1, 1, 700},
     };
+    sorts();
     for (const int shared : {64 << 10, 9 << 10}) {  // with the smaller, few graphs fit
         emulated_shared_bytes = shared;
         for (const Case &c : cases)
@@ -236,7 +279,7 @@ int main() {
                 check<__nv_bfloat16, int64_t>(c, plan, 5e-3);
                 check<__half, int32_t>(c, plan, 7e-4);
             }
-        for (const int plan : {CASE_FAST_PLAN_GRAPHS, CASE_FAST_PLAN_ROWS}) damaged(plan);
+        for (const int plan : {CASE_FAST_PLAN_GRAPHS, CASE_FAST_PLAN_ROWS}) damaged(plan), contained(plan);
     }
     std::printf("%d launches, %d failures\n", emulated_launches, failures);
     return failures != 0;
