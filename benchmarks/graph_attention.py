@@ -15,7 +15,7 @@ from benchmarks.graphs import REAL_GRAPHS, REAL_KINDS, Case, case_of
 from benchmarks.measure import MODES, OURS, Timing, Truth, Unfit, Work, WrongResult, seconds, take_turns, thread_counts, tune
 from case_fast import equations
 
-SIZES = ("paper", *REAL_KINDS, "1e3", "1e4", "1e5")
+SIZES = ("paper", *REAL_KINDS, "1190x84", "1e3", "1e4", "1e5")
 QUICK_SIZES = ("100",)
 _CHUNK = 4096  # rows at once: the truth of a large graph in little memory
 

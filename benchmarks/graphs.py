@@ -108,17 +108,22 @@ def median_batch(batches: list[Graphs]) -> Graphs:
 
 
 def case_of(name: str, real: Path = REAL_GRAPHS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
-    """The case of a name: paper, cognition, concept, or a number of vertices such as 1e4 or 300."""
-    if name == "paper":
-        graphs = random_graphs(16, 84, 336, torch.Generator().manual_seed(0))
-        return make_case(name, "16 graphs of 84 vertices, 4 edges a vertex", graphs, device=device, dtype=dtype)
+    """The case of a name: paper (16x84), cognition, concept, graphs x vertices as 1190x84, or vertices of one graph as 1e4."""
+    if batch := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,3})", "16x84" if name == "paper" else name):
+        count, vertices = int(batch[1]), int(batch[2])
+        if vertices < 8:
+            raise ConfigError(f"size {name!r} has graphs of {vertices} vertices; they need at least 8")
+        graphs = random_graphs(count, vertices, 4 * vertices, torch.Generator().manual_seed(0))
+        what = f"{count:,} graphs of {vertices:,} vertices, 4 edges a vertex"
+        return make_case(name, what, graphs, device=device, dtype=dtype)
     if name in REAL_KINDS:
         graphs = median_batch(read_real_graphs(name, real))
         kind, relations = ("G_CS", RELATIONS) if name == "cognition" else ("G_EC (no relations)", None)
         what = f"{kind} of {graphs.cu_vertices.numel() - 1} EmpatheticDialogues"
         return make_case(name, what, graphs, relations, device=device, dtype=dtype)
     if not re.fullmatch(r"[1-9]\d*(e\d)?", name) or not 8 <= float(name) <= 1e7:
-        raise ConfigError(f"size {name!r} is unknown; one of paper, {', '.join(REAL_KINDS)}, or a number of vertices, 8 to 1e7")
+        raise ConfigError(f"size {name!r} is unknown; one of paper, {', '.join(REAL_KINDS)}, "
+                          "graphs x vertices such as 1190x84, or a number of vertices, 8 to 1e7")  # fmt: skip
     vertices = int(float(name))
     graphs = random_graphs(1, vertices, 4 * vertices, torch.Generator().manual_seed(0))
     return make_case(name, f"one graph of {vertices:,} vertices, 4 edges a vertex", graphs, device=device, dtype=dtype)

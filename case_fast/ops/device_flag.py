@@ -14,7 +14,7 @@ from torch import Tensor
 
 BAD_INDPTR, BAD_INDICES, BAD_RELATION = 1, 2, 3  # enum case_fast_status of csrc/graph_attention/graph_attention.h
 _SAID = {
-    BAD_INDPTR: (ValueError, "indptr must start with 0, never fall, and end with the number of indices"),
+    BAD_INDPTR: (IndexError, "indptr must start with 0, never fall, and end with the number of indices"),
     BAD_INDICES: (IndexError, "indices holds a vertex outside [0, vertices)"),
     BAD_RELATION: (IndexError, "relation holds a value outside [0, relations)"),
 }
@@ -35,7 +35,7 @@ def raise_pending() -> None:
     """Raises what an earlier kernel found, and clears it; costs one read of host memory.
 
     Raises:
-        ValueError, IndexError: naming the argument.
+        IndexError: naming the argument.
     """
     found = _words()[0]
     if found:

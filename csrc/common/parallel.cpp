@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int max_workers = 255;
-constexpr int spins = 1000;  // pauses before a worker sleeps: some 20 us
+constexpr int spins = 5000;  // pauses before a worker sleeps: some 100 us, for forward to backward take Python that long
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
