@@ -6,21 +6,11 @@
 
 #include <stdint.h>
 
+#include "common/types.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-enum case_fast_dtype { CASE_FAST_F32 = 0, CASE_FAST_F64 = 1, CASE_FAST_F16 = 2, CASE_FAST_BF16 = 3 };
-
-enum case_fast_status {
-    CASE_FAST_OK = 0,
-    CASE_FAST_BAD_INDPTR = 1,    // does not start with 0, falls, or does not end with `edges`
-    CASE_FAST_BAD_INDICES = 2,   // a neighbour outside [0, vertices)
-    CASE_FAST_BAD_RELATION = 3,  // a relation outside [0, relations)
-    CASE_FAST_BAD_ARGUMENT = 4,  // a size, a dtype, dropout_p or a missing pointer
-    CASE_FAST_NO_MEMORY = 5,
-    CASE_FAST_CUDA_ERROR = 6,
-};
 
 typedef struct case_fast_graph {
     int64_t vertices, edges, relations;           // relations 0: plain attention, relation == NULL
