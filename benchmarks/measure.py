@@ -158,7 +158,7 @@ def busy() -> float | None:
 
 def take_turns(ready: dict[str, tuple[Work, Timing, float]], mode: str, rounds: int, budget: float,
                tell: Callable[[int, int], None] = lambda done, total: None) -> float | None:  # fmt: skip
-    """Fill the timings: in each round each in turn, a call to warm up (below 0.2 s), then as many as make about 10 ms.
+    """Fill the timings: in each round each in turn, as many calls as make about 10 ms, first to warm up (below 0.2 s), then timed.
 
     Interleaved, so that what else the machine does hits all alike. Fewer rounds (at least 5) where they would take more than
     ``budget`` seconds.
@@ -167,7 +167,7 @@ def take_turns(ready: dict[str, tuple[Work, Timing, float]], mode: str, rounds: 
         How many cores others kept busy meanwhile; a run to publish has nearly none.
     """
     calls = {name: max(1, min(50, round(0.01 / taken))) for name, (_, _, taken) in ready.items()}
-    round_takes = sum(taken * (calls[name] + (taken < 0.2)) for name, (_, _, taken) in ready.items())
+    round_takes = sum(taken * calls[name] * (1 + (taken < 0.2)) for name, (_, _, taken) in ready.items())
     rounds = min(rounds, max(5, int(budget / round_takes))) if ready else 0
     gc.collect()
     gc.disable()
@@ -176,7 +176,7 @@ def take_turns(ready: dict[str, tuple[Work, Timing, float]], mode: str, rounds: 
         for done in range(rounds):
             for name, (work, timing, taken) in ready.items():
                 torch.set_num_threads(timing.threads)
-                if taken < 0.2:
+                for _ in range(calls[name] if taken < 0.2 else 0):
                     work.run(mode)
                 timing.samples.append(seconds(lambda run=work.run: run(mode), calls[name]))
             tell(done + 1, rounds)
