@@ -151,7 +151,8 @@ def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: 
     """Time and extra memory over the vertices of one graph; a line for each peer."""
     from matplotlib.figure import Figure
 
-    single = sorted((case for case in cases if case["name"][0].isdigit() and "x" not in case["name"]), key=lambda case: case["vertices"])
+    of_one_graph = (case for case in cases if case["name"][0].isdigit() and "x" not in case["name"])
+    single = sorted(of_one_graph, key=lambda case: case["vertices"])
     panels = [(MODES[0], "median_ms", 1.0, "ms"), (MODES[1], "median_ms", 1.0, "ms"), (MODES[1], "extra_bytes", 1e6, "extra MB")]
     peers = list(dict.fromkeys(row["peer"] for case in single for row in case["rows"]))
     figure = Figure(figsize=(12, 5.2), layout="constrained")
