@@ -7,27 +7,22 @@
 // number of threads.
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <new>
 #include <type_traits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "common/simd.h"
+#include "common/workspace.h"
 #include "graph_attention/cpu.h"
 #include "graph_attention/graph_attention.h"
 
 namespace {
 
-constexpr int64_t alignment = 64;       // bytes: of workspaces, and of the padded rows in them
+constexpr int64_t alignment = Workspace::alignment;  // bytes: of the padded rows too
 constexpr int64_t largest_block = 4096;  // rows and edges; above, rows and columns are two passes over the whole graph
 constexpr int64_t most_chunks = 32;
 
@@ -45,34 +40,6 @@ const RowKernels<T> &row_kernels() {
         return kernels().f32;
     else
         return kernels().f64;
-}
-
-// Arrays for the length of one call.
-class Workspace {
-public:
-    template <class T>
-    T *take(int64_t count) {
-        const size_t bytes = (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + alignment - 1) / alignment * alignment;
-        void *const block = std::aligned_alloc(alignment, bytes);
-        if (!block) throw std::bad_alloc();
-        blocks_.emplace_back(block, &std::free);
-        return static_cast<T *>(block);
-    }
-
-private:
-    std::vector<std::unique_ptr<void, void (*)(void *)>> blocks_;
-};
-
-// A large result lies in fresh memory, where each first touch of a page is a fault: as huge pages, 512 times fewer.
-void prepare_output(void *array, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t huge = uintptr_t(2) << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(array) + huge - 1) / huge * huge;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(array) + bytes) / huge * huge;
-    if (last > first + huge) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);  // may fail: a hint
-#else
-    (void)array, (void)bytes;
-#endif
 }
 
 // Whether 0 <= value < limit for all. Branch-free, for the compiler to vectorise: the sign bit of any bad value stays.

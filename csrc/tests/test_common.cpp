@@ -5,6 +5,7 @@
 #include "check.h"
 #include "common/cuda.h"
 #include "common/simd.h"
+#include "gemm_checks.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -59,8 +60,18 @@ static void test_reports_agree_across_threads() {
     for (auto &info : infos) CHECK(info.device_count == infos[0].device_count && info.compiled == infos[0].compiled);
 }
 
+static void test_gemm() {
+    std::printf("gemm: %d products", gemm_checks_baseline.check());
+#if defined(__x86_64__)
+    if (case_fast_simd_level() >= CASE_FAST_AVX2) std::printf(", avx2 %d", gemm_checks_avx2.check());
+    if (case_fast_simd_level() == CASE_FAST_AVX512) std::printf(", avx512 %d", gemm_checks_avx512.check());
+#endif
+    std::printf("\n");
+}
+
 int main() {
     test_simd();
+    test_gemm();
     test_cuda_report();
     test_reports_agree_across_threads();
 }

@@ -1,0 +1,201 @@
+// Matrix products on one thread, for the instruction set of the including file. C (rows, columns) = or += A (rows, depth) times
+// B (depth, columns).
+//
+// A tile of C stays in registers while depth goes by: one vector load of B serves all its rows, one broadcast of A all its
+// columns. Operands are packed into panels as wide as the tile, so that both are read in one ascending stream; depth is cut into
+// pieces whose column panel stays in the first cache. Each element of C is the sum over pieces, ascending, of its sums over a
+// piece, ascending: its bits depend on the depth alone, not on its place, the other rows, or who computes it.
+//
+// Like vector.h, nothing here may be shared by the linker between instruction sets.
+#pragma once
+
+#include "common/vector.h"
+
+namespace {
+
+template <class T>
+struct Tile {
+    static constexpr int vectors = 2, columns = vectors * Lanes<T>::width;
+#if CASE_FAST_VECTOR_BYTES == 64
+    static constexpr int rows = 12;  // 24 of 32 registers hold sums
+#elif CASE_FAST_VECTOR_BYTES == 32
+    static constexpr int rows = 6;  // 12 of 16
+#else
+    static constexpr int rows = 4;  // 8 of 16
+#endif
+};
+
+constexpr int64_t most_depth = 256;  // of a piece: a column panel is 32 KiB
+
+CASE_FAST_INLINE int64_t panels_of(int64_t count, int64_t width) { return (count + width - 1) / width; }
+
+// Elements that pack_rows and pack_columns write.
+template <class T>
+CASE_FAST_INLINE int64_t packed_rows(int64_t rows, int64_t depth) {
+    return panels_of(rows, Tile<T>::rows) * Tile<T>::rows * depth;
+}
+template <class T>
+CASE_FAST_INLINE int64_t packed_columns(int64_t columns, int64_t depth) {
+    return panels_of(columns, Tile<T>::columns) * Tile<T>::columns * depth;
+}
+
+// The length of the pieces that depth is cut into: equal but for the last.
+CASE_FAST_INLINE int64_t depth_piece(int64_t depth) {
+    const int64_t pieces = panels_of(depth, most_depth);
+    return pieces ? panels_of(depth, pieces) : 1;
+}
+
+// to[l] = from[l * stride] for `count` of `width` lanes and 0 beyond, for each k: lane l lies at from + l * lane_stride.
+template <class T, int width>
+CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t depth_stride, int64_t count, int64_t depth, T *to) {
+    int64_t k = 0;
+    if (count == width && lane_stride == 1) {
+        for (; k < depth; ++k)
+            for (int l = 0; l < width; ++l) to[k * width + l] = from[k * depth_stride + l];
+        return;
+    }
+#if defined(__x86_64__)
+    if (count == width && depth_stride == 1) {  // blocks of 16 bytes squared are transposed in registers
+        constexpr int block = 16 / int(sizeof(T));
+        for (; k + block <= depth; k += block) {
+            int l = 0;
+            for (; l + block <= width; l += block) {
+                const T *const source = from + l * lane_stride + k;
+                T *const target = to + k * width + l;
+                if constexpr (sizeof(T) == 4) {
+                    __m128 a = _mm_loadu_ps(source), b = _mm_loadu_ps(source + lane_stride);
+                    __m128 c = _mm_loadu_ps(source + 2 * lane_stride), d = _mm_loadu_ps(source + 3 * lane_stride);
+                    _MM_TRANSPOSE4_PS(a, b, c, d);
+                    _mm_storeu_ps(target, a);
+                    _mm_storeu_ps(target + width, b);
+                    _mm_storeu_ps(target + 2 * width, c);
+                    _mm_storeu_ps(target + 3 * width, d);
+                } else {
+                    const __m128d a = _mm_loadu_pd(source), b = _mm_loadu_pd(source + lane_stride);
+                    _mm_storeu_pd(target, _mm_unpacklo_pd(a, b));
+                    _mm_storeu_pd(target + width, _mm_unpackhi_pd(a, b));
+                }
+            }
+            for (; l < width; ++l)
+                for (int i = 0; i < block; ++i) to[(k + i) * width + l] = from[l * lane_stride + k + i];
+        }
+    }
+#endif
+    for (; k < depth; ++k) {
+        int64_t l = 0;
+        for (; l < count; ++l) to[k * width + l] = from[k * depth_stride + l * lane_stride];
+        for (; l < width; ++l) to[k * width + l] = T(0);
+    }
+}
+
+// A[i, k] = a[i * row_stride + k * depth_stride] as [ceil(rows / Tile::rows)][depth][Tile::rows], zeros beyond the last row.
+template <class T>
+void pack_rows(const T *a, int64_t row_stride, int64_t depth_stride, int64_t rows, int64_t depth, T *panels) {
+    constexpr int64_t width = Tile<T>::rows;
+    for (int64_t i = 0; i < rows; i += width)
+        pack_panel<T, width>(a + i * row_stride, row_stride, depth_stride, rows - i < width ? rows - i : width, depth,
+                             panels + i * depth);
+}
+
+// B[k, j] = b[k * depth_stride + j * column_stride] as [ceil(columns / Tile::columns)][depth][Tile::columns], likewise.
+template <class T>
+void pack_columns(const T *b, int64_t depth_stride, int64_t column_stride, int64_t depth, int64_t columns, T *panels) {
+    constexpr int64_t width = Tile<T>::columns;
+    for (int64_t j = 0; j < columns; j += width)
+        pack_panel<T, width>(b + j * column_stride, column_stride, depth_stride, columns - j < width ? columns - j : width, depth,
+                             panels + j * depth);
+}
+
+// Where an operand of a tile lies: element (i, k) of A at a + i * row + k * depth, and after every `group` of k, `hop` further;
+// B's row k at b + k * depth. Constants where the caller knows them.
+struct RowLayout {
+    int64_t row, depth, group, hop;
+};
+
+// `count` <= `rows` rows and `columns` columns (more than those of vectors - 1 vectors) of C. Reads A's rows up to `rows`,
+// and, if `padded`, B's columns up to whole vectors.
+template <class T, int rows, int vectors, bool padded>
+CASE_FAST_INLINE void multiply_tile(const T *a, const RowLayout layout, const T *b, int64_t b_depth, int64_t depth, T *c,
+                                    int64_t c_stride, int64_t count, int64_t columns, bool add) {
+    constexpr int width = Lanes<T>::width;
+    const bool cut = columns < vectors * width;
+    const Tail<T> tail = make_tail<T>(cut ? int(columns - (vectors - 1) * width) : 0);
+    Vector<T> sum[rows][vectors] = {};
+    while (depth > 0) {
+        const int64_t steps = depth < layout.group ? depth : layout.group;
+        for (int64_t k = 0; k < steps; ++k) {
+            Vector<T> x[vectors];
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; ++v)
+                x[v] = !padded && cut && v == vectors - 1 ? load(b + v * width, tail) : load(b + v * width);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+                for (int v = 0; v < vectors; ++v) sum[r][v] += a[r * layout.row] * x[v];
+            a += layout.depth;
+            b += b_depth;
+        }
+        a += layout.hop;
+        depth -= steps;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+        if (r >= count) break;
+        T *const to = c + r * c_stride;
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) {
+            if (cut && v == vectors - 1)
+                store(to + v * width, add ? load(to + v * width, tail) + sum[r][v] : sum[r][v], tail);
+            else
+                store(to + v * width, add ? load(to + v * width) + sum[r][v] : sum[r][v]);
+        }
+    }
+}
+
+// The same for up to Tile::rows rows and Tile::columns columns, with no more rows and vectors at work than needed.
+template <class T, int rows, bool padded>
+CASE_FAST_INLINE void multiply_rows(const T *a, const RowLayout layout, const T *b, int64_t b_depth, int64_t depth, T *c,
+                                    int64_t c_stride, int64_t count, int64_t columns, bool add) {
+    if (columns > Lanes<T>::width)
+        multiply_tile<T, rows, 2, padded>(a, layout, b, b_depth, depth, c, c_stride, count, columns, add);
+    else
+        multiply_tile<T, rows, 1, padded>(a, layout, b, b_depth, depth, c, c_stride, count, columns, add);
+}
+
+// C = or += A B from panels (pack_rows, pack_columns).
+template <class T>
+void multiply(const T *row_panels, const T *column_panels, int64_t rows, int64_t columns, int64_t depth, T *c, int64_t c_stride,
+              bool add) {
+    constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
+    constexpr RowLayout layout = {1, height, INT64_MAX, 0};
+    if (depth == 0 && !add)
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j) c[i * c_stride + j] = T(0);
+    const int64_t piece = depth_piece(depth);
+    // as many row panels as a third of a 1 MiB second cache holds, so that each is fetched from afar once
+    const int64_t block = (int64_t(384) << 10) / (piece * int64_t(sizeof(T)) * height) * height;
+    for (int64_t k = 0; k < depth; k += piece) {
+        const int64_t steps = depth - k < piece ? depth - k : piece;
+        const bool more = add || k > 0;
+        for (int64_t first = 0; first < rows; first += block) {
+            const int64_t last = rows - first < block ? rows : first + block;
+            for (int64_t j = 0; j < columns; j += width) {
+                const T *const b = column_panels + j * depth + k * width;
+                const int64_t wide = columns - j < width ? columns - j : width;
+                for (int64_t i = first; i < last; i += height) {
+                    const T *const a = row_panels + i * depth + k * height;
+                    T *const to = c + i * c_stride + j;
+                    const int64_t left = last - i;
+                    if (left > height * 2 / 3)
+                        multiply_rows<T, height, true>(a, layout, b, width, steps, to, c_stride, left, wide, more);
+                    else if (left > height / 3)
+                        multiply_rows<T, height * 2 / 3, true>(a, layout, b, width, steps, to, c_stride, left, wide, more);
+                    else
+                        multiply_rows<T, (height + 2) / 3, true>(a, layout, b, width, steps, to, c_stride, left, wide, more);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
