@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.graphs import Case
+from benchmarks.graphs import GraphCase
 from benchmarks.measure import OURS, Unfit, Work
 from case_fast import equations, ops
 
@@ -24,14 +24,14 @@ MOST_BYTES = 2 << 30  # a dense peer that would need more is left out, and the t
 FAR = -1e30  # of a vertex pair without an edge, before the softmax
 
 
-def ours(case: Case) -> Work:
+def ours(case: GraphCase) -> Work:
     def attend(query: Tensor, key: Tensor, value: Tensor, *relations: Tensor) -> Tensor:
         return ops.graph_attention(query, key, value, case.graphs.indptr, case.graphs.indices, case.relation, *relations)
 
     return _packed(case, attend)
 
 
-def equation(case: Case) -> Work:
+def equation(case: GraphCase) -> Work:
     """The fallback of case_fast, in plain torch."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *relations: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ def equation(case: Case) -> Work:
     return _packed(case, attend)
 
 
-def _packed(case: Case, function: Callable[..., Tensor]) -> Work:
-    return Work(function, case.inputs, case.grad_out, lambda x: x)
+def _packed(case: GraphCase, function: Callable[..., Tensor]) -> Work:
+    return Work(function, case.inputs, case.grad_out)
 
 
 # ---- on edges: gather both ends, scatter to rows
 
 
-def gather_scatter(case: Case, compiled: bool = False) -> Work:
+def gather_scatter(case: GraphCase, compiled: bool = False) -> Work:
     """Eager at its best on edges: q . k of gathered rows, the relation terms from tables (V, R, H), scatter to rows."""
     indices = case.graphs.indices.long()
     row = equations.segment_ids(case.graphs.indptr, case.edges)
@@ -96,7 +96,7 @@ class Padded:
         return self.mask.shape[1]
 
 
-def _pad(case: Case, bytes_of_a_pair: int) -> Padded:
+def _pad(case: GraphCase, bytes_of_a_pair: int) -> Padded:
     sizes = case.graphs.cu_vertices.diff()
     count, width = sizes.numel(), int(sizes.max())
     needed = count * width**2 * bytes_of_a_pair
@@ -117,7 +117,7 @@ def _pad(case: Case, bytes_of_a_pair: int) -> Padded:
     return Padded(case.graphs.dialogue * width + within, relation.view(shape), mask.view(shape))
 
 
-def _dense(case: Case, padded: Padded, function: Callable[..., Tensor], trains: bool = True, **more: Any) -> Work:
+def _dense(case: GraphCase, padded: Padded, function: Callable[..., Tensor], trains: bool = True, **more: Any) -> Work:
     """Work on (H, B, n, D) leaves."""
     count, width = padded.graphs, padded.width
 
@@ -126,15 +126,15 @@ def _dense(case: Case, padded: Padded, function: Callable[..., Tensor], trains: 
         full[padded.place] = x
         return full.view(count, width, *x.shape[1:]).permute(2, 0, 1, 3).contiguous()
 
-    def pack(x: Tensor) -> Tensor:
-        return x.permute(1, 2, 0, 3).flatten(0, 1)[padded.place]
+    def pack(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # out, query, key, value; the relations as they are
+        return *(x.permute(1, 2, 0, 3).flatten(0, 1)[padded.place] for x in results[:4]), *results[4:]
 
     relations = case.inputs[3:]
     leaves = (pad(case.query), pad(case.key), pad(case.value), *relations)
     return Work(function, leaves, pad(case.grad_out), pack, trains, **more)
 
 
-def pairs(case: Case) -> Work:
+def pairs(case: GraphCase) -> Work:
     """The formula as it is usually coded: the relation embedded for each pair of vertices, a softmax over masked rows."""
     padded = _pad(case, bytes_of_a_pair=6 * 4 * case.query[0].numel())
     apart = ~padded.mask
@@ -151,7 +151,7 @@ def pairs(case: Case) -> Work:
     return _dense(case, padded, attend)
 
 
-def dense_products(case: Case, compiled: bool = False) -> Work:
+def dense_products(case: GraphCase, compiled: bool = False) -> Work:
     """Eager at its best on small graphs: dense q k^T and weights v, the relation terms of edges alone added to the former."""
     padded = _pad(case, bytes_of_a_pair=4 * 4 * case.query.shape[1])
     heads = case.query.shape[1]
@@ -196,7 +196,7 @@ def _dense_plain(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Ten
 # ---- libraries
 
 
-def flex_attention(case: Case) -> Work:
+def flex_attention(case: GraphCase) -> Work:
     """torch's FlexAttention, compiled, relation terms from tables in its score_mod. On CPU it has no backward."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
@@ -232,7 +232,7 @@ def flex_attention(case: Case) -> Work:
     return _dense(case, padded, attend, trains, part=build, part_name="mask building", note=note)
 
 
-def pyg_transformer_conv(case: Case) -> Work:
+def pyg_transformer_conv(case: GraphCase) -> Work:
     """PyG's TransformerConv with its message changed to our score; relations projected beforehand, gathered per edge."""
     try:
         from torch_geometric.nn import TransformerConv
@@ -264,7 +264,7 @@ def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
-PEERS: dict[str, Callable[[Case], Work]] = {
+PEERS: dict[str, Callable[[GraphCase], Work]] = {
     OURS: ours,
     "equations.py, eager": equation,
     "dense, relation embedded per pair, eager": pairs,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.measure import Case
 from case_fast.batch import Graphs
 from case_fast.errors import ConfigError
 
@@ -20,11 +21,9 @@ FIELDS = ("indptr", "indices", "relation", "cu_vertices")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One input. query, key, value, grad_out: (V, H, D); relation_query, relation_key: (R, H, D) or None: plain attention."""
+class GraphCase(Case):
+    """query, key, value, grad_out: (V, H, D); relation_query, relation_key: (R, H, D) or None: plain attention."""
 
-    name: str
-    what: str
     graphs: Graphs
     query: Tensor
     key: Tensor
@@ -40,6 +39,15 @@ class Case:
     @property
     def edges(self) -> int:
         return self.graphs.indices.numel()
+
+    @property
+    def shape(self) -> dict[str, int]:
+        relations = 0 if self.relation_query is None else self.relation_query.shape[0]
+        return {"V": self.vertices, "E": self.edges, "H": self.query.shape[1], "D": self.query.shape[2], "relations": relations}
+
+    @property
+    def size(self) -> int | None:
+        return self.vertices if re.fullmatch(r"[\de]+", self.name) else None  # one graph
 
     @property
     def relation(self) -> Tensor | None:
@@ -74,7 +82,7 @@ def random_graphs(count: int, vertices: int, edges: int, generator: torch.Genera
 
 
 def make_case(name: str, what: str, graphs: Graphs, relations: int | None = RELATIONS, heads: int = HEADS, seed: int = 0,
-              dimension: int = DIMENSION, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:  # fmt: skip
+              dimension: int = DIMENSION, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GraphCase:  # fmt: skip
     """Normal queries, keys, values and relations over these graphs; the same numbers for one seed on every device."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,7 +92,7 @@ def make_case(name: str, what: str, graphs: Graphs, relations: int | None = RELA
     vertices = graphs.indptr.numel() - 1
     q, k, v, g = (normal(vertices) for _ in range(4))
     relation = (None, None) if relations is None else (normal(relations), normal(relations))
-    return Case(name, what, graphs.to(device), q, k, v, *relation, g)
+    return GraphCase(name, what, graphs.to(device), q, k, v, *relation, g)
 
 
 def read_real_graphs(kind: str, path: Path = REAL_GRAPHS) -> list[Graphs]:
@@ -107,7 +115,7 @@ def median_batch(batches: list[Graphs]) -> Graphs:
     return sorted(batches, key=lambda graphs: graphs.indices.numel())[len(batches) // 2]
 
 
-def case_of(name: str, real: Path = REAL_GRAPHS, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, real: Path = REAL_GRAPHS) -> GraphCase:
     """The case of a name: paper (16x84), cognition, concept, graphs x vertices as 1190x84, or vertices of one graph as 1e4."""
     if batch := re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,3})", "16x84" if name == "paper" else name):
         count, vertices = int(batch[1]), int(batch[2])

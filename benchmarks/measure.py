@@ -27,19 +27,40 @@ class WrongResult(Exception):
     """This peer's output or gradients are not what the equation gives; it is not timed."""
 
 
+@dataclass(frozen=True)
+class Case:
+    """One input of a family; each family adds its tensors."""
+
+    name: str
+    what: str
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The numbers that say how large it is, by their letters."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int | None:
+        """Its place in the picture; None where it has none."""
+        return None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES
+
+
 @dataclass
 class Work:
     """A peer made ready for one case.
 
-    function(*leaves) -> out; leaves and grad_out in the peer's own layout, ``pack`` turns that of out and of the gradients of
-    query, key, value into (V, H, D); the relations come last, as they are. ``part`` is a piece of the function's work that is
-    worth naming.
+    function(*leaves) -> out; leaves and grad_out in the peer's own layout, which ``pack`` turns into the case's, given (out,) or
+    (out, a gradient for each leaf). ``part`` is a piece of the function's work that is worth naming.
     """
 
     function: Callable[..., Tensor]
     leaves: tuple[Tensor, ...]
     grad_out: Tensor
-    pack: Callable[[Tensor], Tensor]
+    pack: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda results: results
     trains: bool = True
     part: Callable[[], object] | None = None
     part_name: str = ""
@@ -56,8 +77,24 @@ class Work:
         out = self.function(*self.leaves)
         return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
 
-    def packed(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return *(self.pack(x) for x in results[:4]), *results[4:]
+    def check(self, mode: str, truth: Truth) -> float:
+        """The largest error over its limit. Raises WrongResult where it is above 1."""
+        return truth.check(self.pack(self.run(mode)))
+
+
+@dataclass
+class Yardstick:
+    """Work of the same size that computes nothing to be checked, such as bare matrix products: timed in turns, no rival."""
+
+    calls: dict[str, Callable[[], object]]  # by mode
+
+    def run(self, mode: str) -> tuple[Tensor, ...]:
+        self.calls[mode]()
+        return ()
+
+    def check(self, mode: str, truth: Truth) -> float:
+        self.run(mode)
+        return 0.0
 
 
 @dataclass
@@ -125,7 +162,7 @@ def seconds(call: Callable[[], object], calls: int = 1) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def tune(work: Work, mode: str, truth: Truth, counts: Iterable[int]) -> tuple[Timing, float]:
+def tune(work: Work | Yardstick, mode: str, truth: Truth, counts: Iterable[int]) -> tuple[Timing, float]:
     """Check the results at each number of threads, then find the fastest; (an empty Timing, seconds a call).
 
     Raises:
@@ -134,7 +171,7 @@ def tune(work: Work, mode: str, truth: Truth, counts: Iterable[int]) -> tuple[Ti
     best: tuple[Timing, float] | None = None
     for threads in counts:
         torch.set_num_threads(threads)
-        error = truth.check(work.packed(work.run(mode)))  # torch.compile compiles here, for this number of threads
+        error = work.check(mode, truth)  # torch.compile compiles here, for this number of threads
         taken, deadline = seconds(lambda: work.run(mode)), time.perf_counter() + 2
         for _ in range(8):
             if time.perf_counter() > deadline:
@@ -156,7 +193,7 @@ def busy() -> float | None:
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
-def take_turns(ready: dict[str, tuple[Work, Timing, float]], mode: str, rounds: int, budget: float,
+def take_turns(ready: dict[str, tuple[Work | Yardstick, Timing, float]], mode: str, rounds: int, budget: float,
                tell: Callable[[int, int], None] = lambda done, total: None) -> float | None:  # fmt: skip
     """Fill the timings: in each round each in turn, calls for about 10 ms to warm up (below 0.2 s), then as many timed.
 

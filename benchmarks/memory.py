@@ -51,11 +51,11 @@ def extra_bytes(call: Callable[[], tuple[Tensor, ...]]) -> int:
     return max(0, *taken)
 
 
-def measure(family: str, case: str, real: Path, wanted: list[tuple[str, str, int]]) -> list[int | None]:
-    """Extra bytes of each (peer, mode, threads) of a case, in a process of its own; None where it failed."""
+def measure(family: str, case: str, wanted: list[tuple[str, str, int]]) -> list[int | None]:
+    """Extra bytes of each (peer, mode, threads) of a case, in a process of its own; None where it failed or is no such peer."""
     if not measurable() or not wanted:
         return [None] * len(wanted)
-    request = json.dumps({"family": family, "case": case, "real": str(real), "wanted": wanted})
+    request = json.dumps({"family": family, "case": case, "wanted": wanted})
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -66,16 +66,16 @@ def measure(family: str, case: str, real: Path, wanted: list[tuple[str, str, int
 
 
 def main() -> None:
-    from importlib import import_module
-
-    from benchmarks.graphs import case_of
+    from benchmarks.run import family_of
 
     request: dict[str, Any] = json.load(sys.stdin)
-    peers = import_module(f"benchmarks.{request['family']}_peers").PEERS
-    case = case_of(request["case"], Path(request["real"]))
+    family = family_of(request["family"])
+    case = family.case_of(request["case"])
     for place, (peer, mode, threads) in enumerate(request["wanted"]):
+        if peer not in family.peers:
+            continue
         torch.set_num_threads(threads)
-        work = peers[peer](case)
+        work = family.peers[peer](case)
         print(json.dumps({"place": place, "bytes": extra_bytes(lambda work=work, mode=mode: work.run(mode))}), flush=True)
         del work
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory
-from benchmarks.measure import MODES, OURS, SLACK
+from benchmarks.measure import OURS, SLACK
 
 _ROOT = Path(__file__).parents[1]
 _FLOOR = 0.3  # MB; below, the resident set says nothing
@@ -72,15 +72,17 @@ def _memory_gib() -> float | None:
 
 
 def summary(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each mode: our median, the fastest peer that was not refused, and how many times longer it takes."""
+    """For each mode: our median, the fastest peer that was not refused, how much longer it takes; ours in yardsticks."""
     lines = []
-    for mode in MODES:
+    for mode in case["modes"]:
         timed = {row["peer"]: row for row in case["rows"] if row["mode"] == mode and "median_ms" in row}
+        yardsticks = [timed.pop(name) for name in [*timed] if "yardstick" in timed[name]]
         if not (mine := timed.pop(OURS, None)) or not timed:
             continue
         best = min(timed.values(), key=lambda row: row["median_ms"])
         lines.append({"case": case["name"], "mode": mode, "ours_ms": mine["median_ms"], "best_peer": best["peer"],
-                      "best_peer_ms": best["median_ms"], "ratio": best["median_ms"] / mine["median_ms"]})  # fmt: skip
+                      "best_peer_ms": best["median_ms"], "ratio": best["median_ms"] / mine["median_ms"],
+                      "in_yardsticks": {row["peer"]: mine["median_ms"] / row["median_ms"] for row in yardsticks}})  # fmt: skip
     return lines
 
 
@@ -94,10 +96,8 @@ def _megabytes(taken: int | None) -> str:
     return f"< {_FLOOR}" if taken < _FLOOR * 1e6 else _number(taken / 1e6)
 
 
-def _cells(row: dict[str, Any] | None, ours_ms: float) -> list[str]:
+def _cells(row: dict[str, Any], ours_ms: float) -> list[str]:
     """threads, median, quartiles, times ours, extra memory."""
-    if row is None:
-        return [""] * 5
     for reason in ("left_out", "refused"):
         if reason in row:
             return ["", f"{'wrong: ' if reason == 'refused' else ''}{row[reason]}", "", "", ""]
@@ -105,6 +105,10 @@ def _cells(row: dict[str, Any] | None, ours_ms: float) -> list[str]:
     part = f" ({_number(row['part']['ms'])} of it {row['part']['name']})" if "part" in row else ""
     times = "" if row["peer"] == OURS else f"{row['median_ms'] / ours_ms:.1f}"
     return [str(row["threads"]), _number(row["median_ms"]) + part, f"{low} .. {high}", times, _megabytes(row.get("extra_bytes"))]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def markdown(family: str, found: dict[str, Any], cases: list[dict[str, Any]]) -> str:
@@ -123,24 +127,27 @@ def markdown(family: str, found: dict[str, Any], cases: list[dict[str, Any]]) ->
         "threads. Medians of rounds in turns, with quartiles; ratios are of this run alone. Extra memory: " + memory.HOW + ".",
         "",
         *(["**A quick run: it shows that all works, not how fast it is.**", ""] if found.get("quick") else []),
-        f"| case | | {OURS}, ms | best peer, ms | peer / {OURS} | the best peer |",
-        "|---|---|---|---|---|---|",
     ]
+    summaries = [line for case in cases for line in summary(case)]
+    yardsticks = list(dict.fromkeys(name for line in summaries for name in line["in_yardsticks"]))
+    heads = ["case", "", f"{OURS}, ms", "best peer, ms", f"peer / {OURS}", "the best peer",
+             *(f"{OURS} / {name}" for name in yardsticks)]  # fmt: skip
+    lines += [_row(heads), "|---" * len(heads) + "|"]
+    for line in summaries:
+        times = [line["in_yardsticks"].get(name) for name in yardsticks]
+        lines.append(_row([line["case"], line["mode"], _number(line["ours_ms"]), _number(line["best_peer_ms"]),
+                           f"**{line['ratio']:.1f}**", line["best_peer"],
+                           *("" if x is None else f"{x:.2f}" for x in times)]))  # fmt: skip
     for case in cases:
-        for line in summary(case):
-            lines.append(f"| {line['case']} | {line['mode']} | {_number(line['ours_ms'])} | {_number(line['best_peer_ms'])} "
-                         f"| **{line['ratio']:.1f}** | {line['best_peer']} |")  # fmt: skip
-    for case in cases:
-        sizes = f"V = {case['vertices']:,}, E = {case['edges']:,}, H = {case['heads']}, D = {case['dimension']}"
-        lines += ["", f"## {case['name']}: {case['what']}", "", f"{sizes}, {case['relations'] or 'no'} relations"]
-        for mode in MODES:
+        lines += ["", f"## {case['name']}: {case['what']}", "", ", ".join(f"{k} = {n:,}" for k, n in case["shape"].items())]
+        for mode in case["modes"]:
             rows = [row for row in case["rows"] if row["mode"] == mode]
             ours_ms = next((row["median_ms"] for row in rows if row["peer"] == OURS), float("nan"))
             others = case["cores_busy_with_others"][mode]
             if others is not None:
                 lines += ["", f"Meanwhile others kept {others:.2f} cores busy."]
-            lines += ["", f"| {mode} | threads | median, ms | quartiles | times {OURS} | extra MB |", "|---|---|---|---|---|---|"]
-            lines += [f"| {row['peer']} | {' | '.join(_cells(row, ours_ms))} |" for row in rows]
+            lines += ["", _row([mode, "threads", "median, ms", "quartiles", f"times {OURS}", "extra MB"]), "|---" * 6 + "|"]
+            lines += [_row([f"*{row['peer']}*" if "yardstick" in row else row["peer"], *_cells(row, ours_ms)]) for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -148,26 +155,33 @@ def markdown(family: str, found: dict[str, Any], cases: list[dict[str, Any]]) ->
 
 
 def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: Path) -> None:
-    """Time and extra memory over the vertices of one graph; a line for each peer."""
+    """Time and extra memory over the size of the case; a line for each peer."""
     from matplotlib.figure import Figure
 
-    of_one_graph = (case for case in cases if case["name"][0].isdigit() and "x" not in case["name"])
-    single = sorted(of_one_graph, key=lambda case: case["vertices"])
-    panels = [(MODES[0], "median_ms", 1.0, "ms"), (MODES[1], "median_ms", 1.0, "ms"), (MODES[1], "extra_bytes", 1e6, "extra MB")]
-    peers = list(dict.fromkeys(row["peer"] for case in single for row in case["rows"]))
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    axes = figure.subplots(1, 3)
+    placed = sorted((case for case in cases if case["size"] is not None), key=lambda case: case["size"])
+    modes = list(dict.fromkeys(mode for case in placed or cases for mode in case["modes"]))
+    panels = [*((mode, "median_ms", 1.0, "ms") for mode in modes), (modes[-1], "extra_bytes", 1e6, "extra MB")]
+    rows = {(row["peer"], row["mode"], case["size"]): row for case in placed for row in case["rows"]}
+    peers = sorted(dict.fromkeys(peer for peer, *_ in rows), key=lambda peer: peer != OURS)  # ours first
+    yardsticks = {peer for (peer, *_), row in rows.items() if "yardstick" in row}
+    figure = Figure(figsize=(4 * len(panels), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for axis, (mode, field, unit, label) in zip(axes, panels, strict=True):
         for place, peer in enumerate(peers):
-            points = [(case["vertices"], row[field] / unit) for case in single for row in case["rows"]
-                      if (row["peer"], row["mode"]) == (peer, mode) and row.get(field) is not None]  # fmt: skip
+            points = [(size, row[field] / unit) for (name, of, size), row in rows.items()
+                      if (name, of) == (peer, mode) and row.get(field) is not None]  # fmt: skip
             if field == "extra_bytes":
                 points = [(x, max(y, _FLOOR)) for x, y in points]
-            mine = peer == OURS
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), label=peer, marker="os^vDPX*<>"[place % 10],
-                      color="black" if mine else f"C{(place - 1) % 10}", linewidth=2.5 if mine else 1.2, markersize=5,
-                      zorder=3 if mine else 2)  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="vertices of one graph, 4 edges each", ylabel=label, title=f"{mode}, {label}")
+            if peer in yardsticks:
+                look = {"color": "grey", "linestyle": "--", "linewidth": 1.5}
+            elif peer == OURS:
+                look = {"color": "black", "linewidth": 2.5, "zorder": 3, "marker": "o"}
+            else:
+                look = {"color": f"C{(place - 1) % 10}", "linewidth": 1.2, "marker": "s^vDPX*<>"[(place - 1) % 9]}
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), label=peer, markersize=5, **look)
+        axis.set(xlabel=cases[0]["axis"], ylabel=label, title=f"{mode}, {label}")
+        if any(line.get_xdata().size for line in axis.lines):  # without a point there is no log scale
+            axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     machine = found["machine"]

@@ -24,7 +24,7 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
     """Measure a family of kernels against its peers and write JSON, Markdown and a picture into ``out``.
 
     Returns:
-        A line for each case and mode (case, mode, ours_ms, best_peer, best_peer_ms, ratio), and the files written.
+        A line for each case and mode (case, mode, ours_ms, best_peer, best_peer_ms, ratio, in_yardsticks), and the files written.
 
     Raises:
         ConfigError: no such family or size, or no checkout.
@@ -38,14 +38,14 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
         raise ConfigError(f"there is no benchmark of {family!r}; one of {', '.join(known)}")
     if str(_CHECKOUT) not in sys.path:
         sys.path.insert(0, str(_CHECKOUT))
-    measured = importlib.import_module(f"benchmarks.{family}")
+    run = importlib.import_module("benchmarks.run")
     report = importlib.import_module("benchmarks.report")
     wrong = importlib.import_module("benchmarks.measure").WrongResult
     found = report.environment(family) | {"quick": quick}
     cases: list[dict[str, Any]] = []
     paths: list[Path] = []
     try:
-        for case in measured.run(sizes, quick, tell=tell):
+        for case in run.run(run.family_of(family), sizes, quick, tell=tell):
             cases.append(case)
             paths = report.write(family, found, cases, out)  # after each: a run that is stopped leaves what it has
     except wrong as error:

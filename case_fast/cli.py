@@ -105,8 +105,10 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("family", type=str, help="kernels to measure: graph_attention")
-    parser.add_argument("--sizes", type=str, default="", help="of paper, cognition, concept, 1190x84, 1e3, 1e4, 1e5; default all")
+    from case_fast.bench import families
+
+    parser.add_argument("family", type=str, help=f"kernels to measure: {', '.join(families()) or 'none outside a checkout'}")
+    parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
     parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
     parser.add_argument("--out", type=str, default="bench", help="folder for JSON, Markdown table and picture")
 
@@ -284,8 +286,9 @@ def _bench(args: Namespace, console: Console) -> None:
 
         lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told)
     for line in lines:
+        costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
-                      f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms)", highlight=False, soft_wrap=True)  # fmt: skip
+                      f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}", highlight=False, soft_wrap=True)  # fmt: skip
     for path in paths:
         console.print(f"{path}", highlight=False, soft_wrap=True)
 

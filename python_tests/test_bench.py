@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from PIL import Image
 import case_fast
 from benchmarks import graph_attention, graphs, measure, memory, real_graphs, report
 from benchmarks.graph_attention_peers import PEERS, QUICK
-from benchmarks.measure import MODES, OURS, Truth, Unfit, Work, WrongResult
+from benchmarks.measure import MODES, OURS, Truth, Unfit, Work, WrongResult, Yardstick
+from benchmarks.run import run
 from case_fast import cli
 from case_fast.errors import CaseFastError, ConfigError
 
 ROOT = Path(case_fast.__file__).parents[1]
 
 
-def small_case(relations: int | None = 3, sizes: tuple[int, ...] = (5, 9, 7)) -> graphs.Case:
+def small_case(relations: int | None = 3, sizes: tuple[int, ...] = (5, 9, 7)) -> graphs.GraphCase:
     """Graphs of unequal sizes, so that padding is not the identity."""
     generator = torch.Generator().manual_seed(3)
     parts = [graphs.random_graphs(1, size, 3 * size, generator) for size in sizes]
@@ -39,7 +41,7 @@ def broken(of: str, how) -> object:
     """The peer with its output passed through ``how``."""
     whole = PEERS[of]
 
-    def prepare(case: graphs.Case) -> Work:
+    def prepare(case: graphs.GraphCase) -> Work:
         work = whole(case)
         right = work.function
         work.function = lambda *leaves: how(right(*leaves))
@@ -70,7 +72,7 @@ def test_peers_are_right(peer, relations):
     except Unfit as why:
         pytest.skip(str(why))
     expected = graph_attention.truth(case)
-    results = {mode: work.packed(work.run(mode)) for mode in MODES}
+    results = {mode: work.pack(work.run(mode)) for mode in MODES}
     assert len(results[MODES[0]]) == 1 and len(results[MODES[1]]) == 1 + len(case.inputs)
     assert all(expected.check(found) <= 1 for found in results.values())
 
@@ -101,13 +103,29 @@ def test_a_refused_peer_has_no_time_and_is_no_rival(monkeypatch):
     monkeypatch.setattr(memory, "measurable", lambda: False)
     eager = "equations.py, eager"
     peers = {OURS: PEERS[OURS], "right": PEERS[eager], "wrong": broken(eager, lambda out: out + 1)}
-    (case,) = graph_attention.run(["8"], quick=True, peers=peers)
+    (case,) = run(replace(graph_attention.FAMILY, peers=peers, quick=[*peers]), ["8"], quick=True)
     rows = {(row["peer"], row["mode"]): row for row in case["rows"]}
     for mode in MODES:
         assert "refused" in rows["wrong", mode] and "median_ms" not in rows["wrong", mode]
         assert rows["right", mode]["median_ms"] > 0
     assert [line["best_peer"] for line in report.summary(case)] == ["right", "right"]
     assert "wrong: out is off by" in report.markdown("graph_attention", report.environment("graph_attention"), [case])
+
+
+def test_a_yardstick_is_timed_and_is_no_rival(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "measurable", lambda: False)
+    calls: list[str] = []
+    ruler = Yardstick({mode: lambda mode=mode: calls.append(mode) for mode in MODES})
+    peers = {OURS: PEERS[OURS], "a ruler": lambda case: ruler, "right": PEERS["equations.py, eager"]}
+    (case,) = run(replace(graph_attention.FAMILY, peers=peers, quick=[*peers]), ["8"], quick=True)
+    assert set(calls) == set(MODES)
+    rows = {(row["peer"], row["mode"]): row for row in case["rows"]}
+    for line in report.summary(case):
+        assert line["best_peer"] == "right"
+        assert line["in_yardsticks"]["a ruler"] == line["ours_ms"] / rows["a ruler", line["mode"]]["median_ms"]
+    paths = report.write("graph_attention", report.environment("graph_attention"), [case], tmp_path)
+    table = paths[1].read_text()
+    assert "| case_fast / a ruler |" in table and "| *a ruler* |" in table
 
 
 def test_nothing_is_written_when_we_are_wrong(monkeypatch, tmp_path, capsys):
@@ -151,14 +169,14 @@ def test_real_graphs_come_back_as_they_were_in_the_store(sample_store, tmp_path,
         assert len(read) == 2
         for field in (*graphs.FIELDS, "dialogue"):
             assert torch.equal(getattr(read[0], field), getattr(getattr(batch, kind), field)), field
-        case = graphs.case_of(kind, out)
+        case = graphs.case_of(kind, real=out)
         assert (case.relation is None) == (kind == "concept")
 
 
 @pytest.mark.parametrize("size", ["", "4", "1e9", "big", "-3", "cognition"])
 def test_unknown_sizes(size, tmp_path):
     with pytest.raises(ConfigError, match="missing; make it from a store" if size == "cognition" else "size .* is unknown"):
-        graphs.case_of(size, tmp_path / "none.safetensors")
+        graphs.case_of(size, real=tmp_path / "none.safetensors")
 
 
 # ---- the measuring
@@ -177,11 +195,11 @@ def test_turns_are_interleaved_and_samples_counted():
     leaf = torch.ones(1)
 
     def work(name: str) -> Work:
-        return Work(lambda x: (order.append(name), x * 1)[1], (leaf,), leaf, lambda x: x)
+        return Work(lambda x: (order.append(name), x * 1)[1], (leaf,), leaf)
 
     ready = {name: (work(name), measure.Timing(1, 0.0, []), taken) for name, taken in (("a", 1.0), ("b", 0.005))}
     others = measure.take_turns(ready, "forward", rounds=7, budget=0.0)
-    assert "".join(order) == "abbb" * 5  # over budget: five rounds; "a" is slow and needs no call to warm up
+    assert "".join(order) == "abbbb" * 5  # over budget: five rounds; "a" is slow and needs no call to warm up
     assert all(len(timing.samples) == 5 and timing.median >= 0 for _, timing, _ in ready.values())
     assert others is None or others >= 0
 
