@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "common/cuda.h"
 #include "common/simd.h"
+#include "cross_attention/cross_attention.h"
 #include "graph_attention/graph_attention.h"
 #ifdef CASE_FAST_WITH_CUDA
 #include "graph_attention/cuda.h"
@@ -62,6 +64,74 @@ static int graph_attention_backward(std::int64_t vertices, std::int64_t edges, s
                                                   pointer(grad_relation_key), threads);
 }
 
+static int packed_attention_forward(std::int64_t batch, std::int64_t queries, std::int64_t key_sequences, std::int64_t keys, int heads,
+                                    int dim, int dtype, int index_bits, int causal, Address cu_query, Address cu_key, Address key_of,
+                                    Address key_length, std::int64_t query_stride, std::int64_t key_stride, std::int64_t value_stride,
+                                    double scale, double dropout_p, std::uint64_t seed, Address query, Address key, Address value,
+                                    Address out, Address lse, int threads) {
+    const case_fast_attention call = {batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, causal, pointer(cu_query),
+                                      pointer(cu_key), pointer(key_of), pointer(key_length), query_stride, key_stride, value_stride,
+                                      scale, dropout_p, seed};
+    return case_fast_packed_attention_forward_cpu(&call, pointer(query), pointer(key), pointer(value), pointer(out), pointer(lse),
+                                                  threads);
+}
+
+static int packed_attention_backward(std::int64_t batch, std::int64_t queries, std::int64_t key_sequences, std::int64_t keys, int heads,
+                                     int dim, int dtype, int index_bits, int causal, Address cu_query, Address cu_key, Address key_of,
+                                     Address key_length, std::int64_t query_stride, std::int64_t key_stride, std::int64_t value_stride,
+                                     double scale, double dropout_p, std::uint64_t seed, Address query, Address key, Address value,
+                                     Address out, Address lse, Address grad_out, Address grad_query, std::int64_t grad_query_stride,
+                                     Address grad_key, std::int64_t grad_key_stride, Address grad_value,
+                                     std::int64_t grad_value_stride, int threads) {
+    const case_fast_attention call = {batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, causal, pointer(cu_query),
+                                      pointer(cu_key), pointer(key_of), pointer(key_length), query_stride, key_stride, value_stride,
+                                      scale, dropout_p, seed};
+    return case_fast_packed_attention_backward_cpu(&call, pointer(query), pointer(key), pointer(value), pointer(out), pointer(lse),
+                                                   pointer(grad_out), pointer(grad_query), grad_query_stride, pointer(grad_key),
+                                                   grad_key_stride, pointer(grad_value), grad_value_stride, threads);
+}
+
+// The members of case_fast_source in their order: sizes, strides, addresses, seeds. Of case_fast_source_gradients: addresses.
+using SourceMembers = std::array<std::int64_t, 15>;
+using GradientMembers = std::array<Address, 6>;
+
+static std::vector<case_fast_source> sources_of(const std::vector<SourceMembers> &all) {
+    std::vector<case_fast_source> out;
+    for (const SourceMembers &m : all) {
+        const auto array = [&m](int i) { return pointer(static_cast<Address>(m[static_cast<std::size_t>(i)])); };
+        out.push_back({m[0], m[1], m[2], m[3], array(4), array(5), array(6), array(7), array(8), array(9), array(10), array(11), array(12),
+                       static_cast<std::uint64_t>(m[13]), static_cast<std::uint64_t>(m[14])});
+    }
+    return out;
+}
+
+static std::int64_t cross_attention_saved(std::int64_t batch, std::int64_t rows, int sources, int width, int heads, int dim) {
+    const case_fast_cross_attention call = {batch, rows, sources, width, heads, dim, 0, 64, nullptr, 0, 0, 0};
+    return case_fast_cross_attention_saved(&call);
+}
+
+static int cross_attention_forward(std::int64_t batch, std::int64_t rows, int width, int heads, int dim, int dtype, int index_bits,
+                                   Address cu_hidden, double eps, double dropout_p, double output_dropout_p,
+                                   const std::vector<SourceMembers> &sources, Address hidden, Address out, Address saved, int threads) {
+    const case_fast_cross_attention call = {batch, rows, static_cast<std::int32_t>(sources.size()), width, heads, dim, dtype, index_bits,
+                                            pointer(cu_hidden), eps, dropout_p, output_dropout_p};
+    return case_fast_cross_attention_forward_cpu(&call, sources_of(sources).data(), pointer(hidden), pointer(out), pointer(saved), threads);
+}
+
+static int cross_attention_backward(std::int64_t batch, std::int64_t rows, int width, int heads, int dim, int dtype, int index_bits,
+                                    Address cu_hidden, double eps, double dropout_p, double output_dropout_p,
+                                    const std::vector<SourceMembers> &sources, Address saved, Address grad_out, Address grad_hidden,
+                                    const std::vector<GradientMembers> &gradients, int threads) {
+    const case_fast_cross_attention call = {batch, rows, static_cast<std::int32_t>(sources.size()), width, heads, dim, dtype, index_bits,
+                                            pointer(cu_hidden), eps, dropout_p, output_dropout_p};
+    if (gradients.size() != sources.size()) return CASE_FAST_BAD_ARGUMENT;
+    std::vector<case_fast_source_gradients> into;
+    for (const GradientMembers &g : gradients)
+        into.push_back({pointer(g[0]), pointer(g[1]), pointer(g[2]), pointer(g[3]), pointer(g[4]), pointer(g[5])});
+    return case_fast_cross_attention_backward_cpu(&call, sources_of(sources).data(), pointer(saved), pointer(grad_out),
+                                                  pointer(grad_hidden), into.data(), threads);
+}
+
 #ifdef CASE_FAST_WITH_CUDA
 static std::size_t graph_attention_workspace_cuda(std::int64_t vertices, std::int64_t edges, std::int64_t relations, int heads,
                                                   int dim, int dtype, int index_bits, Address indptr, Address indices,
@@ -111,6 +181,12 @@ PYBIND11_MODULE(_native, module) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     module.def("graph_attention_forward", &graph_attention_forward, unlocked, "On the CPU; addresses of contiguous arrays.");
     module.def("graph_attention_backward", &graph_attention_backward, unlocked, "On the CPU; addresses of contiguous arrays.");
+    // Likewise: cross_attention/cross_attention.h.
+    module.def("packed_attention_forward", &packed_attention_forward, unlocked, "On the CPU; addresses of arrays.");
+    module.def("packed_attention_backward", &packed_attention_backward, unlocked, "On the CPU; addresses of arrays.");
+    module.def("cross_attention_saved", &cross_attention_saved, "Elements that backward needs from forward.");
+    module.def("cross_attention_forward", &cross_attention_forward, unlocked, "On the CPU; addresses of arrays.");
+    module.def("cross_attention_backward", &cross_attention_backward, unlocked, "On the CPU; addresses of arrays.");
 #ifdef CASE_FAST_WITH_CUDA
     module.def("graph_attention_workspace_cuda", &graph_attention_workspace_cuda, unlocked, "Bytes that a call needs beside its arguments.");
     module.def("graph_attention_forward_cuda", &graph_attention_forward_cuda, unlocked, "On the current device, asynchronous.");

@@ -1,0 +1,3 @@
+#include "cross_attention/cpu_rows.h"
+
+const CrossAttentionKernels cross_attention_avx2 = CASE_FAST_CROSS_ATTENTION_KERNELS;
