@@ -175,62 +175,106 @@ def bilinear_logit(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return ((x @ weight) * y).sum(-1)
 
 
-def mim_sides(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negatives: int | None = None, seed: int = 0
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Both bracketed sums of Eq. 9 / 11 with f = sigmoid(x^T W y), each as log(sum over its set of exp f) - f(positive).
+SCORES = ("bilinear_sigmoid", "dot")  # f of Eq. 10 and 12 as the paper prints it, and as the authors' code computes it
+
+
+def group_sizes(positive: Tensor, rows_of_y: int) -> Tensor:
+    """(Q,) int64: how many pairs each row of y belongs to. As ``bincount``, whose length is known to a compiler."""
+    return positive.new_zeros(rows_of_y).index_add(0, positive, torch.ones_like(positive))
+
+
+def mim_negatives(positive: Tensor, rows_of_y: int, num_negatives: int | None = None) -> tuple[Tensor, Tensor]:
+    """(P,), (P,) int64: how many negatives each pair has over rows of y, and over rows of x, in `mim_sides`."""
+    over_y = torch.full_like(positive, rows_of_y - 1)
+    over_x = positive.numel() - take(group_sizes(positive, rows_of_y), positive)
+    if num_negatives is None:
+        return over_y, over_x
+    return (over_y > 0) * num_negatives, (over_x > 0) * num_negatives
+
+
+def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num_negatives: int | None = None, seed: int = 0,
+              score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Both bracketed sums of Eq. 9 / 11 with a score S, each as log(sum over its set of exp S) - S(positive).
+
+    "bilinear_sigmoid": S = sigmoid(z) with z = x^T W y; as 0 < S < 1, its sums need no maximum. "dot": S = z = x . y.
 
     Args:
-        x (P, d), y (Q, d), weight (d, d); positive (P,) names the row of y that pairs with x_p.
-        num_negatives: draw so many negatives a pair and side (`draw_negatives`) in place of all.
+        x (P, d), y (Q, d), weight (d, d), None for "dot"; positive (P,) names the row of y that pairs with x_p.
+        num_negatives: draw so many negatives a pair and side (`draw_negatives`) in place of all (`mim_negatives`).
 
     Returns:
-        side over rows of y (P,), side over rows of x (P,), logit of the positive pair (P,), and each side's number of
-        negatives (P,), (P,).
+        side over rows of y (P,), side over rows of x (P,), z of the positive pair (P,).
     """
-    x, y, weight = full_precision(x), full_precision(y), full_precision(weight)
-    projected = x @ weight
+    if score not in SCORES or (score == "dot") != (weight is None):
+        raise ValueError(f"score must be bilinear_sigmoid with a weight or dot without, not {score!r}")
+    x, y, positive = full_precision(x), full_precision(y), positive.long()
+    projected = x if weight is None else x @ full_precision(weight)
     logit = (projected * take(y, positive)).sum(-1)
-    if num_negatives is not None:
+    if num_negatives is None:
+        z = projected @ y.T  # (P, Q)
+        # own[p, q]: row q of y is the positive of x_p, so neither is a negative of the other
+        own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)
+        absent_y = absent_x = own
+    else:
         over_y, over_x, found_y, found_x = draw_negatives(positive, y.shape[0], num_negatives, seed)
-        paired = torch.sigmoid(logit).unsqueeze(-1)
-        score_y = torch.sigmoid(torch.einsum("pd,pkd->pk", projected, take(y, over_y)))
-        score_x = torch.sigmoid(torch.einsum("pkd,pd->pk", take(projected, over_x), take(y, positive)))
-        side_y = torch.log1p(((score_y - paired).exp() * found_y.unsqueeze(-1)).sum(-1))
-        side_x = torch.log1p(((score_x - paired).exp() * found_x.unsqueeze(-1)).sum(-1))
-        return side_y, side_x, logit, found_y.to(x.dtype) * num_negatives, found_x.to(x.dtype) * num_negatives
-    score = torch.sigmoid(projected @ y.T)  # (P, Q)
-    # own[p, q]: row q of y is the positive of x_p, so neither is a negative of the other
-    own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)
-    exponential = score.exp().masked_fill(own, 0)
+        z_y = torch.einsum("pd,pkd->pk", projected, take(y, over_y))
+        z_x = torch.einsum("pkd,pd->pk", take(projected, over_x), take(y, positive))
+        absent_y, absent_x = ((~found).unsqueeze(1).expand_as(over_y) for found in (found_y, found_x))
+    if score == "dot":
+        if num_negatives is None:
+            (peak_y, rest_y), (peak_x, rest_x) = _log_sum(z, absent_y, 1), _log_sum(z, absent_x, 0)
+            peak_x, rest_x = take(peak_x, positive), take(rest_x, positive)
+        else:
+            (peak_y, rest_y), (peak_x, rest_x) = _log_sum(z_y, absent_y, 1), _log_sum(z_x, absent_x, 1)
+        # log(exp a + exp b) - b = softplus(a - b); beyond the threshold it is a - b, exact in float64 too
+        side_y, side_x = (F.softplus((peak - logit) + rest, threshold=40) for peak, rest in ((peak_y, rest_y), (peak_x, rest_x)))
+        return side_y, side_x, logit
+    if num_negatives is None:
+        exponential = torch.sigmoid(z).exp().masked_fill(own, 0)
+        sum_y, sum_x = exponential.sum(1), take(exponential.sum(0), positive)
+    else:
+        sum_y, sum_x = (torch.sigmoid(z).exp().masked_fill(absent, 0).sum(1)
+                        for z, absent in ((z_y, absent_y), (z_x, absent_x)))  # fmt: skip
     relative = torch.exp(-torch.sigmoid(logit))
-    side_y = torch.log1p(exponential.sum(1) * relative)
-    side_x = torch.log1p(take(exponential.sum(0), positive) * relative)
-    negatives = (~own).to(x.dtype)
-    return side_y, side_x, logit, negatives.sum(1), take(negatives.sum(0), positive)
+    return torch.log1p(sum_y * relative), torch.log1p(sum_x * relative), logit
 
 
-def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor | None = None, num_negatives: int | None = None,
-                 seed: int = 0, reduction: str = "mean") -> Tensor:  # fmt: skip
-    """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12).
+def _log_sum(z: Tensor, absent: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """log of the sum of exp z over ``dim`` without the ``absent`` ones, as the largest z plus the rest: large scores have no
+    digits left for both. Where nothing is left, -inf and 0, without gradient."""
+    none = absent.all(dim)
+    left = z.masked_fill(absent, -math.inf).masked_fill(none.unsqueeze(dim), 0)
+    peak = left.detach().amax(dim) if left.shape[dim] else left.detach().sum(dim)
+    rest = (left - peak.unsqueeze(dim)).exp().sum(dim).log()
+    return peak.masked_fill(none, -math.inf), rest.masked_fill(none, 0)
+
+
+def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
+                 seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:  # fmt: skip
+    """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12) or a dot product.
 
     loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] ), c = positive[p].
     The positive is part of both sums (Appendix A). Without any negative the loss and its gradient are exactly 0.
 
     Args:
-        x (P, d), y (Q, d), weight (d, d).
+        x (P, d), y (Q, d), weight (d, d); score: "bilinear_sigmoid", or "dot", which has no weight.
         positive: (P,) row of y that pairs with x_p; default arange (then P == Q).
         num_negatives: k draws with replacement a pair and side, in place of all other rows.
         reduction: "mean" (0 when there is no pair), "sum" or "none".
 
     Raises:
-        ValueError: P != Q without ``positive``, or an unknown reduction.
+        ValueError: P != Q without ``positive``, an unknown reduction or score, or a weight that does not go with the score.
     """
     if positive is None:
         if x.shape[0] != y.shape[0]:
             raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}: positive must say which belong together")
         positive = torch.arange(x.shape[0], device=x.device)
-    side_y, side_x, *_ = mim_sides(x, y, weight, positive, num_negatives, seed)
-    loss = side_y + side_x
+    side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score)
+    return reduced(side_y + side_x, reduction)
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """``loss`` (n,) as it is ("none"), or its "sum" or "mean" (0 of no rows)."""
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -242,7 +286,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor, positive: Tensor | None =
 
 def infonce_bound(side: Tensor, negatives: Tensor) -> Tensor:
     """Eq. 20: the InfoNCE lower bound of one side, log of its set's size included; mean over pairs (0 without pairs)."""
-    return ((negatives + 1).log() - side).sum() / max(side.numel(), 1)
+    return ((negatives + 1).to(side.dtype).log() - side).sum() / max(side.numel(), 1)
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -289,7 +333,7 @@ def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: i
     others_y = torch.full((pairs,), rows_of_y - 1, device=device)
     r = draw(0, others_y)
     over_y = r + (r >= positive.unsqueeze(1)).long()
-    size = torch.bincount(positive, minlength=rows_of_y)
+    size = group_sizes(positive, rows_of_y)
     others_x = pairs - size[positive]
     r = draw(1, others_x)
     # The r-th row outside group c is r + (number of rows of c that come before it). Within a group the keys

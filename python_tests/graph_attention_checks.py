@@ -5,24 +5,21 @@ A check takes the number of cases and a device, returns how many cases it looked
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import op_checks
 import torch
 from helpers import generator, random_csr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_checks import digest, identical, strided
 from torch import Tensor
 
 from case_fast import equations, ops
-from case_fast.ops import backend
 
 KERNELS = sys.modules["case_fast.ops.graph_attention"]  # the module; `ops.graph_attention` is the function
 FLOATS = ("query", "key", "value", "relation_query", "relation_key")
@@ -77,19 +74,6 @@ def make_case(vertices: int, edges: int, heads: int = 2, dim: int = 5, relations
     return Case(query, key, value, indptr, indices, relation if relations is not None else None, *tables, grad_out, **more)
 
 
-def strided(x: Tensor, layout: int) -> Tensor:
-    """The same values in memory laid out otherwise; 0 leaves it as it is."""
-    if layout == 0 or x.dim() == 1 and layout % 2 == 0:
-        return x
-    if x.dim() == 1:
-        return torch.stack([x, torch.full_like(x, -7)], dim=1)[:, 0]
-    if layout % 3 == 0:
-        return x.transpose(0, 2).contiguous().transpose(0, 2)
-    if layout % 3 == 1:
-        return torch.cat([torch.full_like(x, torch.nan), x], dim=2)[:, :, x.shape[2] :]
-    return x.flip(0).contiguous().flip(0).transpose(0, 1).contiguous().transpose(0, 1)
-
-
 def results(case: Case, function: Callable[..., Tensor] = ops.graph_attention) -> dict[str, Tensor]:
     """out, and the gradient of every floating-point input."""
     leaves = {name: x.detach().requires_grad_() for name, x in case.floats().items()}
@@ -100,40 +84,9 @@ def results(case: Case, function: Callable[..., Tensor] = ops.graph_attention) -
     return {"out": out.detach()} | dict(zip(leaves, found, strict=True))
 
 
-def identical(a: Tensor, b: Tensor) -> bool:
-    """The same bits, NaN's included."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = kinds[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
-
-
-def digest(found: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    for x in found.values():
-        sha.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """How often each native function is called within."""
-    calls: Counter = Counter()
-    originals = {name: getattr(backend.native, name) for name in dir(backend.native) if name.startswith("graph_attention_")}
-
-    def counting(name: str) -> Callable:
-        def call(*arguments: object) -> int:
-            calls[name] += 1
-            return originals[name](*arguments)
-
-        return call
-
-    try:
-        for name in originals:
-            setattr(backend.native, name, counting(name))
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(backend.native, name, original)
+def counted() -> AbstractContextManager[Counter]:
+    """How often each native function of the family is called within."""
+    return op_checks.counted("graph_attention")
 
 
 # ------------------------------------------------------------------------------------------------------------ the checks
@@ -359,53 +312,18 @@ def varied(device: str) -> list[Case]:
     return [*(make_case(number=place, device=device, **kind) for place, kind in enumerate(VARIED)), batch_of_graphs(device)]
 
 
-@contextmanager
-def nan_filled() -> Iterator[None]:
-    """Every output and gradient is full of NaN before a kernel sees it."""
-    outputs, gradients = KERNELS._outputs, KERNELS._gradients
-    try:
-        KERNELS._outputs = lambda *a: tuple(x.fill_(torch.nan) for x in outputs(*a))
-        KERNELS._gradients = lambda *a: [x.fill_(torch.nan) for x in gradients(*a)]
-        yield
-    finally:
-        KERNELS._outputs, KERNELS._gradients = outputs, gradients
-
-
 def digests(device: str) -> list[str]:
     return [digest(results(case)) for case in varied(device)]
 
 
 def check_prefilled(size: int, device: str) -> int:
-    """Row 6: outputs full of NaN, and on CPU workspaces full of 0xFE bytes (glibc's MALLOC_PERTURB_): the same bits."""
-    clean = digests(device)
-    with nan_filled():
-        for _ in range(size):
-            assert digests(device) == clean
-    if device == "cpu" and sys.platform == "linux":
-        here = Path(__file__).resolve().parent
-        code = "import graph_attention_checks as c, torch; torch.set_num_threads(1); print(*c.digests('cpu'))"
-        environment = os.environ | {"MALLOC_PERTURB_": "1", "MALLOC_MMAP_MAX_": "0"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent)])
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == clean, "a workspace is read before it is written"
-    return (size + 1) * len(clean)
+    """Row 6."""
+    return op_checks.prefilled(__name__, KERNELS, size, device)
 
 
 def check_determinism(size: int, device: str) -> int:
-    """Row 11: `size` runs, each by 1, 2 and 3 threads on CPU, give one sha256 a case."""
-    threads = torch.get_num_threads()
-    expected = digests(device)
-    runs = 0
-    try:
-        for _ in range(size):
-            for count in (1, 2, 3) if device == "cpu" else (threads,):
-                torch.set_num_threads(count)
-                assert digests(device) == expected, f"{count} threads"
-                runs += len(expected)
-    finally:
-        torch.set_num_threads(threads)
-    return runs
+    """Row 11."""
+    return op_checks.deterministic(digests, size, device)
 
 
 CHECKS: dict[int, tuple[Callable[[int, str], int], int]] = {  # row of the scorecard: check, full size

@@ -286,7 +286,8 @@ class SlowCase:
         """Minus the mean bracket of Eq. 9 / 11 over ``pairs`` of a vector and the key of what it belongs to."""
         if not pairs:
             return torch.zeros((), dtype=torch.float64)
-        f = [{key: sigmoid(x @ weight @ y) for key, y in others.items()} for x, _ in pairs]
+        plain = self.c.mim_score == "dot"
+        f = [{key: x @ y if plain else sigmoid(x @ weight @ y) for key, y in others.items()} for x, _ in pairs]
         total = torch.zeros((), dtype=torch.float64)
         for p, (_, own) in enumerate(pairs):
             positive = f[p][own]

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import gradcheck, normal, same, sigmoid, slow_philox
+from helpers import dot, gradcheck, normal, same, sigmoid, slow_philox
 from scipy.stats import chisquare
 from torch import Tensor
 
@@ -15,11 +15,15 @@ from case_fast import equations as eq
 
 
 def slow_mim(
-    x: Tensor, y: Tensor, weight: Tensor, positive: list[int], draws: tuple | None = None
+    x: Tensor, y: Tensor, weight: Tensor | None, positive: list[int], draws: tuple | None = None
 ) -> list[tuple[float, float]]:
-    """(first sum's log - f, second sum's log - f) of each pair: the negated bracket of Eq. 9 / 11, term by term."""
-    f = [[sigmoid(math.fsum(x[p, i] * weight[i, j] * y[q, j] for i in range(x.shape[1]) for j in range(y.shape[1])))
-          for q in range(len(y))] for p in range(len(x))]  # fmt: skip
+    """(first sum's log - f, second sum's log - f) of each pair: the negated bracket of Eq. 9 / 11, term by term. Without a
+    weight, f is the dot product."""
+    if weight is None:
+        f = [[dot(a, b) for b in y] for a in x]
+    else:
+        f = [[sigmoid(math.fsum(x[p, i] * weight[i, j] * y[q, j] for i in range(x.shape[1]) for j in range(y.shape[1])))
+              for q in range(len(y))] for p in range(len(x))]  # fmt: skip
     losses = []
     for p, c in enumerate(positive):
         if draws is None:
@@ -47,26 +51,25 @@ PAIRS = [  # rows of y, positive
 ]
 
 
+@pytest.mark.parametrize("score", eq.SCORES)
 @pytest.mark.parametrize("k", [None, 1, 4])
 @pytest.mark.parametrize("rows, pairs", PAIRS)
-def test_bilinear_mim(rows: int, pairs: list[int], k: int | None):
-    x, y, weight, positive = (
-        normal(len(pairs), 3),
-        normal(rows, 3, seed=1),
-        normal(3, 3, seed=2),
-        torch.tensor(pairs, dtype=torch.int64),
-    )
+def test_bilinear_mim(rows: int, pairs: list[int], k: int | None, score: str):
+    x, y, positive = normal(len(pairs), 3), normal(rows, 3, seed=1), torch.tensor(pairs, dtype=torch.int64)
+    weight = None if score == "dot" else normal(3, 3, seed=2)
     draws = slow_draws(pairs, rows, k, 99) if k else None
     expected = slow_mim(x, y, weight, pairs, draws)
     loss = [a + b for a, b in expected]
-    same(eq.bilinear_mim(x, y, weight, positive, k, 99, "none"), loss)
-    same(eq.bilinear_mim(x, y, weight, positive, k, 99, "sum"), math.fsum(loss))
-    same(eq.bilinear_mim(x, y, weight, positive, k, 99), math.fsum(loss) / max(len(loss), 1))
-    side_y, side_x, logit, negatives_y, negatives_x = eq.mim_sides(x, y, weight, positive, k, 99)
+    same(eq.bilinear_mim(x, y, weight, positive, k, 99, "none", score), loss)
+    same(eq.bilinear_mim(x, y, weight, positive, k, 99, "sum", score), math.fsum(loss))
+    same(eq.bilinear_mim(x, y, weight, positive, k, 99, score=score), math.fsum(loss) / max(len(loss), 1))
+    side_y, side_x, logit = eq.mim_sides(x, y, weight, positive, k, 99, score)
     same(side_y, [a for a, _ in expected])
     same(side_x, [b for _, b in expected])
-    same(logit, [float(x[p] @ weight @ y[c]) for p, c in enumerate(pairs)])
-    same(logit, eq.bilinear_logit(x, y[positive], weight))
+    between = torch.eye(3).double() if weight is None else weight
+    same(logit, [float(x[p] @ between @ y[c]) for p, c in enumerate(pairs)])
+    same(logit, eq.bilinear_logit(x, y[positive], between))
+    negatives_y, negatives_x = eq.mim_negatives(positive, rows, k)
     found_y, found_x = rows - 1, [sum(o != c for o in pairs) for c in pairs]
     same(negatives_y, [min(found_y, 1) * k if k else found_y for _ in pairs])
     same(negatives_x, [min(n, 1) * k if k else n for n in found_x])
@@ -76,19 +79,24 @@ def test_bilinear_mim(rows: int, pairs: list[int], k: int | None):
         eq.infonce_bound(side_y, negatives_y),
         math.fsum(s - a for s, (a, _) in zip(sizes, expected, strict=True)) / max(len(pairs), 1),
     )
-    gradcheck(lambda x, y, w: eq.bilinear_mim(x, y, w, positive, k, 99), x, y, weight)
+    leaves = (x, y) if weight is None else (x, y, weight)
+    gradcheck(lambda x, y, w=None: eq.bilinear_mim(x, y, w, positive, k, 99, score=score), *leaves)
 
 
+@pytest.mark.parametrize("score", eq.SCORES)
 @pytest.mark.parametrize("k", [None, 5])
 @pytest.mark.parametrize("rows, pairs", [(1, [0]), (1, [0, 0, 0])])
-def test_without_negatives_loss_and_gradient_are_exactly_zero(rows: int, pairs: list[int], k: int | None):
-    leaves = [
-        normal(*shape, seed=s, scale=3).float().requires_grad_()
-        for s, shape in enumerate([(len(pairs), 4), (rows, 4), (4, 4)])
-    ]
-    loss = eq.bilinear_mim(*leaves, torch.tensor(pairs), k, 1)
+def test_without_negatives_loss_and_gradient_are_exactly_zero(rows: int, pairs: list[int], k: int | None, score: str):
+    shapes = [(len(pairs), 4), (rows, 4), *([(4, 4)] if score != "dot" else [])]
+    leaves = [normal(*shape, seed=s, scale=3).float().requires_grad_() for s, shape in enumerate(shapes)]
+    x, y, weight = [*leaves, None][:3]
+    loss = eq.bilinear_mim(x, y, weight, torch.tensor(pairs), k, 1, score=score)
     loss.backward()
     assert loss.item() == 0 and all((leaf.grad == 0).all() for leaf in leaves)
+    with torch.no_grad():
+        x[0] = math.nan
+    nan = eq.bilinear_mim(x, y, weight, torch.tensor(pairs), k, 1, "none", score).isnan()
+    assert nan[0] and not nan[1:].any()
 
 
 @pytest.mark.parametrize("k", [None, 3])
@@ -102,12 +110,29 @@ def test_mim_of_saturated_scores_is_finite(scale: float, k: int | None):
     assert eq.mim_sides(*leaves, torch.arange(8), k, 1)[2].abs().max() == scale
 
 
+@pytest.mark.parametrize("k", [None, 3])
+def test_dot_products_far_apart_keep_their_differences(k: int | None):
+    """exp would overflow or vanish; the sums are taken from their maximum."""
+    x = torch.eye(5).double() * 1e4
+    far = eq.mim_sides(-x, torch.eye(5).double(), None, torch.arange(5), k, 1, "dot")
+    near = eq.mim_sides(x, torch.eye(5).double(), None, torch.arange(5), k, 1, "dot")
+    count = math.log(4 if k is None else k)
+    same(far[0], [1e4 + count] * 5)
+    same(far[1], [1e4 + count] * 5)
+    assert not near[0].any() and not near[1].any()
+    small = eq.mim_sides(x / 400, torch.eye(5).double(), None, torch.arange(5), k, 1, "dot")
+    assert small[0].tolist() == pytest.approx([math.log1p((4 if k is None else k) * math.exp(-25))] * 5, rel=1e-10)
+
+
 def test_mim_shows_nan_and_checks_its_arguments():
     x, y, weight = normal(4, 2), normal(4, 2, seed=1), normal(2, 2, seed=2)
     x[1, 0] = math.nan
     assert eq.bilinear_mim(x, y, weight, reduction="none").isnan().all()  # row 1 is a negative of all others
     with pytest.raises(ValueError, match="positive"):
         eq.bilinear_mim(x, y[:3], weight)
+    for score, wrong in (("dot", weight), ("bilinear_sigmoid", None), ("cosine", weight)):
+        with pytest.raises(ValueError, match="score"):
+            eq.bilinear_mim(x, y, wrong, score=score)
     with pytest.raises(ValueError, match="reduction"):
         eq.bilinear_mim(x, y, weight, reduction="max")
 

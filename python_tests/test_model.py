@@ -93,6 +93,7 @@ CONFIGS = {
     "intensity before the norm": {"intensity": "before_norm"},
     "no intensity": {"intensity": "off"},
     "posterior not detached": {"detach_posterior": False},
+    "dot product in the MIM losses": {"mim_score": "dot"},
     "other weights of the losses": {"alpha": 0.7, "gamma_align": 0.5, "gamma_emotion": 2.0, "gamma_generation": 0.3},
     **{name: changes for name, changes in ABLATIONS.items()},
 }
@@ -198,6 +199,7 @@ def test_without_a_graph_encoder_the_initial_vertices_stand_in():
 def test_config_refuses_what_cannot_work():
     for wrong in (
         {"heads": 5}, {"d_model": 0}, {"graph_dropout": 1.0}, {"intensity": "before"}, {"num_negatives": 0}, {"layers": 0},
+        {"mim_score": "cosine"}, {"seed": 2**31}, {"seed": -1},
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             tiny_config(**wrong)
@@ -363,6 +365,32 @@ def test_sampled_negatives_advance_in_training_only():
     same(loss, quiet[0], 1e-6)
     full = ablated_model(None).eval()(batch)
     assert full.losses["coarse"].equal(fresh(batch).losses["coarse"])  # only L_fine is sampled
+
+
+def test_dot_product_scores_leave_the_bilinear_weights_out():
+    batch = random_batch(8)
+    model = ablated_model(None, mim_score="dot").train()
+    out = model(batch)
+    assert set(out.diagnostics) == {f"{loss}_bound_{side}" for loss in ("coarse", "fine") for side in ("affection", "cognition")}
+    found = grads(model, out.loss)
+    assert {name for name, grad in found.items() if grad is None} == {"w_coarse", "w_fine"} == set(found) - trainable(model)
+    bilinear = ablated_model(None).train()(batch)
+    assert "coarse_saturated" in bilinear.diagnostics and not bilinear.losses["fine"].equal(out.losses["fine"])
+    assert bilinear.losses["bow"].equal(out.losses["bow"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}, {"mim_score": "dot"}])
+def test_the_mim_losses_are_those_of_the_plain_equation(monkeypatch, changes):
+    """Whatever backend ops.mim_sides chooses."""
+    batch = random_batch(8)
+    model = tiny_model(**changes).eval()
+    found = model(batch)
+    monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
+    plain = model(batch)
+    for name in ("coarse", "fine"):
+        assert close(found.losses[name], plain.losses[name], 1e-5)
+    assert found.diagnostics.keys() == plain.diagnostics.keys()
+    assert all(close(value, plain.diagnostics[name], 1e-5) for name, value in found.diagnostics.items())
 
 
 def test_many_sampled_negatives_approach_all():

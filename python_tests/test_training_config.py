@@ -82,11 +82,13 @@ def test_command_line_and_yaml(tmp_path):
     file.write_text(
         "batch_size: 8\neps: 1e-8\nmodel:\n  d_model: 64\n  intensity: off\nablation: w/o Graph\n".replace("off", "'off'")
     )
-    found = parser.parse_args(["--config", str(file), "--model.heads", "4", "--betas", "[0.8, 0.9]", "--max_steps", "5"])
+    found = parser.parse_args(["--config", str(file), "--model.heads", "4", "--betas", "[0.8, 0.9]", "--max_steps", "5",
+                               "--model.mim_score", "dot", "--model.num_negatives", "64"])  # fmt: skip
     found.pop("config")
     config = TrainConfig(**vars(parser.instantiate(found)))
     assert (config.batch_size, config.eps, config.betas, config.max_steps) == (8, 1e-8, (0.8, 0.9), 5)
     assert (config.model.d_model, config.model.heads, config.model.intensity) == (64, 4, "off")
+    assert (config.model.mim_score, config.model.num_negatives) == ("dot", 64)
     assert config.ablation == "w/o Graph"
     with pytest.raises(jsonargparse.ArgumentError, match="batch_size"):
         parser.parse_args(["--batch_size", "many"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from case_fast import equations as eq
+from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError
 from case_fast.models.config import CASEConfig
@@ -41,7 +42,7 @@ class CASEOutput:
         prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
         prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.cu_vertices.
         gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d). reaction: (R, d), er_i.
-        diagnostics: share of saturated pairs and InfoNCE bounds of both MIM losses.
+        diagnostics: InfoNCE bounds of both MIM losses and, where their score has a sigmoid, its share of saturated pairs.
     """
 
     loss: Tensor
@@ -179,15 +180,15 @@ class CASE(
     # ---- phases and ablations
 
     def _switched_off(self) -> Iterator[nn.Module | nn.Parameter]:
-        """Parts that the ablation settings leave without any use."""
+        """Parts that the settings leave without any use."""
         c = self.config
         if not c.cognition_graph:
             yield self.cognition_graph
         if not c.concept_graph:
             yield self.concept_graph
-        if not c.coarse_alignment:
+        if not c.coarse_alignment or c.mim_score == "dot":
             yield self.w_coarse
-        if not c.fine_alignment:
+        if not c.fine_alignment or c.mim_score == "dot":
             yield self.w_fine
 
     def set_phase(self, phase: int) -> None:
@@ -325,14 +326,19 @@ class CASE(
             seed = (self.config.seed << 32) + int(self.draws)
             if self.training:
                 self.draws += 1
+        score = self.config.mim_score
+        x, y = eq.full_precision(x), eq.full_precision(y)
         with _no_autocast(x):
-            side_y, side_x, logit, negatives_y, negatives_x = eq.mim_sides(x, y, weight, positive, num_negatives, seed)
-            pairs = max(logit.numel(), 1)
-            with torch.no_grad():
+            used = None if score == "dot" else weight
+            side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score)
+        pairs = max(logit.numel(), 1)
+        with torch.no_grad():
+            negatives_y, negatives_x = eq.mim_negatives(positive, y.shape[0], num_negatives)
+            if score != "dot":
                 diagnostics[f"{name}_saturated"] = (logit.abs() > SATURATED).sum() / pairs
-                diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives_y)
-                diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives_x)
-            return (side_y + side_x).sum() / pairs
+            diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives_y)
+            diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives_x)
+        return eq.reduced(side_y + side_x, "mean")
 
     def _diversity_weights(self, prediction: Tensor) -> Tensor:
         if self.training:

@@ -34,7 +34,9 @@ class CASEConfig:
         coarse_alignment, fine_alignment: the two MIM losses on.
         intensity: where emotion intensity enters the concept graph: "after" the encoder, as the paper says; "before_norm",
             into its last layer norm, where it cancels, as the authors' code has it; "off".
-        num_negatives: sampled negatives a pair in L_fine, None for all in the batch; seed: their seed.
+        mim_score: how both MIM losses score a pair: "bilinear_sigmoid", sigmoid(x^T W y), as the paper says; "dot", x . y, as
+            the authors' code has it: w_coarse and w_fine are then without use.
+        num_negatives: sampled negatives a pair in L_fine, None for all in the batch; seed: their seed, below 2^31.
         detach_posterior: the posterior is a fixed target in L_KL.
         alpha, gamma_align, gamma_emotion, gamma_generation, gamma_diversity: weights of the losses.
     """
@@ -55,6 +57,7 @@ class CASEConfig:
     coarse_alignment: bool = True
     fine_alignment: bool = True
     intensity: Literal["after", "before_norm", "off"] = "after"
+    mim_score: Literal["bilinear_sigmoid", "dot"] = "bilinear_sigmoid"
     num_negatives: int | None = None
     seed: int = 0
     detach_posterior: bool = True
@@ -75,6 +78,10 @@ class CASEConfig:
                 raise ConfigError(f"{item.name} must be in [0, 1), not {getattr(self, item.name)}")
         if self.intensity not in ("after", "before_norm", "off"):
             raise ConfigError(f"intensity must be after, before_norm or off, not {self.intensity!r}")
+        if self.mim_score not in ("bilinear_sigmoid", "dot"):
+            raise ConfigError(f"mim_score must be bilinear_sigmoid or dot, not {self.mim_score!r}")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must be in [0, 2^31), not {self.seed}")
         if self.num_negatives is not None and self.num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1 or None, not {self.num_negatives}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from case_fast.ops.backend import backend_name, native_report
+from case_fast.ops.bilinear_mim import bilinear_mim, mim_sides
 from case_fast.ops.graph_attention import graph_attention
 
-__all__ = ["backend_name", "graph_attention", "native_report"]
+__all__ = ["backend_name", "bilinear_mim", "graph_attention", "mim_sides", "native_report"]

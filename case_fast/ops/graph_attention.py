@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from case_fast import equations
-from case_fast.ops import backend
+from case_fast.ops import backend, common
+from case_fast.ops.common import pointer
 from case_fast.ops.device_flag import device_flag, raise_pending
 
 FAMILY = "graph_attention"
 MAX_DIMENSION = 256  # of a head, in the GPU kernels
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # enum case_fast_dtype
 PLAN_AUTO = 0  # enum case_fast_plan of cuda.h
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
@@ -55,16 +55,11 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
     but on the reference backend.
     """
-    device_type = query.device.type
-    given = query.dtype
-    autocast = torch.is_autocast_enabled(device_type)
-    compute = torch.get_autocast_dtype(device_type) if autocast else given
-    if device_type == "cpu" and compute in (torch.float16, torch.bfloat16):
-        compute = torch.float32
-    if autocast or compute != given:
-        query, key, value, relation_query, relation_key = (
-            x if x is None or x.dtype == torch.float64 else x.to(compute)
-            for x in (query, key, value, relation_query, relation_key)
+    device_type, given = query.device.type, query.dtype
+    compute, differs = common.compute_dtype(query)
+    if differs:
+        query, key, value, relation_query, relation_key = common.cast(
+            compute, query, key, value, relation_query, relation_key
         )
     _check(query, key, value, indptr, indices, relation, relation_query, relation_key)
     vertices, _, dimension = query.shape
@@ -73,8 +68,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
         raise ValueError(f"scale must be a finite number >= 0, not {scale!r}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
+    common.check_seed(seed)
     if not indptr.dtype == indices.dtype == (indices.dtype if relation is None else relation.dtype):
         indptr, indices, relation = (x if x is None else x.long() for x in (indptr, indices, relation))
 
@@ -95,7 +89,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
         out = _GraphAttention.apply(runs, *arguments)
     else:
         out = _forward_op(runs, *arguments)[0]
-    return out if autocast or compute == given else out.to(given)
+    return out if torch.is_autocast_enabled(device_type) else out.to(given)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -105,7 +99,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: T
            relation_query: Tensor | None, relation_key: Tensor | None) -> None:  # fmt: skip
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     shape, dtype, device = query.shape, query.dtype, query.device
-    if dtype not in _DTYPES:
+    if dtype not in common.DTYPES:
         raise TypeError(f"query must be float32, float64, float16 or bfloat16, not {dtype}")
     if len(shape) != 3 or shape[1] == 0 or shape[2] == 0:
         raise ValueError(f"query must be (V, H, D) with H and D above 0, not {tuple(shape)}")
@@ -202,10 +196,6 @@ def _gradients(*inputs: Tensor | None) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
              relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float, seed: int
              ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -222,7 +212,7 @@ def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tenso
     out, weights = _outputs(query, indices)
     graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
     pointers = (
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), _pointer(relation_query), _pointer(relation_key),
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(relation_query), pointer(relation_key),
         out.data_ptr(), weights.data_ptr(),
     )  # fmt: skip
     if query.is_cpu:
@@ -252,7 +242,7 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
     found = _gradients(query, key, value, relation_query, relation_key)
     graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
     pointers = (
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), _pointer(relation_query), _pointer(relation_key),
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(relation_query), pointer(relation_key),
         weights.data_ptr(), grad_out.data_ptr(), *[x.data_ptr() for x in found], *(() if relation is not None else (0, 0)),
     )  # fmt: skip
     if query.is_cpu:
@@ -270,8 +260,8 @@ def _graph(query: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | No
     vertices, heads, dimension = query.shape
     relations = 0 if relation_query is None else relation_query.shape[0]
     return (
-        vertices, indices.shape[0], relations, heads, dimension, _DTYPES[query.dtype], _INDEX_BITS[indices.dtype],
-        indptr.data_ptr(), indices.data_ptr(), _pointer(relation), scale, dropout_p, seed,
+        vertices, indices.shape[0], relations, heads, dimension, common.DTYPES[query.dtype], _INDEX_BITS[indices.dtype],
+        indptr.data_ptr(), indices.data_ptr(), pointer(relation), scale, dropout_p, seed,
     )  # fmt: skip
 
 
@@ -328,26 +318,9 @@ class _GraphAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            with torch.no_grad():
-                found = _backward_op(ctx.runs, grad_out, *saved, *ctx.numbers)
-            found = _NoSecondDerivative.apply(len(found), *found, grad_out, *saved)
-        else:
-            found = _backward_op(ctx.runs, grad_out, *saved, *ctx.numbers)
+        def call(*tensors):
+            return _backward_op(ctx.runs, *tensors, *ctx.numbers)
+
+        found = common.gradients(FAMILY, call, (grad_out, *ctx.saved_tensors))
         query, key, value, relation_query, relation_key = *found, *[None] * (5 - len(found))
         return None, query, key, value, None, None, None, relation_query, relation_key, None, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Passes gradients through as functions of all that they were computed from, and refuses to differentiate them."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            "case_fast.ops.graph_attention has no second derivative; with CASE_FAST_BACKEND=reference it has"
-        )

@@ -1,0 +1,63 @@
+"""What the public ops share around their kernels: the dtype of a call, addresses, and the refusal of second derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # enum case_fast_dtype
+
+
+def compute_dtype(like: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype that a call on ``like`` computes in, and whether its inputs must be cast to it: under autocast, autocast's;
+    on CPU, float32 in place of half precision."""
+    device = like.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute = torch.get_autocast_dtype(device) if autocast else like.dtype
+    if device == "cpu" and compute in HALF:
+        compute = torch.float32
+    return compute, autocast or compute != like.dtype
+
+
+def cast(compute: torch.dtype, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The inputs in that dtype; float64, as autocast does, and None stay as they are."""
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(compute) for x in inputs)
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, not {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
+
+
+def pointer(x: Tensor | None) -> int:
+    """Its address; 0 stands for an absent one."""
+    return 0 if x is None else x.data_ptr()
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients through as functions of all that they were computed from, and refuses to differentiate them."""
+
+    @staticmethod
+    def forward(ctx, family, count, *tensors):
+        ctx.family = family
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"case_fast.ops.{ctx.family} has no second derivative; with CASE_FAST_BACKEND=reference it has"
+        )
+
+
+def gradients(family: str, backward: Callable[..., list[Tensor]], tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """``backward(*tensors)``, the gradients of a family's op, which refuse to be differentiated again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        with torch.no_grad():
+            found = backward(*tensors)
+        return _NoSecondDerivative.apply(family, len(found), *found, *tensors)
+    return backward(*tensors)
