@@ -23,13 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the tests import each other by bare names
 
+import bilinear_mim_checks
 import graph_attention_checks
 import torch
 
 from case_fast import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = {"graph_attention": graph_attention_checks.CHECKS}
+FAMILIES = {"bilinear_mim": bilinear_mim_checks.CHECKS, "graph_attention": graph_attention_checks.CHECKS}
 SANITIZERS = ("address,undefined", "thread")
 
 

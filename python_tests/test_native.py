@@ -112,6 +112,21 @@ def test_an_unknown_backend_is_refused_naming_the_variable():
     assert said.startswith("ConfigError CASE_FAST_BACKEND='cudnn' names no backend; use native, triton, reference")
 
 
+def test_each_family_may_have_its_own_backend(monkeypatch):
+    pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    from case_fast.errors import ConfigError
+    from case_fast.ops import backend_name
+
+    one, other = "bilinear_mim=reference", "graph_attention=native"
+    for said in (f"native,{one}", f"{one},native", f"{one},{other}", one):
+        monkeypatch.setenv("CASE_FAST_BACKEND", said)
+        assert (backend_name("graph_attention"), backend_name("bilinear_mim")) == ("native", "reference")
+    for said, message in (("bilinear_mim=cudnn", "names no backend"), ("mim=native", "names no family of ops: 'mim'")):
+        monkeypatch.setenv("CASE_FAST_BACKEND", said)
+        with pytest.raises(ConfigError, match=message):
+            backend_name("graph_attention")
+
+
 def test_works_without_the_native_module():
     done = run(BLOCK_NATIVE + CHOOSE + "print(native_report())\nimport case_fast; print(case_fast.__version__)")
     chosen, report, version = done.stdout.splitlines()

@@ -4,7 +4,8 @@
     triton      Triton kernels, on GPUs that the native module does not serve
     reference   case_fast.equations: plain torch on any device
 
-CASE_FAST_BACKEND=native|triton|reference overrides the choice.
+CASE_FAST_BACKEND=native|triton|reference overrides the choice; FAMILY=BACKEND does for one family of ops, and several such
+parts may be joined by commas: CASE_FAST_BACKEND=native,bilinear_mim=triton.
 """
 
 from __future__ import annotations
@@ -62,9 +63,8 @@ def choose(family: str, device: str, beyond: str = "") -> str:
 
 
 @functools.cache
-def _choose(family: str, device: str, beyond: str, asked: str) -> str:
-    if asked and asked not in BACKENDS:
-        raise ConfigError(f"CASE_FAST_BACKEND={asked!r} names no backend; use {', '.join(BACKENDS)}, or unset it")
+def _choose(family: str, device: str, beyond: str, said_by_user: str) -> str:
+    asked = _asked(family, said_by_user)
     absent = {"native": beyond or _native_absent(family, device), "triton": beyond or _triton_absent(family, device, asked)}
     said = "; ".join(f"{name} not used: {why}" for name, why in absent.items() if why)
     if asked:
@@ -82,6 +82,19 @@ def _choose(family: str, device: str, beyond: str, asked: str) -> str:
             return name
     _log.warning("backend of %s on %s: reference, plain torch and slower (%s)", family, device, said)
     return "reference"
+
+
+def _asked(family: str, said: str) -> str:
+    """What CASE_FAST_BACKEND asks for a family; empty where it asks nothing."""
+    found = {"": ""}
+    for part in filter(None, said.split(",")):
+        name, _, asked = part.rpartition("=")
+        if asked not in BACKENDS:
+            raise ConfigError(f"CASE_FAST_BACKEND={said!r} names no backend; use {', '.join(BACKENDS)}, or unset it")
+        if name and (not name.isidentifier() or importlib.util.find_spec(f"case_fast.ops.{name}") is None):
+            raise ConfigError(f"CASE_FAST_BACKEND={said!r} names no family of ops: {name!r}")
+        found[name] = asked
+    return found.get(family, found[""])
 
 
 def _native_absent(family: str, device: str) -> str:
