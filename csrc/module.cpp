@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bilinear_mim/bilinear_mim.h"
 #include "common/cuda.h"
 #include "common/simd.h"
 #include "cross_attention/cross_attention.h"
@@ -171,17 +172,42 @@ static int graph_attention_backward_cuda(std::int64_t vertices, std::int64_t edg
 }
 #endif
 
+static std::int64_t bilinear_mim_saved(std::int64_t pairs, std::int64_t rows, int dim, int dtype, int score, std::int64_t negatives,
+                                       Address positive, std::uint64_t seed) {
+    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed};
+    return case_fast_bilinear_mim_saved(&mim);
+}
+
+static int bilinear_mim_forward(std::int64_t pairs, std::int64_t rows, int dim, int dtype, int score, std::int64_t negatives,
+                                Address positive, std::uint64_t seed, Address x, Address y, Address weight, Address side_y,
+                                Address side_x, Address logit, Address saved, int threads) {
+    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed};
+    return case_fast_bilinear_mim_forward_cpu(&mim, pointer(x), pointer(y), pointer(weight), pointer(side_y), pointer(side_x),
+                                              pointer(logit), pointer(saved), threads);
+}
+
+static int bilinear_mim_backward(std::int64_t pairs, std::int64_t rows, int dim, int dtype, int score, std::int64_t negatives,
+                                 Address positive, std::uint64_t seed, Address x, Address y, Address weight, Address saved,
+                                 Address grad_side_y, Address grad_side_x, Address grad_x, Address grad_y, Address grad_weight,
+                                 int threads) {
+    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed};
+    return case_fast_bilinear_mim_backward_cpu(&mim, pointer(x), pointer(y), pointer(weight), pointer(saved), pointer(grad_side_y),
+                                               pointer(grad_side_x), pointer(grad_x), pointer(grad_y), pointer(grad_weight), threads);
+}
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native core of case_fast.";
     module.attr("__version__") = CASE_FAST_VERSION;
     module.attr("simd") = case_fast_simd_name(case_fast_simd_level());
     module.def("report", &report, "How the module was built, and what it finds on this machine now.");
 
-    // Arguments and the status that comes back: graph_attention/graph_attention.h. Positional, for these run every step.
+    // Arguments and the status that comes back: the header of each family. Positional, for these run every step.
     const py::call_guard<py::gil_scoped_release> unlocked;
     module.def("graph_attention_forward", &graph_attention_forward, unlocked, "On the CPU; addresses of contiguous arrays.");
     module.def("graph_attention_backward", &graph_attention_backward, unlocked, "On the CPU; addresses of contiguous arrays.");
-    // Likewise: cross_attention/cross_attention.h.
+    module.def("bilinear_mim_saved", &bilinear_mim_saved, "Elements that forward keeps for backward.");
+    module.def("bilinear_mim_forward", &bilinear_mim_forward, unlocked, "On the CPU; addresses of contiguous arrays.");
+    module.def("bilinear_mim_backward", &bilinear_mim_backward, unlocked, "On the CPU; addresses of contiguous arrays.");
     module.def("packed_attention_forward", &packed_attention_forward, unlocked, "On the CPU; addresses of arrays.");
     module.def("packed_attention_backward", &packed_attention_backward, unlocked, "On the CPU; addresses of arrays.");
     module.def("cross_attention_saved", &cross_attention_saved, "Elements that backward needs from forward.");

@@ -39,10 +39,11 @@ CASE_FAST_INLINE int64_t packed_columns(int64_t columns, int64_t depth) {
     return panels_of(columns, Tile<T>::columns) * Tile<T>::columns * depth;
 }
 
-// The length of the pieces that depth is cut into: equal but for the last.
+// The length of the pieces that depth is cut into: about equal, and whole column panels (scores serve as A, see RowLayout).
+template <class T>
 CASE_FAST_INLINE int64_t depth_piece(int64_t depth) {
-    const int64_t pieces = panels_of(depth, most_depth);
-    return pieces ? panels_of(depth, pieces) : 1;
+    const int64_t pieces = depth > most_depth ? panels_of(depth, most_depth) : 1;
+    return panels_of(depth > 0 ? depth : 1, pieces * Tile<T>::columns) * Tile<T>::columns;
 }
 
 // to[l] = from[l * stride] for `count` of `width` lanes and 0 beyond, for each k: lane l lies at from + l * lane_stride.
@@ -106,14 +107,14 @@ void pack_columns(const T *b, int64_t depth_stride, int64_t column_stride, int64
                              panels + j * depth);
 }
 
-// Where an operand of a tile lies: element (i, k) of A at a + i * row + k * depth, and after every `group` of k, `hop` further;
-// B's row k at b + k * depth. Constants where the caller knows them.
+// Where the A of a tile lies: element (i, k) at i * row + k * depth, and `hop` further after each `group` of k. Members that the
+// caller writes as constants cost no register.
 struct RowLayout {
     int64_t row, depth, group, hop;
 };
 
-// `count` <= `rows` rows and `columns` columns (more than those of vectors - 1 vectors) of C. Reads A's rows up to `rows`,
-// and, if `padded`, B's columns up to whole vectors.
+// `count` <= `rows` rows and `columns` columns (more than those of vectors - 1 vectors) of C. Reads A's rows up to `rows` and, if
+// `padded`, B's columns up to whole vectors; B's row k lies at k * b_depth.
 template <class T, int rows, int vectors, bool padded>
 CASE_FAST_INLINE void multiply_tile(const T *a, const RowLayout layout, const T *b, int64_t b_depth, int64_t depth, T *c,
                                     int64_t c_stride, int64_t count, int64_t columns, bool add) {
@@ -152,14 +153,65 @@ CASE_FAST_INLINE void multiply_tile(const T *a, const RowLayout layout, const T 
     }
 }
 
-// The same for up to Tile::rows rows and Tile::columns columns, with no more rows and vectors at work than needed.
-template <class T, int rows, bool padded>
-CASE_FAST_INLINE void multiply_rows(const T *a, const RowLayout layout, const T *b, int64_t b_depth, int64_t depth, T *c,
-                                    int64_t c_stride, int64_t count, int64_t columns, bool add) {
-    if (columns > Lanes<T>::width)
-        multiply_tile<T, rows, 2, padded>(a, layout, b, b_depth, depth, c, c_stride, count, columns, add);
-    else
-        multiply_tile<T, rows, 1, padded>(a, layout, b, b_depth, depth, c, c_stride, count, columns, add);
+// Operands of a product in terms of the tiles that it is made of: A's tile of row i (a multiple of the tile's height) and depth k
+// begins at data + i * row + k * depth, B's tile of column panel n at data + n * panel + k * depth, C's at
+// data + i * row + n * panel.
+template <class T>
+struct Left {
+    const T *data;
+    int64_t row, depth;
+};
+template <class T>
+struct Right {
+    const T *data;
+    int64_t panel, depth;
+};
+template <class T>
+struct Product {
+    T *data;
+    int64_t row, panel;
+};
+
+// C = or += A B by tiles of `height` rows.
+template <class T, int height, bool padded>
+CASE_FAST_INLINE void multiply_tiles(Left<T> a, const RowLayout layout, Right<T> b, Product<T> c, int64_t rows, int64_t columns,
+                                     int64_t depth, bool add) {
+    constexpr int64_t width = Tile<T>::columns;
+    constexpr int tall = height, medium = height > 4 ? height * 2 / 3 : height, low = height > 4 ? (height + 2) / 3 : height;
+    const int64_t piece = depth_piece<T>(depth);
+    // as many rows as a third of a 1 MiB second cache holds, so that each is fetched from afar once
+    const int64_t block = (int64_t(384) << 10) / (piece * int64_t(sizeof(T)) * height) * height;
+    int64_t k = 0;
+    do {
+        const int64_t steps = depth - k < piece ? depth - k : piece;
+        const bool more = add || k > 0;
+        for (int64_t first = 0; first < rows; first += block) {
+            const int64_t last = rows - first < block ? rows : first + block;
+            for (int64_t j = 0; j < columns; j += width) {
+                const T *const right = b.data + j / width * b.panel + k * b.depth;
+                const int64_t wide = columns - j;
+                for (int64_t i = first; i < last; i += height) {
+                    const T *const left = a.data + i * a.row + k * a.depth;
+                    T *const to = c.data + i * c.row + j / width * c.panel;
+                    const int64_t count = last - i;
+                    const auto tile = [&](auto tile_rows) __attribute__((always_inline)) {
+                        constexpr int n = decltype(tile_rows)::value;
+                        if (wide > Lanes<T>::width)
+                            multiply_tile<T, n, 2, padded>(left, layout, right, b.depth, steps, to, c.row, count, wide, more);
+                        else
+                            multiply_tile<T, n, 1, padded>(left, layout, right, b.depth, steps, to, c.row, count, wide, more);
+                    };
+                    if (count > medium || medium == tall)
+                        tile(Constant<tall>{});
+                    else if (count > low)
+                        tile(Constant<medium>{});
+                    else
+                        tile(Constant<low>{});
+                }
+            }
+        }
+        k += piece;
+    } while (k < depth);
 }
 
 // C = or += A B from panels (pack_rows, pack_columns).
@@ -167,35 +219,17 @@ template <class T>
 void multiply(const T *row_panels, const T *column_panels, int64_t rows, int64_t columns, int64_t depth, T *c, int64_t c_stride,
               bool add) {
     constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
-    constexpr RowLayout layout = {1, height, INT64_MAX, 0};
-    if (depth == 0 && !add)
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < columns; ++j) c[i * c_stride + j] = T(0);
-    const int64_t piece = depth_piece(depth);
-    // as many row panels as a third of a 1 MiB second cache holds, so that each is fetched from afar once
-    const int64_t block = (int64_t(384) << 10) / (piece * int64_t(sizeof(T)) * height) * height;
-    for (int64_t k = 0; k < depth; k += piece) {
-        const int64_t steps = depth - k < piece ? depth - k : piece;
-        const bool more = add || k > 0;
-        for (int64_t first = 0; first < rows; first += block) {
-            const int64_t last = rows - first < block ? rows : first + block;
-            for (int64_t j = 0; j < columns; j += width) {
-                const T *const b = column_panels + j * depth + k * width;
-                const int64_t wide = columns - j < width ? columns - j : width;
-                for (int64_t i = first; i < last; i += height) {
-                    const T *const a = row_panels + i * depth + k * height;
-                    T *const to = c + i * c_stride + j;
-                    const int64_t left = last - i;
-                    if (left > height * 2 / 3)
-                        multiply_rows<T, height, true>(a, layout, b, width, steps, to, c_stride, left, wide, more);
-                    else if (left > height / 3)
-                        multiply_rows<T, height * 2 / 3, true>(a, layout, b, width, steps, to, c_stride, left, wide, more);
-                    else
-                        multiply_rows<T, (height + 2) / 3, true>(a, layout, b, width, steps, to, c_stride, left, wide, more);
-                }
-            }
-        }
-    }
+    multiply_tiles<T, height, true>({row_panels, depth, height}, {1, height, INT64_MAX, 0}, {column_panels, width * depth, width},
+                                    {c, c_stride, width}, rows, columns, depth, add);
+}
+
+// The same with B where it lies, row by row: for few rows of A, which do not repay packing B.
+template <class T>
+void multiply_unpacked(const T *row_panels, const T *b, int64_t b_stride, int64_t rows, int64_t columns, int64_t depth, T *c,
+                       int64_t c_stride, bool add) {
+    constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
+    multiply_tiles<T, height, false>({row_panels, depth, height}, {1, height, INT64_MAX, 0}, {b, width, b_stride},
+                                     {c, c_stride, width}, rows, columns, depth, add);
 }
 
 }  // namespace

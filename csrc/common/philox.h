@@ -31,3 +31,8 @@ CASE_FAST_BOTH static inline uint64_t case_fast_drop_below(double p) { return (u
 CASE_FAST_BOTH static inline int case_fast_keep(uint64_t seed, int64_t e, int32_t h, uint64_t drop_below) {
     return case_fast_philox((uint32_t)e, (uint32_t)((uint64_t)e >> 32), (uint32_t)h, 0, seed) >= drop_below;
 }
+
+// Draw `slot` of pair `pair` on side 0 (rows of y) or 1 (rows of x): one of n rows, by number.
+CASE_FAST_BOTH static inline uint32_t case_fast_draw(uint64_t seed, uint32_t pair, uint32_t side, uint32_t slot, uint32_t n) {
+    return (uint32_t)((uint64_t)case_fast_philox(slot, pair, side, 0, seed) * n >> 32);
+}

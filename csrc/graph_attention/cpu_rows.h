@@ -31,10 +31,6 @@ CASE_FAST_INLINE void each_vector(int dim, Body body) {
 }
 
 // Calls body(first, count) over [begin, end) in groups of four and a rest; count is known to the compiler.
-template <int n>
-struct Constant {
-    static constexpr int value = n;
-};
 template <class Body>
 CASE_FAST_INLINE void each_group(int64_t begin, int64_t end, Body body) {
     for (; begin + group <= end; begin += group) body(begin, Constant<group>{});

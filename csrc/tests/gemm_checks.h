@@ -43,19 +43,22 @@ void check_product(int64_t rows, int64_t columns, int64_t depth, bool rows_along
     const int64_t a_row = rows_along ? depth + 3 : 1, a_depth = rows_along ? 1 : rows + 3;
     const int64_t b_depth = columns_along ? columns + 1 : 1, b_column = columns_along ? 1 : depth + 1, stride = columns + 2;
     Array<T> a((rows + 3) * (depth + 3)), b((depth + 1) * (columns + 1)), c(rows * stride), before(rows * stride);
+    Array<T> in_place(rows * stride);
     for (int64_t i = 0; i < (rows + 3) * (depth + 3); ++i) a.data[i] = T(small());
     for (int64_t i = 0; i < (depth + 1) * (columns + 1); ++i) b.data[i] = T(small());
-    for (int64_t i = 0; i < rows * stride; ++i) before.data[i] = c.data[i] = T(small());
+    for (int64_t i = 0; i < rows * stride; ++i) before.data[i] = c.data[i] = in_place.data[i] = T(small());
     Array<T> row_panels(packed_rows<T>(rows, depth)), column_panels(packed_columns<T>(columns, depth));
     pack_rows(a.data, a_row, a_depth, rows, depth, row_panels.data);
     pack_columns(b.data, b_depth, b_column, depth, columns, column_panels.data);
     multiply(row_panels.data, column_panels.data, rows, columns, depth, c.data, stride, add);
+    if (columns_along) multiply_unpacked(row_panels.data, b.data, b_depth, rows, columns, depth, in_place.data, stride, add);
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < stride; ++j) {
             double want = add || j >= columns ? double(before.data[i * stride + j]) : 0;
             for (int64_t k = 0; k < depth && j < columns; ++k)
                 want += double(a.data[i * a_row + k * a_depth]) * double(b.data[k * b_depth + j * b_column]);
             CHECK(double(c.data[i * stride + j]) == want);
+            if (columns_along) CHECK(double(in_place.data[i * stride + j]) == want);
         }
 }
 
