@@ -57,7 +57,8 @@ def train(store: Store, config: CASEConfig, size: int, steps: int, rate: float, 
     torch.manual_seed(seed)
     model = CASE(config).to(device)
     model.set_phase(2)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     records, started, measuring = [], time.monotonic(), 0.0
