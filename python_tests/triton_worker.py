@@ -1,4 +1,5 @@
-"""Run by test_triton_graph_attention.py in a process of its own, since Triton reads TRITON_INTERPRET on import.
+"""Run by test_triton_graph_attention.py in a process of its own, since Triton reads TRITON_INTERPRET on import; and what the
+workers of other families share.
 
     interpret    every case of `CASES` in Triton's interpreter against equations.py in float64: one JSON line a case
     compile      every kernel for sm_90, without a GPU: one JSON line a kernel
@@ -8,8 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +40,17 @@ CASES = {
     "float16": (6, 30, 2, 10, 3, 0.25, "float16", "int64"),
     "bfloat16": (6, 30, 2, 10, 3, 0.25, "bfloat16", "int64"),
 }
+
+
+def in_own_process(script: str, mode: str, folder: Path, **environment: str) -> list[dict]:
+    """The JSON lines that a worker of this folder prints; ``folder`` keeps what Triton compiles."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")} | environment
+    here = Path(__file__).resolve()
+    env |= {"PYTHONPATH": str(here.parents[1]), "TRITON_CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here.with_name(script)), mode]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def inputs(vertices: int, edges: int, heads: int, dim: int, relations: int, dtype: str, index: str) -> dict[str, Tensor]:
@@ -136,34 +152,20 @@ def mask_of_kept(edges: int, heads: int, dropout_p: float) -> bool:
     return torch.equal(out[:, :, 0] != 0, equations.dropout_keep(edges, heads, dropout_p, SEED, one.device))
 
 
-def cross_compile(kernel: str, dtype: str, relation: bool, dropout: bool, index: str, dim: int = 150) -> dict:
-    import re
-    import subprocess
-    import tempfile
+def compiled(function, types: dict[str, str], constants: dict, options: dict, multiples: tuple[str, ...] = ()) -> dict:
+    """A kernel compiled for sm_90 without a GPU: its target, its size, and what the assembler says of registers and spills.
 
+    ``multiples``: the arguments that Triton is to know as multiples of 16 (addresses, in bytes), as it finds them at run time.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from case_fast.ops import graph_attention_triton as kernels
-
-    function = getattr(kernels, kernel)
-    sizes = kernels.shapes(torch.empty(84, 2, dim, dtype=getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype])), 336, 10)
-    constants = {k: v for k, v in (sizes | {"RELATION": relation, "DROPOUT": dropout}).items() if k in function.arg_names}
-    constants["ACC"] = sizes["ACC"]
-    types = {name: f"*{dtype}" for name in "query key value relation_query relation_key out grad_out x relation_x".split()}
-    types |= {name: f"*{dtype}" for name in "grad_query grad_key grad_value".split()}
-    types |= {name: "*fp32" for name in "weights dscore table part".split()} | {"flag": "*i32"}
-    types |= {name: f"*{index}" for name in "indptr indices relation".split()}
-    types |= {name: "*i64" for name in "column_start column_edge column_row".split()}
-    types |= {name: "i32" for name in "vertices edges relations chunk".split()}
-    types |= {"scale": "fp64", "seed": "u64", "drop_below": "i64", "kept_scale": "fp64"}
-    if not relation and kernel != "relation_part":
-        constants |= {name: None for name in ("relation", "relation_query", "relation_key") if name in function.arg_names}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
-    source = ASTSource(function, signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": sizes["num_warps"]})
-    name = f"{kernel} {dtype} {'relations' if relation else 'plain'}{' dropout' if dropout else ''} {index}"
+    known = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names) if name in multiples}
+    source = ASTSource(function, signature, constexprs=constants, attrs=known)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     found = {}
     if os.access(tool, os.X_OK):
@@ -172,8 +174,27 @@ def cross_compile(kernel: str, dtype: str, relation: bool, dropout: bool, index:
             file.flush()
             said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
-    return {"kernel": name, "target": re.search(r"\.target (\w+)", built.asm["ptx"])[1], "bytes": len(built.asm["cubin"]),
-            **found}  # fmt: skip
+    return {"kernel": function.__name__, "target": re.search(r"\.target (\w+)", built.asm["ptx"])[1],
+            "bytes": len(built.asm["cubin"]), "wgmma": "wgmma.mma_async" in built.asm["ptx"], **found}  # fmt: skip
+
+
+def cross_compile(kernel: str, dtype: str, relation: bool, dropout: bool, index: str, dim: int = 150) -> dict:
+    from case_fast.ops import graph_attention_triton as kernels
+
+    sizes = kernels.shapes(torch.empty(84, 2, dim, dtype=getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype])), 336, 10)
+    constants = sizes | {"RELATION": relation, "DROPOUT": dropout}
+    types = {name: f"*{dtype}" for name in "query key value relation_query relation_key out grad_out x relation_x".split()}
+    types |= {name: f"*{dtype}" for name in "grad_query grad_key grad_value".split()}
+    types |= {name: "*fp32" for name in "weights dscore table part".split()} | {"flag": "*i32"}
+    types |= {name: f"*{index}" for name in "indptr indices relation".split()}
+    types |= {name: "*i64" for name in "column_start column_edge column_row".split()}
+    types |= {name: "i32" for name in "vertices edges relations chunk".split()}
+    types |= {"scale": "fp64", "seed": "u64", "drop_below": "i64", "kept_scale": "fp64"}
+    if not relation and kernel != "relation_part":
+        constants |= dict.fromkeys(("relation", "relation_query", "relation_key"))
+    found = compiled(getattr(kernels, kernel), types, constants, {"num_warps": sizes["num_warps"]})
+    name = f"{kernel} {dtype} {'relations' if relation else 'plain'}{' dropout' if dropout else ''} {index}"
+    return found | {"kernel": name}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The flag that kernels on a GPU set when the contents of `indptr`, `indices` or `relation` were out of range.
+"""The flag that kernels on a GPU set when the contents of `indptr`, `indices`, `relation` or `positive` were out of range.
 
 A kernel never follows such an index: it skips the read, makes the row NaN and sets the flag. The flag lies in pinned host
 memory, which the GPU can write and the host can read without waiting for it; like CUDA's own errors, it is seen at the next
@@ -12,11 +12,12 @@ import functools
 import torch
 from torch import Tensor
 
-BAD_INDPTR, BAD_INDICES, BAD_RELATION = 1, 2, 3  # enum case_fast_status of csrc/graph_attention/graph_attention.h
+BAD_INDPTR, BAD_INDICES, BAD_RELATION, BAD_POSITIVE = 1, 2, 3, 64  # below 64: enum case_fast_status of csrc/common/types.h
 _SAID = {
-    BAD_INDPTR: (IndexError, "indptr must start with 0, never fall, and end with the number of indices"),
-    BAD_INDICES: (IndexError, "indices holds a vertex outside [0, vertices)"),
-    BAD_RELATION: (IndexError, "relation holds a value outside [0, relations)"),
+    BAD_INDPTR: "graph_attention: indptr must start with 0, never fall, and end with the number of indices",
+    BAD_INDICES: "graph_attention: indices holds a vertex outside [0, vertices)",
+    BAD_RELATION: "graph_attention: relation holds a value outside [0, relations)",
+    BAD_POSITIVE: "bilinear_mim: positive names a row outside [0, rows of y)",
 }
 
 
@@ -40,5 +41,4 @@ def raise_pending() -> None:
     found = _words()[0]
     if found:
         device_flag().zero_()
-        error, said = _SAID[found]
-        raise error(f"graph_attention: {said} (found on the GPU during an earlier call; validate=True checks before each)")
+        raise IndexError(f"{_SAID[found]} (found on the GPU during an earlier call; validate=True checks before each)")
