@@ -19,11 +19,6 @@ constexpr int dot_rows = 3, dot_columns = 4, sum_rows = 4, sum_vectors = 3;  // 
 #endif
 constexpr int64_t first_cache = 28 << 10;  // bytes of one operand that are used again and again
 
-template <int n>
-struct Constant {
-    static constexpr int value = n;
-};
-
 CASE_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------- products
