@@ -170,21 +170,26 @@ def _full(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _outputs(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, num_negatives: int | None) -> tuple[Tensor, ...]:
+def _outputs(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, num_negatives: int | None, score: str) -> tuple[Tensor, ...]:
     """Uninitialised side_y, side_x, logit and saved."""
-    pairs, rows = x.shape[0], y.shape[0]
+    (pairs, dim), rows = x.shape, y.shape[0]
     if runs == "triton":
         from case_fast.ops.bilinear_mim_triton import saved_elements
 
         saved = saved_elements(pairs, rows, num_negatives)
+    elif isinstance(pairs, int) and isinstance(rows, int) and isinstance(dim, int):
+        saved = backend.native.bilinear_mim_saved(*_problem(x, y, None, num_negatives, 0, score))
     else:
-        saved = _saved_elements(pairs, rows, x.shape[1], weight is not None, num_negatives)
+        saved = _saved_elements(pairs, rows, dim, num_negatives, score)
     return tuple(torch.empty(size, dtype=_full(x), device=x.device) for size in (pairs, pairs, pairs, saved))
 
 
-def _saved_elements(pairs: int, rows: int, dim: int, bilinear: bool, num_negatives: int | None) -> int:
-    """As case_fast_bilinear_mim_saved of bilinear_mim.h, which takes no symbolic sizes."""
-    raise NotImplementedError
+def _saved_elements(pairs: int, rows: int, dim: int, num_negatives: int | None, score: str) -> int:
+    """What native.bilinear_mim_saved says, for sizes that are still symbols to a compiler."""
+    projected = 0 if score == "dot" else torch.sym_min(pairs, rows) * dim
+    if num_negatives is None:
+        return projected + 3 * pairs + 2 * rows
+    return projected + 5 * pairs + (2 * pairs * num_negatives if 2 * num_negatives <= dim else 0)
 
 
 def _gradients(*inputs: Tensor | None) -> list[Tensor]:
@@ -196,11 +201,11 @@ def _contiguous(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else x.contiguous() for x in inputs)
 
 
-def _problem(x: Tensor, y: Tensor, positive: Tensor, num_negatives: int | None, seed: int, score: str) -> tuple:
+def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int | None, seed: int, score: str) -> tuple:
     """The fields of struct case_fast_mim."""
     pairs, dim = x.shape
     negatives = -1 if num_negatives is None else num_negatives
-    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, positive.data_ptr(), seed
+    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, pointer(positive), seed
 
 
 def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
@@ -216,7 +221,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
 
         return triton.forward(x, y, weight, positive, num_negatives, seed, score, deterministic)
     positive = _int64(positive, x)
-    found = _outputs(runs, x, y, weight, num_negatives)
+    found = _outputs(runs, x, y, weight, num_negatives, score)
     status = backend.native.bilinear_mim_forward(
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
         *[tensor.data_ptr() for tensor in found], torch.get_num_threads(),
@@ -260,7 +265,7 @@ def _raise(status: int, positive: Tensor, rows: int) -> None:
 
 
 def _forward_fake(runs, x, y, weight, positive, num_negatives, seed, score, deterministic):
-    return _outputs(runs, x, y, weight, num_negatives)
+    return _outputs(runs, x, y, weight, num_negatives, score)
 
 
 def _backward_fake(runs, grad_side_y, grad_side_x, x, y, weight, *rest):
