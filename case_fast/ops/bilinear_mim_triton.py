@@ -102,13 +102,13 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
 
 
 @triton.jit
-def gradient_tiles(xw, y, positive, row_weight, row_log, column_weight, column_log, own_gradient, out, flag, pairs, rows,
+def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_peak, own_gradient, out, flag, pairs, rows,
                    first, all_rows, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
                    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out (pairs, rows): the loss's gradient of the scores of these rows of x with rows [first, first + rows) of y.
 
-    e^S S (1 - S) (row_weight_p + column_weight_q); "dot": row_weight_p e^(S - row_log_p) + column_weight_q e^(S - column_log_q);
-    own_gradient_p for the positive.
+    e^S S (1 - S) (row_weight_p + column_weight_q), for "dot" row_weight_p e^(S - row_peak_p) + column_weight_q e^(S -
+    column_peak_q); own_gradient_p for the positive.
     """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -117,9 +117,9 @@ def gradient_tiles(xw, y, positive, row_weight, row_log, column_weight, column_l
     a = tl.load(row_weight + p, mask=here_p, other=0.0)[:, None]
     b = tl.load(column_weight + q, mask=here_q, other=0.0)[None, :]
     if DOT:
-        log_p = tl.load(row_log + p, mask=here_p, other=0.0)[:, None]
-        log_q = tl.load(column_log + q, mask=here_q, other=0.0)[None, :]
-        gradient = a * tl.exp(z - log_p) + b * tl.exp(z - log_q)
+        peak_p = tl.load(row_peak + p, mask=here_p, other=0.0)[:, None]
+        peak_q = tl.load(column_peak + q, mask=here_q, other=0.0)[None, :]
+        gradient = a * tl.exp(z - peak_p) + b * tl.exp(z - peak_q)
     else:
         s = 1 / (1 + tl.exp(-z))
         gradient = tl.exp(s) * s * (1 - s) * (a + b)
@@ -293,7 +293,7 @@ def rows_at_once(dim: int, dtype: torch.dtype) -> dict:
 
 def saved_elements(pairs: int, rows: int, num_negatives: int | None) -> int:
     """Of `forward`'s ``saved``: sums or scores that backward needs."""
-    return 2 * pairs + rows if num_negatives is None else pairs * (1 + 2 * num_negatives)
+    return 3 * pairs + 2 * rows if num_negatives is None else pairs * (1 + 2 * num_negatives)
 
 
 def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, seed: int,
@@ -347,21 +347,21 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
 
 
-def _sides(sum_y: Tensor, sum_x: Tensor, logit: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
-    """From the sums of exp S over the negatives (their logarithms for "dot")."""
+def _sides(sum_y: Tensor, peak_y: Tensor, sum_x: Tensor, peak_x: Tensor, logit: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
+    """From the sums of exp(S - peak) over the negatives; peaks count for "dot" alone."""
     if dot:  # log(exp a + exp b) - b
-        return F.softplus(sum_y - logit, threshold=40), F.softplus(sum_x - logit, threshold=40)
+        return tuple(F.softplus((peak - logit) + total.log(), threshold=40) for total, peak in ((sum_y, peak_y), (sum_x, peak_x)))
     relative = torch.exp(-torch.sigmoid(logit))
     return torch.log1p(sum_y * relative), torch.log1p(sum_x * relative)
 
 
-def _pair_weights(sums: Tensor, logit: Tensor, grad: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
-    """What the gradient of exp S is multiplied by (over its sum, for "dot"), and the positive's gradient by S; (P,) each."""
+def _pair_weights(total: Tensor, peak: Tensor, logit: Tensor, grad: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
+    """What exp(S - peak) is multiplied by in the gradient of S, and the positive's gradient of S; (P,) each."""
     if dot:
-        weight = grad * torch.sigmoid(sums - logit)
-        return weight, -weight
-    weight = grad / (torch.sigmoid(logit).exp() + sums)
-    return weight, -weight * sums
+        share = grad * torch.sigmoid((peak - logit) + total.log())
+        return (share / total).masked_fill(total == 0, 0), -share
+    weight = grad / (torch.sigmoid(logit).exp() + total)
+    return weight, -weight * total
 
 
 def _slope(logit: Tensor, dot: bool) -> Tensor | float:
@@ -392,9 +392,8 @@ def _in_batch_forward(x, y, weight, positive, num_negatives, seed, score, determ
     atomic = not (deterministic or dot)
     full = sum_dtype(x.dtype)
     saved = torch.zeros(saved_elements(pairs, rows, None), dtype=full, device=x.device)
-    sum_y, logit, by_column = saved[:pairs], saved[pairs : 2 * pairs].fill_(float("nan")), saved[2 * pairs :]
-    if dot:
-        by_column.fill_(-float("inf"))
+    sum_y, peak_y, logit, by_column, peaks = saved.split([pairs, pairs, pairs, rows, rows])
+    logit.fill_(float("nan"))  # of a positive that is no row of y
     for first in range(0, pairs, BLOCK_ROWS):
         chunk = slice(first, min(first + BLOCK_ROWS, pairs))
         size = chunk.stop - first
@@ -407,20 +406,31 @@ def _in_batch_forward(x, y, weight, positive, num_negatives, seed, score, determ
         sum_tiles[grid](xw[chunk], padded, pair[chunk], logit[chunk], row_sum, row_peak, column_sum, column_peak,
                         device_flag(), size, rows, DOT=dot, ATOMIC=atomic, **shared)  # fmt: skip
         if dot:
-            sum_y[chunk] = _log_sum(row_sum, row_peak)
-            torch.logaddexp(by_column, _log_sum(column_sum, column_peak), out=by_column)
+            sum_y[chunk], peak_y[chunk] = _added(row_sum, row_peak)
+            if first:
+                column_sum = torch.cat([column_sum, by_column.unsqueeze(0)])
+                column_peak = torch.cat([column_peak, peaks.masked_fill(by_column == 0, -float("inf")).unsqueeze(0)])
+            by_column[:], peaks[:] = _added(column_sum, column_peak)
         elif not atomic:
             torch.sum(row_sum, 0, out=sum_y[chunk])
             by_column += column_sum.sum(0)
-    sum_x = by_column if positive is None else by_column[positive.long().clamp(0, rows - 1)]
-    return *_sides(sum_y, sum_x, logit, dot), logit.clone(), saved
+    sum_x, peak_x = _of_pairs(positive, by_column, peaks)
+    return *_sides(sum_y, peak_y, sum_x, peak_x, logit, dot), logit.clone(), saved
 
 
-def _log_sum(parts: Tensor, peaks: Tensor) -> Tensor:
-    """log of the sum over tiles of parts exp(peaks); -inf of nothing."""
+def _added(parts: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over tiles relative to the largest peak; 0 and 0 of nothing."""
     peak = peaks.amax(0)
     peak = peak.masked_fill(peak == -float("inf"), 0)
-    return (parts * (peaks - peak).exp()).sum(0).log() + peak
+    return (parts * (peaks - peak).exp()).sum(0), peak
+
+
+def _of_pairs(positive: Tensor | None, *by_column: Tensor) -> tuple[Tensor, ...]:
+    """What each pair's row of y has."""
+    if positive is None:
+        return by_column
+    c = positive.long().clamp(0, by_column[0].shape[0] - 1)
+    return tuple(x[c] for x in by_column)
 
 
 def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score):
@@ -428,10 +438,10 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
     shared = tiles(pairs, rows, dim, x.dtype)
     xw, padded = _projected(x, weight, shared["DEPTH"]), _padded(y, shared["DEPTH"])
     pair = _pair_of(x, positive)
-    sum_y, logit, by_column = saved[:pairs], saved[pairs : 2 * pairs], saved[2 * pairs :]
-    sum_x = by_column if positive is None else by_column[positive.long().clamp(0, rows - 1)]
-    row_weight, own_y = _pair_weights(sum_y, logit, grad_side_y, dot)
-    of_pair, own_x = _pair_weights(sum_x, logit, grad_side_x, dot)
+    sum_y, peak_y, logit, by_column, peaks = saved.split([pairs, pairs, pairs, rows, rows])
+    sum_x, peak_x = _of_pairs(positive, by_column, peaks)
+    row_weight, own_y = _pair_weights(sum_y, peak_y, logit, grad_side_y, dot)
+    of_pair, own_x = _pair_weights(sum_x, peak_x, logit, grad_side_x, dot)
     own = (own_y + own_x) * _slope(logit, dot)
     column_weight = of_pair
     if positive is not None:
@@ -452,9 +462,9 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
             wide = columns.stop - left
             gradient = block[: size * wide].view(size, wide)
             grid = (triton.cdiv(size, shared["BLOCK_P"]), triton.cdiv(wide, shared["BLOCK_Q"]))
-            gradient_tiles[grid](xw[chunk], padded[columns], pair[chunk], row_weight[chunk], sum_y[chunk],
-                                 column_weight[columns], by_column[columns], own[chunk], gradient, device_flag(), size, wide,
-                                 left, rows, DOT=dot, **shared)  # fmt: skip
+            gradient_tiles[grid](xw[chunk], padded[columns], pair[chunk], row_weight[chunk], peak_y[chunk],
+                                 column_weight[columns], peaks[columns], own[chunk], gradient, device_flag(), size, wide, left,
+                                 rows, DOT=dot, **shared)  # fmt: skip
             grad_xw += _product(gradient, y[columns], saved.dtype)
             grad_y[columns] += _product(gradient.T, xw[chunk, :dim], saved.dtype)
         grad_x[chunk] = _to_inputs(grad_xw, x[chunk], weight, grad_weight)
@@ -480,11 +490,12 @@ def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, se
     return pair, over_y, over_x
 
 
-def _sampled_sums(z: Tensor, dot: bool) -> Tensor:
-    """(P,): the sum of exp S, its logarithm for "dot"; z (P, k) is -inf where there was no row to draw."""
-    if not dot:
-        return torch.sigmoid(z).exp().masked_fill(z == -float("inf"), 0).sum(1)
-    return torch.logsumexp(z, 1)
+def _sampled_sums(z: Tensor, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(S - peak) (P, k), its sums (P,) and the peaks (P,), 0 but for "dot"; z is -inf where there was no row to draw."""
+    none = z == -float("inf")
+    peak = z.amax(1).masked_fill(none[:, 0], 0) if dot else torch.zeros_like(z[:, 0])
+    weight = (z - peak.unsqueeze(1) if dot else torch.sigmoid(z)).exp().masked_fill(none, 0)
+    return weight, weight.sum(1), peak
 
 
 def _sampled_forward(x, y, weight, positive, num_negatives, seed, score, deterministic):
@@ -495,7 +506,7 @@ def _sampled_forward(x, y, weight, positive, num_negatives, seed, score, determi
     sampled_scores[pairs,](xw, y, pair, over_y, over_x, z, rows, num_negatives,
                            BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **rows_at_once(dim, x.dtype))  # fmt: skip
     logit, z_y, z_x = z[:, 0], z[:, 1 : 1 + num_negatives], z[:, 1 + num_negatives :]
-    sides = _sides(_sampled_sums(z_y, dot), _sampled_sums(z_x, dot), logit, dot)
+    sides = _sides(*_sampled_sums(z_y, dot)[1:], *_sampled_sums(z_x, dot)[1:], logit, dot)
     return *sides, logit.clone(), z.view(-1)
 
 
@@ -507,14 +518,10 @@ def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, n
     logit = z[:, 0]
     gradients, own = [], 0.0
     for grad, scores in ((grad_side_y, z[:, 1 : 1 + num_negatives]), (grad_side_x, z[:, 1 + num_negatives :])):
-        sums = _sampled_sums(scores, dot)
-        pair_weight, of_own = _pair_weights(sums, logit, grad, dot)
+        weight_of, total, peak = _sampled_sums(scores, dot)
+        pair_weight, of_own = _pair_weights(total, peak, logit, grad, dot)
         own = own + of_own
-        if dot:
-            exponential = (scores - sums.unsqueeze(1)).exp()
-        else:
-            exponential = torch.sigmoid(scores).exp() * _slope(scores, dot)
-        gradients.append((exponential * pair_weight.unsqueeze(1)).masked_fill(scores == -float("inf"), 0))
+        gradients.append(weight_of * _slope(scores, dot) * pair_weight.unsqueeze(1))
     gradient = torch.cat([(own * _slope(logit, dot)).unsqueeze(1), *gradients], 1).view(-1)
     # every score is of a row of x and a row of y; a row that could not be drawn stands for row 0 with gradient 0
     own_y, own_x = pair.long().clamp(0, rows - 1).unsqueeze(1), torch.arange(pairs, device=x.device).unsqueeze(1)
