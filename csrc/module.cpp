@@ -12,6 +12,7 @@
 #include "common/simd.h"
 #include "cross_attention/cross_attention.h"
 #include "graph_attention/graph_attention.h"
+#include "vocabulary_loss/vocabulary_loss.h"
 #ifdef CASE_FAST_WITH_CUDA
 #include "graph_attention/cuda.h"
 #endif
@@ -195,6 +196,31 @@ static int bilinear_mim_backward(std::int64_t pairs, std::int64_t rows, int dim,
                                                pointer(grad_side_x), pointer(grad_x), pointer(grad_y), pointer(grad_weight), threads);
 }
 
+static int linear_cross_entropy_forward(std::int64_t rows, std::int64_t vocabulary, std::int64_t targets, int dim, int dtype,
+                                        int index_bits, Address target, Address cu_target, Address hidden, Address weight,
+                                        Address bias, Address nll, Address prediction, Address state, Address kept, int threads) {
+    const case_fast_vocabulary call = {rows, vocabulary, targets, dim, dtype, index_bits, pointer(target), pointer(cu_target)};
+    return case_fast_vocabulary_loss_forward_cpu(&call, pointer(hidden), pointer(weight), pointer(bias), pointer(nll),
+                                                 static_cast<std::int64_t *>(pointer(prediction)), pointer(state), pointer(kept),
+                                                 threads);
+}
+
+static int linear_cross_entropy_backward(std::int64_t rows, std::int64_t vocabulary, std::int64_t targets, int dim, int dtype,
+                                         int index_bits, Address target, Address cu_target, Address hidden, Address weight,
+                                         Address bias, Address state, Address kept, Address grad_nll, Address grad_hidden,
+                                         Address grad_weight, Address grad_bias, int threads) {
+    const case_fast_vocabulary call = {rows, vocabulary, targets, dim, dtype, index_bits, pointer(target), pointer(cu_target)};
+    return case_fast_vocabulary_loss_backward_cpu(&call, pointer(hidden), pointer(weight), pointer(bias), pointer(state),
+                                                  pointer(kept), pointer(grad_nll), pointer(grad_hidden), pointer(grad_weight),
+                                                  pointer(grad_bias), threads);
+}
+
+static int top_words(std::int64_t rows, std::int64_t vocabulary, std::int64_t k, int dim, int dtype, Address hidden, Address weight,
+                     Address bias, Address log_probability, Address word, int threads) {
+    return case_fast_vocabulary_top_cpu(rows, vocabulary, k, dim, dtype, pointer(hidden), pointer(weight), pointer(bias),
+                                        pointer(log_probability), static_cast<std::int64_t *>(pointer(word)), threads);
+}
+
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native core of case_fast.";
     module.attr("__version__") = CASE_FAST_VERSION;
@@ -213,6 +239,9 @@ PYBIND11_MODULE(_native, module) {
     module.def("cross_attention_saved", &cross_attention_saved, "Elements that backward needs from forward.");
     module.def("cross_attention_forward", &cross_attention_forward, unlocked, "On the CPU; addresses of arrays.");
     module.def("cross_attention_backward", &cross_attention_backward, unlocked, "On the CPU; addresses of arrays.");
+    module.def("linear_cross_entropy_forward", &linear_cross_entropy_forward, unlocked, "On the CPU; addresses of contiguous arrays.");
+    module.def("linear_cross_entropy_backward", &linear_cross_entropy_backward, unlocked, "On the CPU; addresses of contiguous arrays.");
+    module.def("top_words", &top_words, unlocked, "On the CPU; addresses of contiguous arrays.");
 #ifdef CASE_FAST_WITH_CUDA
     module.def("graph_attention_workspace_cuda", &graph_attention_workspace_cuda, unlocked, "Bytes that a call needs beside its arguments.");
     module.def("graph_attention_forward_cuda", &graph_attention_forward_cuda, unlocked, "On the current device, asynchronous.");

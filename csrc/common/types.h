@@ -19,6 +19,8 @@ enum case_fast_status {
     CASE_FAST_BAD_CU_KEY = 8,      // likewise
     CASE_FAST_BAD_KEY_OF = 9,      // names a key sequence that does not exist
     CASE_FAST_BAD_KEY_LENGTH = 10, // outside [0, rows of that key sequence]
+    CASE_FAST_BAD_TARGET = 11,     // names a word that does not exist
+    CASE_FAST_BAD_CU_TARGET = 12,  // does not start with 0, falls, or does not end with the number of targets
 };
 
 #ifdef __cplusplus

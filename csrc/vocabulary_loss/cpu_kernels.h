@@ -1,0 +1,322 @@
+// The kernels of the vocabulary loss, for the instruction set of the including file. See cpu.h for the data.
+//
+// Scores are made tile by tile, block_words words at a time for all rows, so that a block of `weight` is packed once. Many rows are
+// a product of panels; few rows are dot products with the rows of `weight` as they lie, for reading those is then all the work.
+// Either way a score's bits depend on its row and word alone.
+#pragma once
+
+#include "common/gemm.h"
+#include "common/vector.h"
+#include "vocabulary_loss/cpu.h"
+
+namespace {
+
+CASE_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+CASE_FAST_INLINE T greatest(Vector<T> x) {
+    constexpr int width = Lanes<T>::width;
+    T lanes[width];
+    store(lanes, x);
+#pragma GCC unroll 8
+    for (int n = width / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; ++i) lanes[i] = lanes[i + n] > lanes[i] ? lanes[i + n] : lanes[i];
+    return lanes[0];
+}
+
+// ---- scores
+
+#if CASE_FAST_VECTOR_BYTES == 64
+constexpr int dot_rows = 6;  // 24 of 32 registers hold sums
+#else
+constexpr int dot_rows = 2;  // 8 of 16
+#endif
+constexpr int dot_words = 4;
+
+// out[i][j] = hidden_i . weight_j of `rows` rows and dot_words words, of which `words` are written.
+template <class T, int rows>
+CASE_FAST_INLINE void dot_tile(const T *hidden, const T *const weight[dot_words], int64_t dim, T *out, int64_t stride, int64_t words) {
+    constexpr int width = Lanes<T>::width;
+    Vector<T> sum[rows][dot_words] = {};
+    const auto step = [&](auto read) __attribute__((always_inline)) {
+        Vector<T> w[dot_words];
+#pragma GCC unroll 16
+        for (int j = 0; j < dot_words; ++j) w[j] = read(weight[j]);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) {
+            const Vector<T> h = read(hidden + i * dim);
+#pragma GCC unroll 16
+            for (int j = 0; j < dot_words; ++j) sum[i][j] += h * w[j];
+        }
+    };
+    int64_t k = 0;
+    for (; k + width <= dim; k += width) step([k](const T *from) __attribute__((always_inline)) { return load(from + k); });
+    if (k < dim) {
+        const Tail<T> tail = make_tail<T>(int(dim - k));
+        step([k, tail](const T *from) __attribute__((always_inline)) { return load(from + k, tail); });
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+        if (words == dot_words) {
+            sums(sum[i], out + i * stride);
+        } else {
+            T edge[dot_words];
+            sums(sum[i], edge);
+            for (int64_t j = 0; j < words; ++j) out[i * stride + j] = edge[j];
+        }
+    }
+}
+
+template <class T>
+void dots(const T *hidden, const T *weight, int64_t dim, int64_t rows, int64_t words, T *out, int64_t stride) {
+    constexpr int64_t near_words = 16;  // rows of weight that stay in the first cache while the rows of hidden go by
+    for (int64_t near = 0; near < words; near += near_words) {
+        const int64_t last = least(near + near_words, words);
+        for (int64_t i = 0; i < rows;) {
+            const int64_t left = rows - i;
+            const auto all = [&](auto count) __attribute__((always_inline)) {
+                constexpr int n = decltype(count)::value;
+                for (int64_t v = near; v < last; v += dot_words) {
+                    const T *row[dot_words];
+                    for (int64_t j = 0; j < dot_words; ++j) row[j] = weight + least(v + j, last - 1) * dim;
+                    dot_tile<T, n>(hidden + i * dim, row, dim, out + i * stride + v, stride, least(last - v, dot_words));
+                }
+                i += n;
+            };
+            if (left >= dot_rows)
+                all(Constant<dot_rows>{});
+            else if (dot_rows > 4 && left >= 4)
+                all(Constant<4>{});
+            else if (left >= 2)
+                all(Constant<2>{});
+            else
+                all(Constant<1>{});
+        }
+    }
+}
+
+// Scores, without bias, of rows [first, first + count) and words [begin, begin + words). Where not few, `first` begins a panel.
+template <class T>
+CASE_FAST_INLINE void products(const VocabularyRows<T> &a, int64_t first, int64_t count, int64_t begin, int64_t words, T *tile,
+                               int64_t stride, const Scratch<T> &s) {
+    if (a.few)
+        dots(a.hidden + first * a.dim, a.weight + begin * a.dim, a.dim, count, words, tile, stride);
+    else
+        multiply(a.hidden_rows + first * a.dim, s.word_columns, count, words, a.dim, tile, stride, false);
+}
+
+template <class T>
+CASE_FAST_INLINE void pack_words(const VocabularyRows<T> &a, int64_t begin, int64_t words, const Scratch<T> &s) {
+    if (!a.few) pack_columns(a.weight + begin * a.dim, 1, a.dim, a.dim, words, s.word_columns);
+}
+
+// ---- the losses
+
+// Whether there is a NaN; the first of a row is noted.
+template <class T>
+inline bool note_nan(RowSum<T> &sum, const T *z, int64_t count, int64_t first_word) {
+    int64_t i = 0;
+    while (i < count && z[i] == z[i]) ++i;
+    if (i < count && !sum.nan) {
+        sum.nan = true;
+        sum.word = first_word + i;
+    }
+    return i < count;
+}
+
+// z += bias; takes the scores of `count` words into a row's sums. Returns their greatest; NaN where one is NaN.
+template <class T>
+CASE_FAST_INLINE T absorb(RowSum<T> &sum, T *z, const T *bias, int64_t count, int64_t first_word) {
+    constexpr int width = Lanes<T>::width;
+    const int64_t full = count / width * width;
+    T edge[width];  // what does not fill a vector
+    for (int64_t i = 0; i < width; ++i) edge[i] = T(-INFINITY);
+    for (int64_t i = full; i < count; ++i) edge[i - full] = z[i] += bias[i];
+    Vector<T> peak = load(edge);
+    peak = peak == peak ? peak : Vector<T>{} - T(INFINITY);
+    for (int64_t i = 0; i < full; i += width) {
+        const Vector<T> x = load(z + i) + load(bias + i);
+        store(z + i, x);
+        peak = x > peak ? x : peak;
+    }
+    const T found = greatest<T>(peak);
+    if (found > sum.top) {
+        if (sum.sum != 0) sum.sum *= ::exp(double(sum.top) - double(found));
+        sum.top = found;
+        if (!sum.nan) {
+            int64_t i = 0;
+            while (z[i] != found) ++i;
+            sum.word = first_word + i;
+        }
+    }
+    if (sum.top == T(-INFINITY)) {  // all words forbidden so far, or NaN
+        if (!note_nan(sum, z, count, first_word)) return found;
+        sum.sum = double(NAN);
+        return T(NAN);
+    }
+    const Vector<T> top = Vector<T>{} + sum.top;
+    Vector<T> total[4] = {exp_nonpositive(load(edge) - top)};
+    int64_t i = 0;
+    for (; i + 4 * width <= full; i += 4 * width)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) total[j] += exp_nonpositive(load(z + i + j * width) - top);
+    for (int j = 0; i < full; i += width, ++j) total[j] += exp_nonpositive(load(z + i) - top);
+    T part[4];
+    sums(total, part);
+    const T here = (part[0] + part[1]) + (part[2] + part[3]);
+    sum.sum += double(here);
+    return here != here && note_nan(sum, z, count, first_word) ? T(NAN) : found;
+}
+
+template <class T>
+void forward(const VocabularyRows<T> &a, int64_t begin, int64_t end, RowSum<T> *sums, const Scratch<T> &s) {
+    for (int64_t v = begin; v < end; v += block_words) {
+        const int64_t words = least(block_words, end - v);
+        pack_words(a, v, words, s);
+        for (int64_t first = 0; first < a.rows; first += block_rows) {
+            const int64_t count = least(block_rows, a.rows - first);
+            T *tile = s.tile;
+            int64_t stride = block_words;
+            if (a.kept) {
+                tile = a.kept + v * a.kept_rows + (a.kept_first + first) * words;
+                stride = words;
+            }
+            products(a, first, count, v, words, tile, stride, s);
+            for (int64_t i = 0; i < count; ++i) {
+                const T *const z = tile + i * stride;
+                absorb(sums[first + i], tile + i * stride, a.bias + v, words, v);
+                for (int64_t m = a.target_begin[first + i]; m < a.target_end[first + i]; ++m)
+                    if (a.target[m] >= v && a.target[m] < v + words) a.target_score[m] = z[a.target[m] - v];
+            }
+        }
+    }
+}
+
+template <class T>
+void scores(const VocabularyRows<T> &a, int64_t first, int64_t count, int64_t begin, int64_t end, RowSum<T> *sums, T *highest,
+            const Scratch<T> &s) {
+    products(a, first, count, begin, end - begin, s.tile, block_words, s);
+    for (int64_t i = 0; i < count; ++i)
+        highest[i] = absorb(sums[i], s.tile + i * block_words, a.bias + begin, end - begin, begin);
+}
+
+// ---- their gradients
+
+// out = scale e^(z + bias - lse), and bias_sum += that. bias NULL: z holds it.
+template <class T, bool biased>
+CASE_FAST_INLINE void soften(const T *z, const T *bias, T top, T log_sum, T scale, int64_t count, T *out, T *bias_sum) {
+    constexpr int width = Lanes<T>::width;
+    const auto step = [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
+        Vector<T> x = load(z + i);
+        if (biased) x += load(bias + i);
+        const Vector<T> gradient = scale * exp_nonpositive((x - top) - log_sum);
+        store(out + i, gradient);
+        store(bias_sum + i, load(bias_sum + i) + gradient);
+    };
+    int64_t i = 0;
+    for (; i + width <= count; i += width)
+        step(
+            i, [](const T *from) __attribute__((always_inline)) { return load(from); },
+            [](T *to, Vector<T> x) __attribute__((always_inline)) { store(to, x); });
+    if (i < count) {
+        const Tail<T> tail = make_tail<T>(int(count - i));
+        step(
+            i, [tail](const T *from) __attribute__((always_inline)) { return load(from, tail); },
+            [tail](T *to, Vector<T> x) __attribute__((always_inline)) { store(to, x, tail); });
+    }
+}
+
+// d loss / d z of a tile, in place or from the scores kept.
+template <class T>
+CASE_FAST_INLINE void soften_tile(const VocabularyRows<T> &a, int64_t first, int64_t count, int64_t v, int64_t words,
+                                  const Scratch<T> &s) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        T *const out = s.tile + i * block_words;
+        if (a.kept_scores)
+            soften<T, false>(a.kept_scores + v * a.kept_rows + a.kept_row[row] * words, nullptr, a.top[row], a.log_sum[row],
+                             a.scale[row], words, out, s.bias_sum);
+        else
+            soften<T, true>(out, a.bias + v, a.top[row], a.log_sum[row], a.scale[row], words, out, s.bias_sum);
+        for (int64_t m = a.target_begin[row]; m < a.target_end[row]; ++m)
+            if (a.target[m] >= v && a.target[m] < v + words) {
+                out[a.target[m] - v] -= a.grad_nll[m];
+                s.bias_sum[a.target[m] - v] -= a.grad_nll[m];
+            }
+    }
+}
+
+template <class T>
+void backward(const VocabularyRows<T> &a, int64_t begin, int64_t end, T *grad_hidden, const Scratch<T> &s) {
+    const int64_t dim = a.dim, padded = packed_columns<T>(dim, 1);
+    for (int64_t v = begin; v < end; v += block_words) {
+        const int64_t words = least(block_words, end - v);
+        if (!a.kept_scores) pack_words(a, v, words, s);
+        if (grad_hidden) pack_columns(a.weight + v * dim, dim, 1, words, dim, s.word_rows);
+        for (int64_t i = 0; i < words; ++i) s.bias_sum[i] = T(0);
+        for (int64_t first = 0; first < a.rows; first += block_rows) {
+            const int64_t count = least(block_rows, a.rows - first);
+            if (!a.kept_scores) products(a, first, count, v, words, s.tile, block_words, s);
+            soften_tile(a, first, count, v, words, s);
+            if (a.grad_weight) {
+                pack_rows(s.tile, 1, block_words, words, count, s.left);
+                multiply(s.left, a.hidden_columns + first * padded, words, dim, count, a.grad_weight + v * dim, dim,
+                         a.more || first > 0);
+            }
+            if (grad_hidden) {
+                pack_rows(s.tile, block_words, 1, count, words, s.left);
+                multiply(s.left, s.word_rows, count, dim, words, grad_hidden + first * dim, dim, v > begin);
+            }
+        }
+        if (a.grad_bias)
+            for (int64_t i = 0; i < words; ++i) a.grad_bias[v + i] = a.more ? a.grad_bias[v + i] + s.bias_sum[i] : s.bias_sum[i];
+    }
+}
+
+// ---- panels and scratch
+
+template <class T>
+int64_t row_panels(int64_t rows, int64_t dim) {
+    return packed_rows<T>(rows, dim);
+}
+template <class T>
+int64_t column_panels(int64_t rows, int64_t dim) {
+    return rows * packed_columns<T>(dim, 1);
+}
+template <class T>
+void pack_hidden_rows(const T *hidden, int64_t rows, int64_t dim, T *panels) {
+    pack_rows(hidden, dim, 1, rows, dim, panels);
+}
+template <class T>
+void pack_hidden_columns(const T *hidden, int64_t rows, int64_t dim, T *panels) {
+    pack_columns(hidden, dim, 1, rows, dim, panels);
+}
+
+template <class T>
+Scratch<T> scratch(T *memory, int64_t dim, int64_t *elements) {
+    int64_t used = 0;
+    const auto take = [&](int64_t count) {
+        T *const found = memory ? memory + used : nullptr;
+        used += (count + 63) / 64 * 64;
+        return found;
+    };
+    Scratch<T> s;
+    s.tile = take(block_rows * block_words);
+    s.word_columns = take(packed_columns<T>(block_words, dim));
+    s.word_rows = take(packed_columns<T>(dim, block_words));
+    const int64_t left = packed_rows<T>(block_rows, block_words), transposed = packed_rows<T>(block_words, block_rows);
+    s.left = take(left > transposed ? left : transposed);
+    s.bias_sum = take(block_words);
+    *elements = used;
+    return s;
+}
+
+#define CASE_FAST_VOCABULARY_KERNELS(T)                                                                                \
+    {                                                                                                                  \
+        row_panels<T>, column_panels<T>, pack_hidden_rows<T>, pack_hidden_columns<T>, scratch<T>, forward<T>, backward<T>, scores<T> \
+    }
+#define CASE_FAST_VOCABULARY_LOSS_KERNELS \
+    { CASE_FAST_VOCABULARY_KERNELS(float), CASE_FAST_VOCABULARY_KERNELS(double) }
+
+}  // namespace
