@@ -459,17 +459,21 @@ void sampled_forward(const Sizes<T> &s, const int64_t *positive, uint64_t seed, 
             const T *const own_a = a + p * s.dim, *const own_b = b + c * s.dim;
             sampler.kernel.dots(own_a, b, &c, 1, s.dim, saved.logit + p);
             saved.y_sum[p] = saved.y_top[p] = saved.x_sum[p] = saved.x_top[p] = T(0);
+            T *const z_y = s.keeps_draws ? saved.draws_y + p * s.draws : scores + lane * s.draws;
+            T *const z_x = s.keeps_draws ? saved.draws_x + p * s.draws : scores + lane * s.draws;
             if (s.draws && sampler.any_y()) {
-                T *const z = s.keeps_draws ? saved.draws_y + p * s.draws : scores + lane * s.draws;
                 sampler.draw_y(p, list);
-                sampler.kernel.dots(own_a, b, list, s.draws, s.dim, z);
-                sampler.kernel.sum_of(z, s.draws, s.dot, saved.y_top + p, saved.y_sum + p);
+                sampler.kernel.dots(own_a, b, list, s.draws, s.dim, z_y);
+                sampler.kernel.sum_of(z_y, s.draws, s.dot, saved.y_top + p, saved.y_sum + p);
+            } else {
+                std::fill_n(z_y, s.draws, T(0));
             }
             if (s.draws && sampler.any_x(p)) {
-                T *const z = s.keeps_draws ? saved.draws_x + p * s.draws : scores + lane * s.draws;
                 sampler.draw_x(p, list);
-                sampler.kernel.dots(own_b, a, list, s.draws, s.dim, z);
-                sampler.kernel.sum_of(z, s.draws, s.dot, saved.x_top + p, saved.x_sum + p);
+                sampler.kernel.dots(own_b, a, list, s.draws, s.dim, z_x);
+                sampler.kernel.sum_of(z_x, s.draws, s.dot, saved.x_top + p, saved.x_sum + p);
+            } else {
+                std::fill_n(z_x, s.draws, T(0));
             }
         }
     });
@@ -600,6 +604,7 @@ int forward(const case_fast_mim &m, const void *x, const void *y, const void *we
     const Sizes<T> s(m);
     const Saved<T> saved(s, static_cast<T *>(saved_array));
     Workspace workspace;
+    std::fill_n(saved.logit, s.pairs == 0 ? saved.size : 0, T(0));  // what no kernel will write
     if (s.pairs == 0) return CASE_FAST_OK;
     threads = useful_threads(s, threads);
     prepare_output(saved_array, size_t(saved.size) * sizeof(T));
