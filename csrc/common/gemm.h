@@ -25,7 +25,7 @@ struct Tile {
 #endif
 };
 
-constexpr int64_t most_depth = 256;  // of a piece: a column panel is 32 KiB
+constexpr int64_t most_depth = 128;  // of a piece: a column panel is 16 KiB. Short pieces round less, too
 
 CASE_FAST_INLINE int64_t panels_of(int64_t count, int64_t width) { return (count + width - 1) / width; }
 
