@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import case_fast
-from benchmarks import graph_attention, graphs, measure, memory, real_graphs, report
+from benchmarks import bilinear_mim, graph_attention, graphs, measure, memory, pairs, real_graphs, report
 from benchmarks.graph_attention_peers import PEERS, QUICK
 from benchmarks.measure import MODES, OURS, Truth, Unfit, Work, WrongResult, Yardstick
 from benchmarks.run import run
-from case_fast import cli
+from case_fast import cli, equations
 from case_fast.errors import CaseFastError, ConfigError
 
 ROOT = Path(case_fast.__file__).parents[1]
@@ -144,6 +144,71 @@ def test_limits_follow_the_error_of_plain_torch():
         truth.check((torch.tensor([1.0, 302.1]),))
 
 
+# ---- bilinear_mim
+
+
+@pytest.mark.parametrize("size", ["24x10", "24", "24:5"])
+@pytest.mark.parametrize("peer", bilinear_mim.FAMILY.quick)
+def test_mim_peers_are_right(peer, size):
+    case = pairs.case_of(size, dimension=20)
+    try:
+        work = bilinear_mim.FAMILY.peers[peer](case)
+    except Unfit as why:
+        assert ("sampled" in str(why)) == (case.negatives is None)
+        return
+    expected = bilinear_mim.truth(case)
+    assert len(expected.values) == 4 and all(value.abs().max() > 0.05 for value in expected.values)  # far above the limits
+    for mode in MODES:
+        assert work.check(mode, expected) <= 1
+
+
+def test_mim_peers_with_more_chunks_and_tiles_than_one(monkeypatch):
+    from benchmarks import bilinear_mim_peers as peers
+
+    case = pairs.case_of("24x10", dimension=20)
+    expected = bilinear_mim.truth(case)
+    monkeypatch.setitem(peers._CHUNK, "cpu", 70)
+    monkeypatch.setitem(peers._TILE, "cpu", 7)
+    assert peers.chunked(case).check(MODES[1], expected) <= 1
+    assert peers.one_direction_a_call(case).check(MODES[1], expected) <= 1
+
+
+@pytest.mark.parametrize("size", ["24x10", "24"])
+def test_the_truth_of_mim_by_parts_is_the_whole(monkeypatch, size):
+    case = pairs.case_of(size, dimension=20)
+    monkeypatch.setitem(bilinear_mim._AT_ONCE, "cpu", 70)
+    leaves = [x.double().requires_grad_() for x in case.inputs]
+    loss = equations.bilinear_mim(*leaves, case.positive, reduction="none")
+    whole = (loss.detach(), *torch.autograd.grad(loss, leaves, case.grad_out.double()))
+    for part, all_at_once in zip(bilinear_mim.truth(case).values, whole, strict=True):
+        assert torch.allclose(part, all_at_once, rtol=1e-12, atol=1e-12)
+
+
+def test_mim_sizes(monkeypatch):
+    sampled = pairs.case_of("sampled")
+    assert sampled.shape == {"P": 1280, "Q": 1280, "d": 300, "negatives": 64} and sampled.size is None
+    fine = pairs.case_of("fine")
+    assert fine.scores == (1280, 64) and torch.equal(fine.positive.bincount(), torch.full((64,), 20)) and fine.size is None
+    assert pairs.case_of("64").size == 64 and pairs.case_of("coarse").scores == (16, 16)
+    for wrong in ("", "0", "16x", "8x9", "16:0", "1e4", "large"):
+        with pytest.raises(ConfigError, match="size .* (is unknown|has more rows of y)"):
+            pairs.case_of(wrong)
+    from benchmarks import bilinear_mim_peers as peers
+
+    monkeypatch.setattr(peers, "MOST_BYTES", 8 << 20)
+    with pytest.raises(Unfit, match="needs about"):
+        peers.usual(pairs.case_of("1024"))
+
+
+def test_a_quick_run_of_mim_beside_its_yardstick(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(memory, "measurable", lambda: False)
+    assert cli.main(["bench", "bilinear_mim", "--quick", "--out", str(tmp_path)]) == 0
+    assert " x bare sgemms" in capsys.readouterr().out
+    results = json.loads((tmp_path / "bilinear_mim.json").read_text())
+    assert [case["name"] for case in results["cases"]] == bilinear_mim.FAMILY.quick_sizes
+    assert len(results["summary"]) == 4 and not any("refused" in row for case in results["cases"] for row in case["rows"])
+
+
 # ---- the inputs
 
 
@@ -238,5 +303,5 @@ def test_without_a_checkout_the_command_says_so(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="not installed with the package"):
         bench.bench("graph_attention", [], True, tmp_path, lambda *_: None)
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("data", "results", "__pycache__"))
-    with pytest.raises(CaseFastError, match="no benchmark of 'sorting'; one of graph_attention"):
+    with pytest.raises(CaseFastError, match="no benchmark of 'sorting'; one of .*graph_attention"):
         bench.bench("sorting", [], True, tmp_path, lambda *_: None)
