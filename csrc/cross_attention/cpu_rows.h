@@ -13,7 +13,7 @@
 namespace {
 
 #if CASE_FAST_VECTOR_BYTES == 64
-constexpr int dot_rows = 3, dot_columns = 8, sum_rows = 5, sum_vectors = 5;  // 24 and 25 of 32 registers hold sums
+constexpr int dot_rows = 4, dot_columns = 6, sum_rows = 5, sum_vectors = 5;  // 24 and 25 of 32 registers hold sums
 #else
 constexpr int dot_rows = 3, dot_columns = 4, sum_rows = 4, sum_vectors = 3;  // 12 of 16
 #endif
@@ -22,6 +22,17 @@ constexpr int64_t first_cache = 28 << 10;  // bytes of one operand that are used
 CASE_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------- products
+
+// body(Constant<n>) for the n in 1 .. most that equals `count`
+template <int most, class Body>
+CASE_FAST_INLINE void with_constant(int64_t count, Body body) {
+    if constexpr (most == 1)
+        body(Constant<1>{});
+    else if (count == most)
+        body(Constant<most>{});
+    else
+        with_constant<most - 1>(count, body);
+}
 
 #if CASE_FAST_VECTOR_BYTES == 64
 CASE_FAST_INLINE __m512 halves(Vector<float> a, Vector<float> b) {  // (low a + high a, low b + high b)
@@ -36,28 +47,38 @@ CASE_FAST_INLINE __m512 neighbours(__m512 a, __m512 b) {
 // Sums of the lanes of `count` vectors, a multiple of 4; each in the order of `sums`.
 template <int count, class T>
 CASE_FAST_INLINE void all_sums(const Vector<T> *x, T *out) {
+    int i = 0;
 #if CASE_FAST_VECTOR_BYTES == 64
-    if constexpr (count == 8 && sizeof(T) == 4) {
-        const __m512 low = neighbours(halves(x[0], x[4]), halves(x[1], x[5])), high = neighbours(halves(x[2], x[6]), halves(x[3], x[7]));
-        const __m512 s = neighbours(low, high);  // 128-bit parts: 0-3 low, 4-7 low, 0-3 high, 4-7 high
-        _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_add_ps(_mm512_shuffle_f32x4(s, s, 0x08), _mm512_shuffle_f32x4(s, s, 0x0D))));
-        return;
-    }
+    if constexpr (sizeof(T) == 4)
+        for (; i + 8 <= count; i += 8, x += 8) {
+            const __m512 low = neighbours(halves(x[0], x[4]), halves(x[1], x[5])), high = neighbours(halves(x[2], x[6]), halves(x[3], x[7]));
+            const __m512 s = neighbours(low, high);  // 128-bit parts: 0-3 low, 0-3 high, 4-7 low, 4-7 high
+            const __m512 both = _mm512_add_ps(_mm512_shuffle_f32x4(s, s, 0x08), _mm512_shuffle_f32x4(s, s, 0x0D));
+            _mm256_storeu_ps(out + i, _mm512_castps512_ps256(both));
+        }
 #endif
-    for (int i = 0; i < count; i += 4) sums(x + i, out + i);
+    for (; i < count; i += 4, x += 4) sums(x, out + i);
 }
+
+// Keeps a vector in a register: GCC would load it anew for each use, and most rows cross cache lines.
+#if defined(__x86_64__)
+#define CASE_FAST_IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define CASE_FAST_IN_REGISTER(x) (void)(x)
+#endif
 
 template <class T, int rows, int columns>
 CASE_FAST_INLINE void dot_tile(int64_t depth, const T *a, int64_t a_stride, const T *b, int64_t b_stride, T *c, int64_t c_stride) {
-    constexpr int width = Lanes<T>::width, padded = (columns + 3) / 4 * 4;
-    Vector<T> sum[rows][padded] = {};
-    const T *const second = b + 4 * b_stride;  // two bases and three strides address eight rows
+    constexpr int width = Lanes<T>::width, count = rows * columns, padded = (count + 3) / 4 * 4, half = (columns + 1) / 2;
+    Vector<T> sum[padded] = {};
+    const T *const second = b + half * b_stride;  // two bases and three strides address all rows
     const auto step = [&](int64_t k, auto load) __attribute__((always_inline)) {
         Vector<T> x[rows];
         for (int i = 0; i < rows; ++i) x[i] = load(a + i * a_stride + k);
         for (int j = 0; j < columns; ++j) {
-            const Vector<T> y = load((j < 4 ? b + j * b_stride : second + (j - 4) * b_stride) + k);
-            for (int i = 0; i < rows; ++i) sum[i][j] += x[i] * y;
+            Vector<T> y = load((j < half ? b + j * b_stride : second + (j - half) * b_stride) + k);
+            if (rows > 1) CASE_FAST_IN_REGISTER(y);
+            for (int i = 0; i < rows; ++i) sum[i * columns + j] += x[i] * y;
         }
     };
     const int64_t full = depth / width * width;
@@ -66,11 +87,9 @@ CASE_FAST_INLINE void dot_tile(int64_t depth, const T *a, int64_t a_stride, cons
         const Tail<T> tail = make_tail<T>(int(depth - full));
         step(full, [tail](const T *from) __attribute__((always_inline)) { return load(from, tail); });
     }
-    for (int i = 0; i < rows; ++i) {
-        T out[padded];
-        all_sums<padded, T>(sum[i], out);
-        for (int j = 0; j < columns; ++j) c[i * c_stride + j] = out[j];
-    }
+    T out[padded];
+    all_sums<padded, T>(sum, out);
+    for (int i = 0; i < rows; ++i) __builtin_memcpy(c + i * c_stride, out + i * columns, columns * sizeof(T));
 }
 
 template <class T, int rows>
@@ -97,10 +116,11 @@ void multiply_transposed(int64_t rows, int64_t columns, int64_t depth, const T *
         int64_t i = 0;
         for (; i + dot_rows <= rows; i += dot_rows)
             dot_columns_of<T, dot_rows>(count, depth, a + i * a_stride, a_stride, b + j * b_stride, b_stride, c + i * c_stride + j, c_stride);
-        if (rows - i == 2)
-            dot_columns_of<T, 2>(count, depth, a + i * a_stride, a_stride, b + j * b_stride, b_stride, c + i * c_stride + j, c_stride);
-        else if (rows - i == 1)
-            dot_columns_of<T, 1>(count, depth, a + i * a_stride, a_stride, b + j * b_stride, b_stride, c + i * c_stride + j, c_stride);
+        if (i < rows)
+            with_constant<dot_rows - 1>(rows - i, [&](auto n) __attribute__((always_inline)) {
+                dot_columns_of<T, decltype(n)::value>(count, depth, a + i * a_stride, a_stride, b + j * b_stride, b_stride,
+                                                      c + i * c_stride + j, c_stride);
+            });
     }
 }
 
@@ -131,17 +151,6 @@ CASE_FAST_INLINE void sum_tile(int64_t depth, const T *a, int64_t a_row, int64_t
             else
                 store(c + i * c_stride + v * width, sum[i][v]);
         }
-}
-
-// body(Constant<n>) for the n in 1 .. most that equals `count`
-template <int most, class Body>
-CASE_FAST_INLINE void with_constant(int64_t count, Body body) {
-    if constexpr (most == 1)
-        body(Constant<1>{});
-    else if (count == most)
-        body(Constant<most>{});
-    else
-        with_constant<most - 1>(count, body);
 }
 
 template <class T, int vectors, bool tailed>
@@ -208,10 +217,9 @@ CASE_FAST_INLINE Words times(Words x, uint32_t factor) {  // of the low half of 
 
 // As case_fast_philox with the counters (e, e's high half, h, 0), for the consecutive numbers from e on.
 CASE_FAST_INLINE Words random_words(uint64_t e, uint32_t h, uint64_t seed) {
-    Words c0, c1, c2 = {}, c3 = {};
-    for (int i = 0; i < word_lanes; ++i) c0[i] = e + uint64_t(i);
-    c1 = c0 >> 32;
-    c2 += h;
+    Words lanes = {};
+    for (int i = 0; i < word_lanes; ++i) lanes[i] = uint64_t(i);  // a constant
+    Words c0 = lanes + e, c1 = c0 >> 32, c2 = Words{} + uint64_t(h), c3 = {};
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round) {  // what lies in the high halves of the counters is of no account
         const Words a = times(c0, 0xD2511F53u), b = times(c2, 0xCD9E8D57u);
@@ -237,7 +245,7 @@ CASE_FAST_INLINE Vector<float> kept(uint64_t e, uint32_t h, uint64_t seed, uint6
     const unsigned first = _mm512_cmpge_epu64_mask((__m512i)low, below), second = _mm512_cmpge_epu64_mask((__m512i)high, below);
     return (Vector<float>)_mm512_maskz_mov_ps(__mmask16(first | second << 8), _mm512_set1_ps(kept_scale));
 #else
-    Vector<float> out;
+    Vector<float> out = {};
     for (int i = 0; i < word_lanes; ++i) {
         out[i] = low[i] >= drop_below ? kept_scale : 0.0f;
         out[i + word_lanes] = high[i] >= drop_below ? kept_scale : 0.0f;
@@ -247,12 +255,6 @@ CASE_FAST_INLINE Vector<float> kept(uint64_t e, uint32_t h, uint64_t seed, uint6
 }
 
 // --------------------------------------------------------------------------------------------------------------- attention
-
-CASE_FAST_INLINE Vector<float> exponential(Vector<float> x) { return exp_nonpositive(x); }
-CASE_FAST_INLINE Vector<double> exponential(Vector<double> x) {
-    for (int i = 0; i < Lanes<double>::width; ++i) x[i] = ::exp(x[i]);
-    return x;
-}
 
 template <class T>
 CASE_FAST_INLINE T sum_of(Vector<T> x) {
@@ -291,7 +293,7 @@ CASE_FAST_INLINE T softmax(T *row, int64_t visible, int64_t padded, T scale) {
     for (int i = 1; i < width; ++i) top = tops[i] > top ? tops[i] : top;
     Vector<T> total = zero;
     for (int64_t j = 0; j < end; j += width) {
-        const Vector<T> x = exponential(load(row + j) - top);
+        const Vector<T> x = exp_nonpositive(load(row + j) - top);
         store(row + j, x);
         total += x;
     }
@@ -309,8 +311,15 @@ CASE_FAST_INLINE int64_t visible_keys(const Attention<T> &a, const Segment &s, i
 }
 
 template <class T>
+void drop_weights(const Attention<T> &a, int64_t row, int head, int64_t count, T *weights) {
+    const T kept_scale = a.kept_scale;
+    const uint64_t seed = a.seed, drop_below = a.drop_below, number = uint64_t((a.first + row) * a.longest);
+    for (int64_t j = 0; j < count; j += Lanes<T>::width)
+        store(weights + j, load(weights + j) * kept(number + uint64_t(j), uint32_t(head), seed, drop_below, kept_scale));
+}
+
+template <class T>
 void forward(const Attention<T> &a, const Segment &s, int head, T *workspace) {
-    constexpr int width = Lanes<T>::width;
     const int64_t block = attention_row_block(s.rows, s.keys), padded = padded_keys(s.keys), offset = int64_t(head) * a.dim;
     const T *const key = a.key + s.key * a.key_stride + offset, *const value = a.value + s.key * a.value_stride + offset;
     for (int64_t first = 0; first < s.rows; first += block) {
@@ -321,10 +330,7 @@ void forward(const Attention<T> &a, const Segment &s, int head, T *workspace) {
             T *const weights = workspace + i * padded;
             const T lse = softmax(weights, visible_keys(a, s, first + i), padded, a.scale);
             if (a.lse) a.lse[(row + i) * a.heads + head] = lse;
-            if (a.drop_below)
-                for (int64_t j = 0; j < seen; j += width)
-                    store(weights + j, load(weights + j) * kept(uint64_t((a.first + row + i) * a.longest + j), uint32_t(head), a.seed, a.drop_below,
-                                                                a.kept_scale));
+            if (a.drop_below) drop_weights(a, row + i, head, seen, weights);
         }
         multiply(count, a.dim, seen, workspace, padded, 1, value, a.value_stride, a.out + row * a.out_stride + offset, a.out_stride, false);
     }
@@ -335,11 +341,12 @@ void forward(const Attention<T> &a, const Segment &s, int head, T *workspace) {
 template <class T, bool dropping>
 void weight_gradients(const Attention<T> &a, int64_t row, int head, int64_t visible, int64_t seen, T mean, T lse, T *p, T *g) {
     constexpr int width = Lanes<T>::width;
-    const T scale = a.scale;
+    const T scale = a.scale, kept_scale = a.kept_scale;
+    const uint64_t seed = a.seed, drop_below = a.drop_below, number = uint64_t((a.first + row) * a.longest);
     for (int64_t j = 0; j < seen; j += width) {
-        const Vector<T> weight = exponential(load(p + j) * scale - lse), slope = load(g + j);
+        const Vector<T> weight = exp_nonpositive(load(p + j) * scale - lse), slope = load(g + j);
         if constexpr (dropping) {
-            const Vector<T> factor = kept(uint64_t((a.first + row) * a.longest + j), uint32_t(head), a.seed, a.drop_below, a.kept_scale);
+            const Vector<T> factor = kept(number + uint64_t(j), uint32_t(head), seed, drop_below, kept_scale);
             store(p + j, weight * factor);
             store(g + j, weight * (slope * factor - mean) * scale);
         } else {
@@ -454,9 +461,10 @@ void normalise_backward(int64_t rows, int64_t width, const T *kept_rows, const T
 template <class T, bool dropping, bool add>
 void drop_as(const ElementDropout &d, int64_t first, int64_t count, const T *from, T *to) {
     const T kept_scale = T(d.kept_scale);
+    const uint64_t seed = d.seed, drop_below = d.drop_below;  // local, so that no store is thought to change them
     each_vector<T>(count, [&](int64_t i, auto load, auto store) __attribute__((always_inline)) {
         Vector<T> x = load(from + i);
-        if constexpr (dropping) x *= kept(uint64_t(first + i), 0, d.seed, d.drop_below, kept_scale);
+        if constexpr (dropping) x *= kept(uint64_t(first + i), 0, seed, drop_below, kept_scale);
         if constexpr (add) x += load(to + i);
         store(to + i, x);
     });

@@ -1,0 +1,145 @@
+// Times of packed attention and of the cross-attention block at the C level: bench_cross_attention [threads] [repetitions].
+// Least over the repetitions, in microseconds: of the thread's CPU time with one thread, else wall time; and Gflop/s.
+#include <ctime>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "cross_attention/cross_attention.h"
+
+namespace {
+
+constexpr int heads = 2, dim = 150, row = heads * dim;
+std::mt19937_64 random_bits(1);
+
+std::vector<float> noise(int64_t count, float scale = 1) {
+    std::vector<float> x(static_cast<size_t>(count));
+    for (float &value : x) value = scale * (float(int64_t(random_bits() >> 40)) / float(1 << 23) - 1);
+    return x;
+}
+
+// Offsets of sequences with `length` rows, or 1 .. 2 * length - 1 where ragged.
+std::vector<int64_t> offsets(int64_t sequences, int64_t length, bool ragged) {
+    std::vector<int64_t> cu = {0};
+    for (int64_t s = 0; s < sequences; ++s)
+        cu.push_back(cu.back() + (ragged && length > 1 ? 1 + int64_t(random_bits() % uint64_t(2 * length - 1)) : length));
+    return cu;
+}
+
+double now(int threads) {
+    timespec t;
+    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+    return double(t.tv_sec) * 1e6 + double(t.tv_nsec) * 1e-3;
+}
+
+template <class Body>
+double least(int threads, int repetitions, Body body) {
+    double best = INFINITY;
+    for (int i = 0; i < repetitions; ++i) {
+        const double begin = now(threads);
+        body();
+        best = std::min(best, now(threads) - begin);
+    }
+    return best;
+}
+
+void bench_packed(const char *name, int64_t batch, int64_t queries, int64_t keys, bool ragged, bool causal, double dropout_p,
+                  int threads, int repetitions) {
+    const auto cu_query = offsets(batch, queries, ragged), cu_key = causal || queries == keys ? cu_query : offsets(batch, keys, ragged);
+    const int64_t rows = cu_query.back(), key_rows = cu_key.back();
+    double products = 0;
+    for (size_t s = 0; s < size_t(batch); ++s)
+        products += double(cu_query[s + 1] - cu_query[s]) * double(cu_key[s + 1] - cu_key[s]) * row / (causal ? 2 : 1);
+    const auto query = noise(rows * row), key = noise(key_rows * row), value = noise(key_rows * row), grad_out = noise(rows * row);
+    auto out = query, grad_query = query, grad_key = key, grad_value = key;
+    std::vector<float> lse(static_cast<size_t>(rows * heads));
+    const case_fast_attention call = {batch, rows, batch, key_rows, heads, dim, CASE_FAST_F32, 64, causal, cu_query.data(), cu_key.data(),
+                                      nullptr, nullptr, row, row, row, 1 / std::sqrt(double(dim)), dropout_p, 1};
+    int status = 0;
+    const double forward = least(threads, repetitions, [&] {
+        status |= case_fast_packed_attention_forward_cpu(&call, query.data(), key.data(), value.data(), out.data(), lse.data(), threads);
+    });
+    const double backward = least(threads, repetitions, [&] {
+        status |= case_fast_packed_attention_backward_cpu(&call, query.data(), key.data(), value.data(), out.data(), lse.data(),
+                                                          grad_out.data(), grad_query.data(), row, grad_key.data(), row, grad_value.data(),
+                                                          row, threads);
+    });
+    std::printf("%-44s %d threads  forward %9.1f us %6.1f Gflop/s  backward %9.1f us %6.1f Gflop/s  status %d\n", name, threads, forward,
+                4e-3 * products / forward, backward, 10e-3 * products / backward, status);
+}
+
+// Three sources with about `keys` keys a sequence.
+void bench_block(const char *name, int64_t batch, int64_t queries, int64_t keys, int64_t beams, bool ragged, double dropout_p,
+                 bool training, int threads, int repetitions) {
+    constexpr int width = 300, count = 3;
+    const auto cu = offsets(batch * beams, queries, ragged && queries > 1);
+    const int64_t rows = cu.back();
+    std::vector<int64_t> key_of;
+    for (int64_t s = 0; s < batch * beams; ++s) key_of.push_back(s / beams);
+    std::vector<int64_t> cu_key[count];
+    std::vector<float> arrays[count][6], gradients[count][6];
+    std::vector<case_fast_source> sources;
+    std::vector<case_fast_source_gradients> into;
+    double products = 0;
+    for (int i = 0; i < count; ++i) {
+        cu_key[i] = offsets(batch, keys, ragged);
+        const int64_t key_rows = cu_key[i].back();
+        products += double(rows) * row * width * 2;
+        for (int64_t s = 0; s < batch * beams; ++s)
+            products += 2.0 * row * double(cu[size_t(s) + 1] - cu[size_t(s)]) * double(cu_key[i][size_t(s / beams) + 1] - cu_key[i][size_t(s / beams)]);
+        const int64_t sizes[] = {key_rows * row, key_rows * row, width, width, row * width, width * row};
+        for (int j = 0; j < 6; ++j) {
+            arrays[i][j] = noise(sizes[j], j < 4 ? 1.0f : 0.1f);
+            gradients[i][j].resize(size_t(sizes[j]));
+        }
+        const auto &a = arrays[i];
+        sources.push_back({batch, key_rows, row, row, cu_key[i].data(), key_of.data(), nullptr, a[0].data(), a[1].data(), a[2].data(),
+                           a[3].data(), a[4].data(), a[5].data(), uint64_t(i), uint64_t(i) + 10});
+        auto &g = gradients[i];
+        into.push_back({g[0].data(), g[1].data(), g[2].data(), g[3].data(), g[4].data(), g[5].data()});
+    }
+    const case_fast_cross_attention call = {batch * beams, rows, count, width, heads, dim, CASE_FAST_F32, 64, cu.data(), 1e-5, dropout_p, dropout_p};
+    const auto hidden = noise(rows * width), grad_out = noise(rows * width);
+    auto out = hidden, grad_hidden = hidden;
+    std::vector<float> saved(training ? size_t(case_fast_cross_attention_saved(&call)) : 0);
+    int status = 0;
+    const double forward = least(threads, repetitions, [&] {
+        status |= case_fast_cross_attention_forward_cpu(&call, sources.data(), hidden.data(), out.data(), training ? saved.data() : nullptr, threads);
+    });
+    std::printf("%-44s %d threads  forward %9.1f us %6.1f Gflop/s", name, threads, forward, 2e-3 * products / forward);
+    if (training) {
+        const double backward = least(threads, repetitions, [&] {
+            status |= case_fast_cross_attention_backward_cpu(&call, sources.data(), saved.data(), grad_out.data(), grad_hidden.data(),
+                                                             into.data(), threads);
+        });
+        std::printf("  backward %9.1f us %6.1f Gflop/s", backward, 4e-3 * products / backward);  // but for the recomputed scores
+    }
+    std::printf("  status %d\n", status);
+}
+
+}  // namespace
+
+int main(int count, char **arguments) {
+    const int threads = count > 1 ? std::atoi(arguments[1]) : 2, repetitions = count > 2 ? std::atoi(arguments[2]) : 100;
+    bench_block("decode: 16 rows, 3 x 100 keys", 16, 1, 100, 1, false, 0, false, threads, 10 * repetitions);
+    bench_block("decode: 16 rows, 3 x 1 .. 199 keys", 16, 1, 100, 1, true, 0, false, threads, 10 * repetitions);
+    bench_block("decode: 1 row, 3 x 100 keys", 1, 1, 100, 1, false, 0, false, threads, 10 * repetitions);
+    bench_block("decode: 128 rows, 3 x 100 keys", 128, 1, 100, 1, false, 0, false, threads, repetitions);
+    bench_block("decode: 16 x 5 beams, 3 x 100 keys", 16, 1, 100, 5, false, 0, false, threads, repetitions);
+    bench_block("train: 16 x 30 rows, 3 x 100 keys", 16, 30, 100, 1, false, 0, true, threads, repetitions);
+    bench_block("train: 16 x 1 .. 59 rows, 3 x 1 .. 199 keys", 16, 30, 100, 1, true, 0, true, threads, repetitions);
+    bench_block("train, dropout 0.1", 16, 30, 100, 1, true, 0.1, true, threads, repetitions);
+    bench_packed("decode: 16 x 1, 100 keys", 16, 1, 100, false, false, 0, threads, 10 * repetitions);
+    bench_packed("train: 16 x 30, 100 keys", 16, 30, 100, false, false, 0, threads, repetitions);
+    bench_packed("train: 16 x 1 .. 59, 1 .. 199 keys", 16, 30, 100, true, false, 0, threads, repetitions);
+    bench_packed("self: 16 x 50", 16, 50, 50, false, false, 0, threads, repetitions);
+    bench_packed("self: 16 x 250", 16, 250, 250, false, false, 0, threads, std::max(1, repetitions / 4));
+    bench_packed("self, dropout 0.1: 16 x 250", 16, 250, 250, false, false, 0.1, threads, std::max(1, repetitions / 4));
+    bench_packed("causal: 16 x 30", 16, 30, 30, false, true, 0, threads, repetitions);
+    bench_packed("causal: 8 x 512", 8, 512, 512, false, true, 0, threads, std::max(1, repetitions / 10));
+    bench_packed("one sequence: 4096 rows, 512 keys", 1, 4096, 512, false, false, 0, threads, std::max(1, repetitions / 20));
+}
