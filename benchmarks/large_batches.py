@@ -3,7 +3,8 @@
 The alignment losses of CASE (Eq. 9-12) take the other pairs of the batch as negatives. This trains one model a batch size from
 the same start and at the same learning rate, and follows over steps: the coarse loss on held-out dialogues, always among the same
 number of candidates and less its value at chance; how often a held-out cognition ranks its own affection first; the share of
-saturated scores; emotion accuracy. Writes large_batches.json, .md and .png.
+saturated scores; emotion accuracy. Writes large_batches.json, .md and .png; models that the JSON holds with the same settings are
+not trained again.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def held_out(model: CASE, batches: list[Any]) -> dict[str, float]:
         better, equal = (score > own[:, None]).sum(1), (score == own[:, None]).sum(1)
         found["coarse_above_chance"].append(float(out.losses["coarse"]) - 2 * math.log(len(own)))
         found["own_first"].append(float(((better == 0) / equal).mean()))
-        found["saturated"].append(float(out.diagnostics["coarse_saturated"]))
+        if "coarse_saturated" in out.diagnostics:  # a dot product has no sigmoid to saturate
+            found["saturated"].append(float(out.diagnostics["coarse_saturated"]))
         found["emotion_accuracy"].append(float((out.emotion_logits.argmax(1) == batch.emotion).float().mean()))
     model.train()
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def train(store: Store, config: CASEConfig, size: int, steps: int, rate: float, every: int, batches: list[Any], device: str,
@@ -114,7 +116,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         for record in (run["records"][0], run["records"][len(run["records"]) // 2], run["records"][-1]):
             lines.append(f"| {run['score']} | {run['batch']} | {record['step']} | {record['examples']:,} "
-                         f"| {record['coarse_above_chance']:+.4f} | {record['own_first']:.4f} | {record['saturated']:.2f} "
+                         f"| {record['coarse_above_chance']:+.4f} | {record['own_first']:.4f} | {record.get('saturated', math.nan):.2f} "
                          f"| {record['emotion_accuracy']:.3f} | {run['seconds'] / run['steps']:.2f} |")  # fmt: skip
     return "\n".join(lines)
 
@@ -137,11 +139,18 @@ def main() -> None:
     console, store = Console(), open_store(given.store)
     picked = torch.randperm(store.size("valid"), generator=torch.Generator().manual_seed(given.seed))
     batches = [store.batch("valid", part.tolist()).to(given.device) for part in picked.split(CANDIDATES)[: given.valid]]
-    runs = []
     given.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(given).items() if name not in ("out", "store")}
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "store", "scores", "batches")}
+    settings["largest_batch"] = max(given.batches)
+    earlier = given.out / "large_batches.json"
+    before = json.loads(earlier.read_text()) if earlier.exists() else {}
+    done = {(run["score"], run["batch"]): run for run in before.get("runs", ()) if before["settings"] == settings}
+    runs = []
     for score in given.scores:
         for size in sorted(given.batches):
+            if (score, size) in done:
+                runs.append(done[score, size])
+                continue
             config = CASEConfig(len(store.featurizer.vocabulary), d_model=given.width, ffn=given.width, mim_score=score,
                                 seed=given.seed)  # fmt: skip
             steps = min(given.most_steps, given.steps * max(given.batches) // size)
