@@ -12,6 +12,8 @@ are averaged; the posterior is detached in Eq. 7 by the caller.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,16 +118,21 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     return segment_sum(weight.unsqueeze(-1) * take(value, neighbour), row, vertices)
 
 
-def dropout_keep(edges: int, heads: int, dropout_p: float, seed: int, device: torch.device) -> Tensor:
-    """(E, H) bool: the attention weights that dropout keeps; a function of (seed, edge, head) alone, on every backend.
+def dropout_keep(edges: int | Tensor, heads: int, dropout_p: float, seed: int, device: torch.device | None = None) -> Tensor:
+    """(..., H) bool: the attention weights that dropout keeps; a function of (seed, edge, head) alone, on every backend.
 
     keep(e, h): word 0 of Philox(counter = (e low, e high, h, 0), key = seed) >= floor(p 2^32).
+
+    Args:
+        edges: the numbers e (...) of the weights, or how many there are from 0.
+        device: of the answer; that of ``edges`` where they are a tensor.
     """
-    edge = torch.arange(edges, device=device).repeat_interleave(heads)
-    head = torch.arange(heads, device=device).repeat(edges)
+    number = torch.arange(edges, device=device) if isinstance(edges, int) else edges
+    edge = number.reshape(-1).repeat_interleave(heads)
+    head = torch.arange(heads, device=edge.device).repeat(number.numel())
     counter = torch.stack([edge & 0xFFFFFFFF, edge >> 32, head, torch.zeros_like(head)], dim=1)
     word = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[:, 0]
-    return (word >= math.floor(dropout_p * 2**32)).view(edges, heads)
+    return (word >= math.floor(dropout_p * 2**32)).view(*number.shape, heads)
 
 
 def superimpose_intensity(vertices: Tensor, intensity: Tensor) -> Tensor:
@@ -385,52 +392,115 @@ def fuse_context(context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor,
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
-                     scale: float | None = None, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
-    """Multi-head attention of packed sequences: query i of sequence s attends to all keys of s (Vaswani et al., 2017).
+                     scale: float | None = None, dropout_p: float = 0.0, seed: int = 0, key_of: Tensor | None = None,
+                     key_length: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Multi-head attention of packed sequences: each query of sequence s attends to the keys of s (Vaswani et al., 2017).
 
     Plain torch: sequences are padded to the next power of two of their own length, never to their batch mates', so a
-    sequence's result does not depend on the batch it is in. A sequence without keys gives zeros.
+    sequence's result does not depend on the batch it is in. A query that sees no key gives zeros.
 
     Args:
-        query: (Tq, H, D); key, value: (Tk, H, D); cu_query, cu_key: (s + 1,).
-        causal: query j attends to keys 0 .. j of its sequence.
+        query: (Tq, H, D); key, value: (Tk, H, D); cu_query (s + 1,), cu_key: where each sequence starts.
+        causal: the last query sees all keys, the one before it all but the last, and so on.
+        scale: default D ** -0.5.
+        dropout_p, seed: dropout on the attention weights, by counter (`dropout_keep`): the weight of query row i and the
+            j-th key of its sequence has the number e = i * (the longest key sequence by cu_key) + j.
+        key_of: (s,) the sequence of keys that each sequence of queries attends to; default: its own.
+        key_length: how many rows of each sequence of keys are keys, from its first; the others are never read. Default: all.
 
     Returns:
         (Tq, H, D).
     """
-    start_q, start_k = cu_query[:-1].tolist(), cu_key[:-1].tolist()
+    start_k, size_k = cu_key[:-1].long(), cu_key.long().diff()
+    longest = int(size_k.max()) if dropout_p > 0 and size_k.numel() else 0
+    if key_length is not None:
+        size_k = key_length.long()
+    if key_of is not None:
+        start_k, size_k = start_k[key_of.long()], size_k[key_of.long()]
+    start_q, size_q = cu_query[:-1].long(), cu_query.long().diff()
     buckets: dict[tuple[int, int], list[int]] = {}
-    for s, (q0, q1, k0, k1) in enumerate(zip(start_q, cu_query[1:].tolist(), start_k, cu_key[1:].tolist(), strict=True)):
-        if q1 > q0:
-            buckets.setdefault(((q1 - q0 - 1).bit_length(), (k1 - k0 - 1).bit_length() if k1 > k0 else -1), []).append(s)
+    for s, (n, m) in enumerate(zip(size_q.tolist(), size_k.tolist(), strict=True)):
+        if n:
+            buckets.setdefault(((n - 1).bit_length(), (m - 1).bit_length() if m else -1), []).append(s)
     parts, rows = [query[:0]], [torch.zeros(0, dtype=torch.int64, device=query.device)]
-    for (size_q, size_k), members in buckets.items():
+    for (log_q, log_k), members in buckets.items():
         chosen = torch.tensor(members, device=query.device)
-        q_index, q_real = _padded(cu_query, chosen, 1 << size_q)
+        q_index, q_real = _padded(start_q[chosen], size_q[chosen], 1 << log_q)
         rows.append(q_index[q_real])
-        if size_k < 0:
+        if log_k < 0:
             parts.append(torch.zeros_like(query[q_index[q_real]]))
             continue
-        k_index, k_real = _padded(cu_key, chosen, 1 << size_k)
-        mask = k_real[:, None, None, :]
+        k_index, k_real = _padded(start_k[chosen], size_k[chosen], 1 << log_k)
+        seen = k_real[:, None, None, :]  # (n, 1, queries, keys)
         if causal:
-            mask = mask & torch.ones(1 << size_q, 1 << size_k, dtype=torch.bool, device=query.device).tril()
-        attended = F.scaled_dot_product_attention(
-            take(query, q_index).transpose(1, 2), take(key, k_index).transpose(1, 2), take(value, k_index).transpose(1, 2),
-            attn_mask=mask, dropout_p=dropout_p, scale=scale,
-        )  # fmt: skip
+            place_q, place_k = torch.arange(1 << log_q, device=query.device), torch.arange(1 << log_k, device=query.device)
+            later = (size_k - size_q)[chosen, None, None] + place_q[:, None] - place_k
+            seen = seen & (later >= 0).unsqueeze(1)
+        some = seen.any(-1, keepdim=True)  # where none is seen, any finite weights will do: they are replaced by zeros
+        keep = None
+        if dropout_p > 0:
+            number = q_index[:, :, None] * longest + torch.arange(1 << log_k, device=query.device)
+            keep = dropout_keep(number, query.shape[1], dropout_p, seed).permute(0, 3, 1, 2)
+        attended = _padded_attention(take(query, q_index).transpose(1, 2), take(key, k_index).transpose(1, 2),
+                                     take(value, k_index).transpose(1, 2), seen | ~some, scale, keep, dropout_p)  # fmt: skip
+        attended = torch.where(some, attended, 0)
         parts.append(take(attended.transpose(1, 2).flatten(0, 1), q_real.flatten().nonzero().squeeze(1)))
     out = take(torch.cat(parts), torch.argsort(torch.cat(rows)))
-    # without any key, key and value would drop out of the graph; they stay in it, with zero gradient
-    return out if key.shape[0] else out + (key.sum() + value.sum())
+    # where no one has a key, key and value would drop out of the graph; they stay in it, with zero gradient
+    return out if any(log_k >= 0 for _, log_k in buckets) else out + (key[:0].sum() + value[:0].sum())
 
 
-def _padded(cu: Tensor, chosen: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Row numbers (n, width) of the chosen sequences, and which of them are real; the others repeat the first row."""
-    start, length = cu[chosen].long(), (cu[chosen + 1] - cu[chosen]).long()
-    place = torch.arange(width, device=cu.device)
-    real = place < length.unsqueeze(1)
+def _padded(start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Row numbers (n, width) of sequences (n,), and which of them are real; the others repeat the first row."""
+    place = torch.arange(width, device=start.device)
+    real = place < size.unsqueeze(1)
     return start.unsqueeze(1) + place * real, real
+
+
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, keep: Tensor | None,
+                      dropout_p: float) -> Tensor:  # fmt: skip
+    """(n, H, queries, D); ``mask`` (n, 1, 1 or queries, keys) holds what is seen, ``keep`` what dropout leaves."""
+    if keep is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    score = full_precision(query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    weight = score.masked_fill(~mask, -math.inf).softmax(-1).to(value.dtype)
+    return (weight * keep / (1 - dropout_p)) @ value
+
+
+def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], eps: float = 1e-5, dropout_p: float = 0.0,
+                    output_dropout_p: float = 0.0, seed: int = 0) -> Tensor:  # fmt: skip
+    """The decoder's attention to its sources in turn, pre-LN, without biases: for each source
+
+    hidden <- hidden + dropout( attention( layer_norm(hidden) W_query^T, key, value ) W_output^T )
+
+    Args:
+        hidden: (T, d) packed states of the sequences cu_hidden (B + 1,).
+        sources: objects with the fields of `case_fast.ops.Source`, keys and values projected already.
+        eps: of the layer norms.
+        dropout_p: on the attention weights, as `packed_attention`; output_dropout_p: on what is added to hidden, element
+            (row, column) numbered e = row * d + column, as of head 0. Both with a seed of their own (`source_seed`).
+
+    Returns:
+        (T, d). A sequence without keys in a source gets 0 from it.
+    """
+    rows, width = hidden.shape
+    for place, source in enumerate(sources):
+        normed = F.layer_norm(hidden, (width,), source.norm_weight, source.norm_bias, eps)
+        query = F.linear(normed, source.query_weight).unflatten(-1, source.key.shape[1:])
+        attended = packed_attention(query, source.key, source.value, cu_hidden, source.cu_keys, dropout_p=dropout_p,
+                                    seed=source_seed(seed, place, 0), key_of=source.key_of)  # fmt: skip
+        added = F.linear(attended.flatten(-2), source.output_weight)
+        if output_dropout_p > 0:
+            keep = dropout_keep(rows * width, 1, output_dropout_p, source_seed(seed, place, 1), hidden.device)
+            added = added * keep.view(rows, width) / (1 - output_dropout_p)
+        hidden = hidden + added
+    return hidden
+
+
+def source_seed(seed: int, place: int, part: int) -> int:
+    """The seed of dropout on the attention weights (part 0) or on the output (part 1) of the source at ``place``: apart in
+    the highest of 63 bits, so that a caller who counts seeds up meets none of them again."""
+    return seed ^ (2 * place + part) << 47
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

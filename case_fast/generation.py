@@ -20,7 +20,7 @@ from case_fast.data.store import Store
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.models.case import CASE, Reading
-from case_fast.models.layers import Source
+from case_fast.models.layers import Memory
 from case_fast.models.mode import evaluating
 
 _HEAD = 1024  # words within which top-p nearly always ends
@@ -299,10 +299,10 @@ def generate_uncached(model: CASE, batch: Batch, config: GenerationConfig) -> li
     with evaluating(model):
         reading = model.read(batch)
         for dialogue in range(batch.size):
-            sources = [source.rows[source.cu[dialogue] : source.cu[dialogue + 1]] for source in reading.sources]
+            memories = [memory.rows[memory.cu[dialogue] : memory.cu[dialogue + 1]] for memory in reading.memories]
             open_, ended = [((), 0.0)], []
             for step in range(config.max_words):
-                logits = _next_logits(model, sources, [words for words, _ in open_])
+                logits = _next_logits(model, memories, [words for words, _ in open_])
                 score = torch.log_softmax(_forbid(logits, config, step), dim=1)
                 score = score + torch.tensor([s for _, s in open_], device=score.device, dtype=score.dtype).unsqueeze(1)
                 value, place = score.flatten().sort(descending=True, stable=True)
@@ -318,10 +318,10 @@ def generate_uncached(model: CASE, batch: Batch, config: GenerationConfig) -> li
     return replies
 
 
-def _next_logits(model: CASE, sources: list[Tensor], hypotheses: list[tuple[int, ...]]) -> Tensor:
+def _next_logits(model: CASE, memories: list[Tensor], hypotheses: list[tuple[int, ...]]) -> Tensor:
     """(n, V) scores of the word after each hypothesis, all of one length, by the decoder over the whole of them."""
-    count, device = len(hypotheses), sources[0].device
+    count, device = len(hypotheses), memories[0].device
     words = torch.tensor([[BOS, *hypothesis] for hypothesis in hypotheses], device=device)
     cu = torch.arange(count + 1, device=device) * words.shape[1]
-    copies = [Source(rows.repeat(count, 1), torch.arange(count + 1, device=device) * rows.shape[0]) for rows in sources]
-    return model.reply_logits(words.flatten(), cu, copies)[cu[1:] - 1]
+    copies = [Memory(rows.repeat(count, 1), torch.arange(count + 1, device=device) * rows.shape[0]) for rows in memories]
+    return model.reply_logits(words.flatten(), cu, copies, last_only=True)

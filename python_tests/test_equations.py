@@ -1,6 +1,6 @@
 """Every equation against loops written from the paper and against hand calculation; gradients; the edges.
 
-MIM, Eq. 9-12 and 20, is in test_equations_mim.py.
+MIM, Eq. 9-12 and 20, is in test_equations_mim.py; attention of packed sequences in test_equations_attention.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,51 +352,6 @@ def test_sums_of_losses():
     same(alignment, 1 + 2 + 4 + 0.2 * 8)
     same(eq.total_loss(alignment, emotion, generation, diversity, (1.0, 1.0, 1.0, 1.5)), 8.6 + 16 + 32 + 96)
     same(eq.total_loss(alignment, emotion, generation, diversity, (0.5, 2.0, 3.0, 0.0)), 4.3 + 32 + 96)
-
-
-# ---- packed attention
-
-SEQUENCES = [  # lengths of queries, lengths of keys
-    ([1], [1]), ([3], [5]), ([2, 1, 7], [2, 1, 7]), ([4, 2], [0, 3]), ([3, 1], [0, 0]), ([0, 2], [3, 1]), ([0], [0]),
-    ([1, 2, 3, 4, 5, 8, 9], [9, 8, 5, 4, 3, 2, 1]), ([13, 17], [17, 13]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rows, keys", SEQUENCES)
-def test_packed_attention(rows: list[int], keys: list[int], causal: bool):
-    heads, d = 2, 3
-    q, k, v = normal(sum(rows), heads, d), normal(sum(keys), heads, d, seed=1), normal(sum(keys), heads, d, seed=2)
-    cu_q, cu_k = offsets(rows), offsets(keys)
-    for scale in (None, 1.3):
-        expected = torch.zeros_like(q)
-        for s, (n, m) in enumerate(zip(rows, keys, strict=True)):
-            for i in range(n):
-                seen = [int(cu_k[s]) + j for j in range(min(m, i + 1) if causal else m)]
-                for h in range(heads if seen else 0):
-                    row = q[cu_q[s] + i, h]
-                    p = softmax([(d**-0.5 if scale is None else scale) * dot(row, k[j, h]) for j in seen])
-                    expected[cu_q[s] + i, h] = sum(w * v[j, h] for w, j in zip(p, seen, strict=True))
-        same(eq.packed_attention(q, k, v, cu_q, cu_k, causal, scale), expected)
-    gradcheck(lambda *a: eq.packed_attention(*a, cu_q, cu_k, causal), q, k, v)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_packed_attention_does_not_depend_on_the_batch(dtype: torch.dtype):
-    rng = random.Random(0)
-    rows, keys = [rng.randint(1, 40) for _ in range(24)], [rng.randint(0, 40) for _ in range(24)]
-    q, k, v = (
-        t.to(dtype) for t in (normal(sum(rows), 2, 5), normal(sum(keys), 2, 5, seed=1), normal(sum(keys), 2, 5, seed=2))
-    )
-    together = eq.packed_attention(q, k, v, offsets(rows), offsets(keys)).split(rows)
-    for s, (a, b, c) in enumerate(zip(q.split(rows), k.split(keys), v.split(keys), strict=True)):
-        alone = eq.packed_attention(a, b, c, offsets([rows[s]]), offsets([keys[s]]))
-        same(alone, together[s], 1e-6 if dtype == torch.float32 else 1e-14)
-    spoiled = k.clone()
-    spoiled[offsets(keys)[3]] = math.nan  # a sequence's NaN is its own
-    dirty = eq.packed_attention(q, spoiled, v, offsets(rows), offsets(keys)).split(rows)
-    assert keys[3] and dirty[3].isnan().all()
-    assert all(a.equal(b) for s, (a, b) in enumerate(zip(dirty, together, strict=True)) if s != 3)
 
 
 # ---- dtypes

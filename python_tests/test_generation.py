@@ -173,11 +173,11 @@ def log_probabilities(model, batch, place, reply) -> torch.Tensor:
     said = [*reply.words, *([EOS] if reply.ended_by == "eos" else [])]
     with torch.no_grad():
         reading = model.read(batch)
-        sources = [
-            generation.Source(s.rows[s.cu[place] : s.cu[place + 1]], torch.tensor([0, s.cu[place + 1] - s.cu[place]]))
-            for s in reading.sources
+        memories = [
+            generation.Memory(s.rows[s.cu[place] : s.cu[place + 1]], torch.tensor([0, s.cu[place + 1] - s.cu[place]]))
+            for s in reading.memories
         ]
-        logits = model.reply_logits(torch.tensor([BOS, *said[:-1]]), torch.tensor([0, len(said)]), sources)
+        logits = model.reply_logits(torch.tensor([BOS, *said[:-1]]), torch.tensor([0, len(said)]), memories)
     logits[:, [w for w in range(len(SPECIALS)) if w != EOS]] = -math.inf
     return logits.log_softmax(1)[torch.arange(len(said)), said]
 

@@ -21,7 +21,7 @@ from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError
 from case_fast.models.config import CASEConfig
-from case_fast.models.layers import Decoder, DecoderState, Encoder, GraphEncoder, Source
+from case_fast.models.layers import Decoder, DecoderState, Encoder, GraphEncoder, Memory
 
 # The fields of a batch whose words each part of the model reads.
 _CONTEXT_FIELDS = ("text", "concept_word", "context", "context_role", "reaction")
@@ -71,7 +71,7 @@ class Reading:
         knowledge (K, d): cs_i of K_CS; concept (V_ec, d): ec_i; context (T, d): S_X; reaction (R, d): er_i.
         log_prior_cognition (K,), log_prior_concept (V_ec,): Eq. 4.
         r_cog, r_emo, r_aff (B, d), gate (B,), emotion_logits (B, emotions): Eq. 3, 14-16.
-        sources: what the decoder attends to, in order: K_CS, K_EC, S'_X.
+        memories: what the decoder attends to, in order: K_CS, K_EC, S'_X.
     """
 
     knowledge: Tensor
@@ -85,7 +85,7 @@ class Reading:
     r_aff: Tensor
     gate: Tensor
     emotion_logits: Tensor
-    sources: list[Source]
+    memories: list[Memory]
 
 
 class CASE(
@@ -297,9 +297,9 @@ class CASE(
         like = context.dtype
         fused = eq.fuse_context(context, r_cog.to(like), r_aff.to(like), place, self.fusion.weight, self.fusion.bias)
         offsets = (batch.cu_knowledge, batch.concept.cu_vertices, batch.cu_context)
-        sources = [Source(rows, cu) for rows, cu in zip((knowledge, concept, fused), offsets, strict=True)]
+        memories = [Memory(rows, cu) for rows, cu in zip((knowledge, concept, fused), offsets, strict=True)]
         return Reading(knowledge, concept, context, reaction, log_cognition, log_concept, r_cog, r_emo, r_aff, gate,
-                       emotion_logits, sources)  # fmt: skip
+                       emotion_logits, memories)  # fmt: skip
 
     # ---- the objective
 
@@ -364,7 +364,7 @@ class CASE(
         coarse = self._coarse(batch, reading, diagnostics) if self.config.coarse_alignment else zero
         fine = self._fine(batch, reading, diagnostics) if self.config.fine_alignment else zero
 
-        hidden = self.decoder(self._place_packed(words["decoder_input"], batch.cu_target), batch.cu_target, reading.sources)
+        hidden = self.decoder(self._place_packed(words["decoder_input"], batch.cu_target), batch.cu_target, reading.memories)
         nll, prediction, logits = eq.linear_cross_entropy(hidden, self.output.weight, self.output.bias, batch.target)
         losses = {
             "bow": bow, "kl": kl, "coarse": coarse, "fine": fine,
@@ -383,12 +383,16 @@ class CASE(
     # ---- decoding, one word at a time (case_fast.generation drives it)
 
     def start_decoding(self, reading: Reading, beams: int = 1) -> DecoderState:
-        return self.decoder.start(reading.sources, beams)
+        return self.decoder.start(reading.memories, beams)
 
-    def reply_logits(self, words: Tensor, cu: Tensor, sources: Sequence[Source]) -> Tensor:
-        """(M, V) scores of the word after each of packed decoder inputs (M,), cu (B + 1,): the decoder without a cache."""
+    def reply_logits(self, words: Tensor, cu: Tensor, memories: Sequence[Memory], last_only: bool = False) -> Tensor:
+        """(M, V) scores of the word after each of packed decoder inputs (M,), cu (B + 1,): the decoder without a cache.
+
+        ``last_only``: (B, V), after the last of each sequence alone.
+        """
         x = self._place_packed(self.embedding(words) * self.config.d_model**0.5, cu)
-        return eq.full_precision(self.output(self.decoder(x, cu, sources)))
+        hidden = self.decoder(x, cu, memories)
+        return eq.full_precision(self.output(eq.take(hidden, cu[1:] - 1) if last_only else hidden))
 
     def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
         """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""

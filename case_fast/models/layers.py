@@ -1,20 +1,18 @@
 """Layers that the models share: packed Transformer encoders, graph encoders, and a decoder with several sources.
 
-All of them take rows of sequences that lie end to end, with offsets; none of them knows padding, but for the decoder's
-one-token step, whose sources are padded once when decoding starts.
+All of them take rows of sequences that lie end to end, with offsets; none of them knows padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from case_fast.equations import packed_attention, superimpose_intensity, take
-from case_fast.ops import graph_attention
+from case_fast.equations import superimpose_intensity, take
+from case_fast.ops import Source, cross_attention, graph_attention, packed_attention
 
 
 def first_rows(cu: Tensor) -> Tensor:
@@ -43,7 +41,8 @@ class Attention(nn.Module):
         """rows (Tq, d) attend to memory (Tk, d) of the same sequence; returns (Tq, d)."""
         q, k, v = self.split(self.query(rows)), self.split(self.key(memory)), self.split(self.value(memory))
         p = self.dropout if self.training else 0.0
-        return self.output(packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=p).flatten(-2))
+        attended = packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=p, seed=draw_seed() if p else 0)
+        return self.output(attended.flatten(-2))
 
 
 class FeedForward(nn.Sequential):
@@ -137,34 +136,72 @@ class GraphEncoder(nn.Module):
 
 
 @dataclass
-class Source:
+class Memory:
     """What a decoder attends to: rows (T, d) of all dialogues end to end, and their offsets cu (B + 1,)."""
 
     rows: Tensor
     cu: Tensor
 
 
-@dataclass
 class DecoderState:
     """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each.
 
-    ``past[layer]`` holds keys and values (B * beams, H, t, D) of the words so far; ``memory[layer][source]`` keys, values
-    (B, H, L, D) and a mask (B, 1, 1, L), projected once and shared by all beams of a dialogue.
+    ``sources[layer]`` are projected once, when decoding starts; all beams of a dialogue read the same keys, and a dialogue that
+    leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words so far:
+    each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
     """
 
-    beams: int
-    memory: list[list[tuple[Tensor, Tensor, Tensor]]]
-    past: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    def __init__(self, sources: list[list[Source]], dialogues: int, beams: int, device: torch.device):
+        self.sources, self.beams = sources, beams
+        self.dialogues = torch.arange(dialogues, device=device)  # those that go on, by their number in the sources
+        self.size = dialogues * beams
+        self.slots = torch.arange(self.size, device=device)
+        self.past: Tensor | None = None
+        self.length = 0
 
     def reorder(self, origin: Tensor) -> None:
         """Keep the hypotheses ``origin`` (B * beams,), in that order."""
-        self.past = [pair and (pair[0][origin], pair[1][origin]) for pair in self.past]
+        parents = self.slots[origin].tolist()
+        free = sorted(set(range(self.size)) - set(parents), reverse=True)
+        slots: dict[int, None] = {}  # an ordered set
+        copies = []
+        for parent in parents:
+            slot = parent
+            if parent in slots:
+                slot = free.pop()
+                copies.append((parent, slot))
+            slots[slot] = None
+        if copies and self.past is not None:
+            old, new = torch.tensor(copies, device=origin.device).T
+            self.past[:, :, new, : self.length] = self.past[:, :, old, : self.length]
+        self.slots = torch.tensor(list(slots), dtype=torch.int64, device=origin.device)
 
     def keep(self, dialogues: Tensor) -> None:
         """Go on with these dialogues (n,) only."""
-        rows = (dialogues[:, None] * self.beams + torch.arange(self.beams, device=dialogues.device)).flatten()
-        self.reorder(rows)
-        self.memory = [[tuple(t[dialogues] for t in source) for source in layer] for layer in self.memory]  # type: ignore[misc]
+        self.reorder((dialogues[:, None] * self.beams + torch.arange(self.beams, device=dialogues.device)).flatten())
+        self.dialogues = self.dialogues[dialogues]
+        self.sources = [[replace(source, key_of=self.dialogues) for source in layer] for layer in self.sources]
+
+    def lengthen(self, like: Tensor) -> None:
+        """Make room for one more word, whose keys are like ``like`` (hypotheses, H, D), and find where everything lies."""
+        if self.past is None or self.length == self.past.shape[3]:
+            longer = like.new_empty(len(self.sources), 2, self.size, max(32, 2 * self.length), *like.shape[1:])
+            if self.past is not None:
+                longer[:, :, :, : self.length] = self.past
+            self.past = longer
+        capacity = self.past.shape[3]
+        first = torch.arange(self.size + 1, device=like.device) * capacity
+        self.newest = first[self.slots] + self.length  # (hypotheses,) row of the word in past
+        self.length += 1
+        self.cu_past, self.past_length = first, torch.full((self.size,), self.length, device=like.device)
+        self.cu_words = torch.arange(len(self.slots) + 1, device=like.device)
+        self.cu_beams = torch.arange(len(self.dialogues) + 1, device=like.device) * self.beams  # beams: rows of one sequence
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values (hypotheses, H, D) of the newest words into the cache; returns all of this layer's, packed."""
+        assert self.past is not None
+        keys, values = (past.flatten(0, 1) for past in self.past[layer])
+        return keys.index_copy_(0, self.newest, key), values.index_copy_(0, self.newest, value)
 
 
 class DecoderLayer(nn.Module):
@@ -178,43 +215,35 @@ class DecoderLayer(nn.Module):
         self.ffn_norm, self.ffn = nn.LayerNorm(d_model), FeedForward(d_model, ffn)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, sources: Sequence[Source]) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory]) -> Tensor:
+        """x (M, d) -> (M, d)."""
         normed = self.self_norm(x)
         x = x + self.dropout(self.self_attention(normed, normed, cu, cu, causal=True))
-        for norm, attention, source in zip(self.cross_norm, self.cross_attention, sources, strict=True):
-            x = x + self.dropout(attention(norm(x), source.rows, cu, source.cu))
+        p = self.dropout.p if self.training else 0.0
+        x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=draw_seed() if p else 0)
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def memory(self, sources: Sequence[Source]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and masks of the sources, padded (see `DecoderState`)."""
-        found = []
-        for attention, source in zip(self.cross_attention, sources, strict=True):
-            lengths = (source.cu[1:] - source.cu[:-1]).tolist()
-            keys, values = (
-                torch.nn.utils.rnn.pad_sequence(attention.split(project(source.rows)).split(lengths), batch_first=True)
-                for project in (attention.key, attention.value)
-            )
-            real = torch.arange(keys.shape[1], device=keys.device) < torch.tensor(lengths, device=keys.device)[:, None]
-            found.append((keys.transpose(1, 2), values.transpose(1, 2), real[:, None, None, :]))
-        return found
+    def sources(self, memories: Sequence[Memory]) -> list[Source]:
+        """Keys and values of the memories, and the weights that attend to them."""
+        return [
+            Source(attention.split(attention.key(memory.rows)), attention.split(attention.value(memory.rows)), memory.cu,
+                   norm.weight, norm.bias, attention.query.weight, attention.output.weight)
+            for norm, attention, memory in zip(self.cross_norm, self.cross_attention, memories, strict=True)
+        ]  # fmt: skip
 
-    def step(self, x: Tensor, past: tuple[Tensor, Tensor] | None, memory: list[tuple[Tensor, Tensor, Tensor]], beams: int
-             ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-        """One word for each hypothesis: x (B * beams, d) -> (B * beams, d) and the longer cache."""
+    def step(self, x: Tensor, layer: int, state: DecoderState) -> Tensor:
+        """One word for each hypothesis: x (B * beams, d) -> (B * beams, d). The first layer makes room for it."""
         attention = self.self_attention
         normed = self.self_norm(x)
-        q, k, v = (attention.split(p(normed)).unsqueeze(2) for p in (attention.query, attention.key, attention.value))
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        x = x + attention.output(F.scaled_dot_product_attention(q, k, v).flatten(1))
-        for norm, cross, (keys, values, mask) in zip(self.cross_norm, self.cross_attention, memory, strict=True):
-            if keys.shape[2] == 0:
-                continue  # no dialogue has this source
-            q = cross.split(cross.query(norm(x))).unflatten(0, (-1, beams)).transpose(1, 2)  # beams as rows of one query
-            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-            attended = torch.where(mask.any(-1, keepdim=True), attended, torch.zeros_like(attended))
-            x = x + cross.output(attended.transpose(1, 2).flatten(0, 1).flatten(1))
-        return x + self.ffn(self.ffn_norm(x)), (k, v)
+        query, key, value = (attention.split(part(normed)) for part in (attention.query, attention.key, attention.value))
+        if layer == 0:
+            state.lengthen(key)
+        keys, values = state.append(layer, key, value)
+        attended = packed_attention(query, keys, values, state.cu_words, state.cu_past, key_of=state.slots,
+                                    key_length=state.past_length)  # fmt: skip
+        x = x + attention.output(attended.flatten(1))
+        x = cross_attention(x, state.cu_beams, state.sources[layer])
+        return x + self.ffn(self.ffn_norm(x))
 
 
 class Decoder(nn.Module):
@@ -225,17 +254,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(d_model, heads, ffn, dropout, sources) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, sources: Sequence[Source]) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory]) -> Tensor:
         """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d)."""
         for layer in self.layers:
-            x = layer(x, cu, sources)
+            x = layer(x, cu, memories)
         return self.norm(x)
 
-    def start(self, sources: Sequence[Source], beams: int = 1) -> DecoderState:
-        return DecoderState(beams, [layer.memory(sources) for layer in self.layers], [None] * len(self.layers))
+    @torch.no_grad()
+    def start(self, memories: Sequence[Memory], beams: int = 1) -> DecoderState:
+        sources = [layer.sources(memories) for layer in self.layers]
+        return DecoderState(sources, memories[0].cu.numel() - 1, beams, memories[0].rows.device)
 
+    @torch.no_grad()
     def step(self, x: Tensor, state: DecoderState) -> Tensor:
         """x (B * beams, d), the embedded newest words; returns (B * beams, d) and lengthens the cache in ``state``."""
         for place, layer in enumerate(self.layers):
-            x, state.past[place] = layer.step(x, state.past[place], state.memory[place], state.beams)
+            x = layer.step(x, place, state)
         return self.norm(x)

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from case_fast.ops.backend import backend_name, native_report
 from case_fast.ops.bilinear_mim import bilinear_mim, mim_sides
+from case_fast.ops.cross_attention import Source, cross_attention
 from case_fast.ops.graph_attention import graph_attention
+from case_fast.ops.packed_attention import packed_attention
 
-__all__ = ["backend_name", "bilinear_mim", "graph_attention", "mim_sides", "native_report"]
+__all__ = [
+    "Source",
+    "backend_name",
+    "bilinear_mim",
+    "cross_attention",
+    "graph_attention",
+    "mim_sides",
+    "native_report",
+    "packed_attention",
+]

@@ -1,0 +1,336 @@
+"""A decoder's attention to several sources in turn, with gradients: one call a layer, for training and for decoding.
+
+The equation in plain torch is `case_fast.equations.cross_attention`: the oracle of the tests, and what runs where there is
+no kernel. The registered ops `case_fast::cross_attention_forward` and `_backward` call the kernels; autograd stands outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from case_fast import equations
+from case_fast.ops import backend, common
+from case_fast.ops.packed_attention import (
+    INDEX_BITS,
+    MAX_DIMENSION,
+    address,
+    check_dropout,
+    check_float,
+    check_key_of,
+    check_offsets,
+    check_sequences,
+    distinct,
+    like_indices,
+    plain_gradients,
+    refuse,
+    row_stride,
+    rows_apart,
+)
+
+FAMILY = "cross_attention"
+FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
+
+
+@dataclass
+class Source:
+    """What a decoder attends to, and the weights it attends by.
+
+    Attributes:
+        key, value: (Tk, H, D), projected already: once a reply, whatever its length. Any strides.
+        cu_keys: (S + 1,) int32 or int64: where each sequence of keys starts. S = B unless ``key_of`` is given.
+        norm_weight, norm_bias: (d,) of the layer norm before.
+        query_weight: (H D, d); output_weight: (d, H D).
+        key_of: (B,) in [0, S): the sequence of keys that each sequence of hidden attends to.
+    """
+
+    key: Tensor
+    value: Tensor
+    cu_keys: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query_weight: Tensor
+    output_weight: Tensor
+    key_of: Tensor | None = None
+
+    def floats(self) -> tuple[Tensor, ...]:
+        return self.key, self.value, self.norm_weight, self.norm_bias, self.query_weight, self.output_weight
+
+
+def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source], eps: float = 1e-5, dropout_p: float = 0.0,
+                    output_dropout_p: float = 0.0, seed: int = 0, validate: bool | None = None) -> Tensor:  # fmt: skip
+    """In order, for every source: hidden <- hidden + attention( layer_norm(hidden) W_query^T, key, value ) W_output^T.
+
+    Replaces, for every source, with sequences padded and a mask of what is padding,
+    ``hidden = hidden + dropout(F.linear(scaled_dot_product_attention(F.linear(F.layer_norm(hidden, (d,), norm_weight,
+    norm_bias, eps), query_weight), key, value, attn_mask=mask), output_weight))``, each split into heads. A sequence
+    without keys in a source gets 0 from it. One row a sequence is a step of decoding; beams are rows of one sequence, which
+    share its keys.
+
+    Args:
+        hidden: (T, d), float32 or float64; half precision is computed in float32 on CPU.
+        cu_hidden: (B + 1,) int32 or int64, from 0 to T: where each sequence starts.
+        sources: all of hidden's dtype and device, with any number of keys.
+        eps: of the layer norms.
+        dropout_p, output_dropout_p, seed: probabilities in [0, 1) that an attention weight, and that an element of what a
+            source adds, is dropped; the others are divided by 1 - p. By counter, the same on every backend
+            (`case_fast.equations.cross_attention`); 0 <= seed < 2^63.
+        validate: as in `packed_attention`.
+
+    Returns:
+        (T, d), in the dtype of hidden. Under autocast: in autocast's dtype on GPU, in float32 on CPU.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range; the message names it.
+        IndexError: offsets that do not rise from 0 to the number of rows, or key_of out of range. All before any kernel runs.
+        ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call.
+
+    Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
+    but on the reference backend.
+    """
+    device_type, given = hidden.device.type, hidden.dtype
+    compute, differs = common.compute_dtype(hidden)
+    if differs:
+        (hidden,) = common.cast(compute, hidden)
+        sources = [Source(*_in_order(common.cast(compute, *s.floats()), s.cu_keys), s.key_of) for s in sources]
+    _check(hidden, cu_hidden, sources)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number >= 0, not {eps!r}")
+    check_dropout(dropout_p, seed)
+    if not 0 <= output_dropout_p < 1:
+        raise ValueError(f"output_dropout_p must be in [0, 1), not {output_dropout_p!r}")
+    indices = like_indices(cu_hidden, *[x for s in sources for x in (s.cu_keys, s.key_of)])
+    cu_hidden, cu_keys, key_of = indices[0], list(indices[1::2]), list(indices[2::2])
+
+    runs = backend.choose(FAMILY, device_type, _beyond(sources, device_type))
+    compiling = torch.compiler.is_compiling()
+    if validate is None:
+        validate = device_type == "cpu" and not compiling
+    if validate and not (runs == "native" and device_type == "cpu"):
+        _check_contents(hidden, cu_hidden, [s.key for s in sources], cu_keys, key_of)
+    floats, numbers = [x for s in sources for x in s.floats()], (eps, dropout_p, output_dropout_p, seed)
+    if runs == "reference" and not compiling:
+        with torch.autocast(device_type, enabled=False):
+            out = equations.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers)
+    elif torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in floats)):
+        tensors = (hidden, cu_hidden, *floats, *cu_keys, *key_of)
+        hidden, cu_hidden, *tensors = distinct(tensors) if compiling else tensors
+        out = _CrossAttention.apply(runs, hidden, cu_hidden, *numbers, len(sources), *tensors)
+    else:
+        out = _forward_op(runs, hidden, cu_hidden, floats, cu_keys, key_of, *numbers, False)[0]
+    return out if torch.is_autocast_enabled(device_type) else out.to(given)
+
+
+# ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def _in_order(floats: Sequence[Tensor], cu_keys: Tensor) -> tuple[Tensor, ...]:
+    """The fields of a Source up to key_of."""
+    return (*floats[:2], cu_keys, *floats[2:])
+
+
+def _sources(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]) -> list[Source]:
+    each = len(FLOATS)
+    return [
+        Source(*_in_order(floats[place * each : place * each + each], cu), of)
+        for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True))
+    ]
+
+
+def _beyond(sources: Sequence[Source], device_type: str) -> str:
+    """What about these sources the kernels do not take."""
+    if len({s.key.shape[1:] for s in sources}) > 1:
+        return "sources of different heads or dimensions"
+    if device_type != "cpu" and sources and sources[0].key.shape[2] > MAX_DIMENSION:
+        return f"heads of more than {MAX_DIMENSION} dimensions"
+    return ""
+
+
+def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None:
+    """Shapes, dtypes and devices: whatever is known without reading a tensor."""
+    dtype, device = hidden.dtype, hidden.device
+    if dtype not in common.DTYPES:
+        raise TypeError(f"hidden must be float32, float64, float16 or bfloat16, not {dtype}")
+    if hidden.dim() != 2 or hidden.shape[1] == 0:
+        raise ValueError(f"hidden must be (T, d) with d above 0, not {tuple(hidden.shape)}")
+    if not sources:
+        raise ValueError("sources must hold at least one source")
+    width = hidden.shape[1]
+    for place, source in enumerate(sources):
+        if not isinstance(source, Source):
+            raise TypeError(f"sources[{place}] must be a case_fast.ops.Source, not {type(source).__name__}")
+        name = f"sources[{place}]"
+        key = source.key
+        if key.dim() != 3 or key.shape[1] == 0 or key.shape[2] == 0:
+            raise ValueError(f"{name}.key must be (Tk, H, D) with H and D above 0, not {tuple(key.shape)}")
+        inner = key.shape[1] * key.shape[2]
+        shapes = (key.shape, key.shape, (width,), (width,), (inner, width), (width, inner))
+        for field, x, shape in zip(FLOATS, source.floats(), shapes, strict=True):
+            check_float(f"{name}.{field}", x, shape, dtype, device, "hidden" if field == "key" else "hidden and key")
+        check_sequences("cu_hidden", cu_hidden, f"{name}.cu_keys", source.cu_keys, f"{name}.key_of", source.key_of, device)
+
+
+def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], cu_keys: Sequence[Tensor],
+                    key_of: Sequence[Tensor | None]) -> None:  # fmt: skip
+    """Reads all offsets and numbers, and raises IndexError at the first that is wrong."""
+    check_offsets("cu_hidden", cu_hidden, hidden.shape[0], "hidden")
+    for place, (key, cu, of) in enumerate(zip(keys, cu_keys, key_of, strict=True)):
+        check_offsets(f"sources[{place}].cu_keys", cu, key.shape[0], "key")
+        check_key_of(f"sources[{place}].key_of", of, cu.shape[0] - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ registered ops
+
+_library = torch.library.Library("case_fast", "FRAGMENT")
+# floats: for each source key, value, norm_weight, norm_bias, query_weight, output_weight, end to end.
+_INPUTS = "Tensor hidden, Tensor cu_hidden, Tensor[] floats, Tensor[] cu_keys, Tensor?[] key_of"
+_NUMBERS = "float eps, float dropout_p, float output_dropout_p, int seed"
+# out, and what backward needs of it, as the kernel lays it out; empty unless it is to be kept.
+_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}, bool keep) -> (Tensor, Tensor)")
+# Gradients of hidden and of floats.
+_library.define(f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor saved, {_NUMBERS}) -> Tensor[]")
+_forward_op = torch.ops.case_fast.cross_attention_forward.default
+_backward_op = torch.ops.case_fast.cross_attention_backward.default
+
+
+def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and saved: for each source the normalised rows (T, d), 1 / deviation (T), query and attended
+    (T, H, D), log of the softmax' divisor (T, H)."""
+    rows, width = hidden.shape
+    size = 0
+    if keep:
+        size = sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + 1)) for key in floats[:: len(FLOATS)])
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return out, torch.empty(size, dtype=hidden.dtype, device=hidden.device)
+
+
+def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialised gradients."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, *floats)]
+
+
+def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
+             key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int, keep: bool
+             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, saved = _outputs(hidden, floats, keep)
+    if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
+        _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)
+        sources = _sources(floats, cu_keys, key_of)
+        return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed), saved.zero_()
+    hidden, cu_hidden, floats, cu_keys, key_of = _laid_out(hidden, cu_hidden, floats, cu_keys, key_of)
+    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
+    status = backend.native.cross_attention_forward(
+        *call, hidden.data_ptr(), out.data_ptr(), saved.data_ptr() if keep else 0, torch.get_num_threads()
+    )
+    if status:
+        _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
+    return out, saved
+
+
+def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
+              key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float, seed: int
+              ) -> list[Tensor]:  # fmt: skip
+    if runs == "reference":
+        def plain(hidden: Tensor, *floats: Tensor) -> Tensor:
+            sources = _sources(floats, cu_keys, key_of)
+            return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed)
+
+        return list(plain_gradients(plain, (hidden, *floats), grad_out))
+    grad_out, saved = grad_out.contiguous(), saved.contiguous()
+    hidden, cu_hidden, floats, cu_keys, key_of = _laid_out(hidden, cu_hidden, floats, cu_keys, key_of)
+    found = _gradients(hidden, floats)
+    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
+    each = len(FLOATS)
+    gradients = [tuple(x.data_ptr() for x in found[at : at + each]) for at in range(1, len(found), each)]
+    status = backend.native.cross_attention_backward(
+        *call, saved.data_ptr(), grad_out.data_ptr(), found[0].data_ptr(), gradients, torch.get_num_threads()
+    )
+    if status:
+        _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
+    return found
+
+
+def _laid_out(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None]
+              ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:  # fmt: skip
+    """As the kernels read them."""
+    floats = [rows_apart(x) if place % len(FLOATS) < 2 else x.contiguous() for place, x in enumerate(floats)]
+    key_of = [x if x is None else x.contiguous() for x in key_of]
+    return hidden.contiguous(), cu_hidden.contiguous(), floats, [x.contiguous() for x in cu_keys], key_of
+
+
+def _call(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None],
+          eps: float, dropout_p: float, output_dropout_p: float, seed: int) -> tuple:  # fmt: skip
+    """The fields of struct case_fast_cross_attention, and those of each struct case_fast_source."""
+    each, sources = len(FLOATS), []
+    for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
+        key, value, *weights = floats[place * each : place * each + each]
+        sources.append((
+            cu.shape[0] - 1, key.shape[0], row_stride(key), row_stride(value), cu.data_ptr(), address(of, cu_hidden), 0,
+            key.data_ptr(), value.data_ptr(), *[x.data_ptr() for x in weights], equations.source_seed(seed, place, 0),
+            equations.source_seed(seed, place, 1),
+        ))  # fmt: skip
+    rows, width = hidden.shape
+    heads, dimension = floats[0].shape[1:]
+    return (
+        cu_hidden.shape[0] - 1, rows, width, heads, dimension, common.DTYPES[hidden.dtype], INDEX_BITS[cu_hidden.dtype],
+        cu_hidden.data_ptr(), eps, dropout_p, output_dropout_p, sources,
+    )  # fmt: skip
+
+
+def _raise(status: int, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
+           key_of: list[Tensor | None]) -> None:  # fmt: skip
+    """The error that belongs to a status of enum case_fast_status, of source i with 16 i on top; nothing was written."""
+    place, status = divmod(status, 16)
+    if 7 <= status <= 10:
+        _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)  # says which entry
+        name = "cu_hidden" if status == 7 else f"sources[{place}].{'cu_keys' if status == 8 else 'key_of'}"
+        raise IndexError(f"{name} names what does not exist")
+    refuse(FAMILY, status)
+
+
+def _backward_fake(runs, grad_out, hidden, cu_hidden, floats, *rest):
+    return _gradients(hidden, floats)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl(f"{FAMILY}_forward", _forward, _device)
+    _library.impl(f"{FAMILY}_backward", _backward, _device)
+torch.library.register_fake(
+    f"case_fast::{FAMILY}_forward", lambda runs, hidden, cu, floats, *rest: _outputs(hidden, floats, rest[-1]), lib=_library
+)
+torch.library.register_fake(f"case_fast::{FAMILY}_backward", _backward_fake, lib=_library)
+
+
+# --------------------------------------------------------------------------------------------------------------- autograd
+
+
+class _CrossAttention(torch.autograd.Function):
+    """Keeps, for each source, what its block made of the rows; computes the attention weights again."""
+
+    @staticmethod
+    def forward(ctx, runs, hidden, cu_hidden, eps, dropout_p, output_dropout_p, seed, sources, *tensors):
+        floats, cu_keys, key_of = _parted(tensors, sources)
+        ctx.runs, ctx.numbers, ctx.sources = runs, (eps, dropout_p, output_dropout_p, seed), sources
+        out, saved = _forward_op(runs, hidden, cu_hidden, floats, cu_keys, key_of, *ctx.numbers, True)
+        ctx.save_for_backward(saved, hidden, cu_hidden, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        runs, numbers, sources = ctx.runs, ctx.numbers, ctx.sources
+
+        def backward(grad_out, saved, hidden, cu_hidden, *tensors):
+            return _backward_op(runs, grad_out, hidden, cu_hidden, *_parted(tensors, sources), saved, *numbers)
+
+        grad_hidden, *grads = common.gradients(FAMILY, backward, (grad_out, *ctx.saved_tensors))
+        return None, grad_hidden, *[None] * 6, *grads, *[None] * (2 * sources)
+
+
+def _parted(tensors: tuple[Tensor | None, ...], sources: int) -> tuple[list, list, list]:
+    """floats, cu_keys and key_of of so many sources that lie end to end."""
+    floats = sources * len(FLOATS)
+    return list(tensors[:floats]), list(tensors[floats : floats + sources]), list(tensors[floats + sources :])
