@@ -24,13 +24,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the tests import each other by bare names
 
 import bilinear_mim_checks
+import cross_attention_checks
 import graph_attention_checks
+import packed_attention_checks
 import torch
 
 from case_fast import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = {"bilinear_mim": bilinear_mim_checks.CHECKS, "graph_attention": graph_attention_checks.CHECKS}
+FAMILIES = {
+    "bilinear_mim": bilinear_mim_checks.CHECKS,
+    "cross_attention": cross_attention_checks.CHECKS,
+    "graph_attention": graph_attention_checks.CHECKS,
+    "packed_attention": packed_attention_checks.CHECKS,
+}
 SANITIZERS = ("address,undefined", "thread")
 
 
