@@ -344,7 +344,9 @@ void weight_gradients(const Attention<T> &a, int64_t row, int head, int64_t visi
     const T scale = a.scale, kept_scale = a.kept_scale;
     const uint64_t seed = a.seed, drop_below = a.drop_below, number = uint64_t((a.first + row) * a.longest);
     for (int64_t j = 0; j < seen; j += width) {
-        const Vector<T> weight = exp_nonpositive(load(p + j) * scale - lse), slope = load(g + j);
+        const Vector<T> least = {}, log_weight = load(p + j) * scale - lse, slope = load(g + j);
+        // of scores beyond 1e6 the rounding of lse would make weights of any size; NaN goes through
+        const Vector<T> weight = exp_nonpositive(log_weight > least ? least : log_weight);
         if constexpr (dropping) {
             const Vector<T> factor = kept(number + uint64_t(j), uint32_t(head), seed, drop_below, kept_scale);
             store(p + j, weight * factor);
