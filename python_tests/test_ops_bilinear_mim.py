@@ -13,6 +13,7 @@ import torch
 from bilinear_mim_checks import FLOATS, KERNELS, counted, make_case, results, sides_of_equations
 from helpers import close
 from op_checks import identical
+from torch._dynamo.backends.common import aot_autograd
 
 from case_fast import equations
 from case_fast.errors import ConfigError
@@ -348,7 +349,7 @@ def test_the_size_that_a_compiler_is_told_is_the_kernel_s(native):
         assert KERNELS._saved_elements(pairs, rows, dim, negatives, score) == expected
 
 
-def test_a_new_seed_does_not_compile_again(runs):
+def test_a_new_seed_does_not_compile_again(native):
     torch._dynamo.reset()
     compilations = []
 
@@ -356,7 +357,7 @@ def test_a_new_seed_does_not_compile_again(runs):
         compilations.append(graph)
         return graph.forward
 
-    compiled = torch.compile(around, fullgraph=True, backend=compiler)
+    compiled = torch.compile(around, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
     for seed in (3, 4, 5, 2**40, 2**62):
         case = make_case(9, 5, num_negatives=2, seed=seed)
         assert close(compiled(**case.arguments())[0], around(**case.arguments())[0], 1e-6)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from graph_attention_checks import FLOATS, KERNELS, counted, identical, make_case, results
 from helpers import close
+from torch._dynamo.backends.common import aot_autograd
 
 from case_fast import equations, ops
 from case_fast.errors import ConfigError
@@ -282,6 +283,22 @@ def test_compiles_without_graph_breaks(request, monkeypatch, runs, compiler, dyn
         assert all(close(x, expected[name], 1e-5) for name, x in found.items())
     given = {name: value for name, value in case.arguments().items() if name != "scale"}
     assert close(compiled(**given), expected["out"], 1e-5)
+
+
+def test_a_new_seed_does_not_compile_again(native):
+    torch._dynamo.reset()
+    compilations = []
+
+    def compiler(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(around, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    for seed in (3, 4, 5, 2**40, 2**62):
+        arguments = make_case(9, 31, dropout_p=0.3, seed=seed).arguments()
+        arguments.pop("scale")
+        assert close(compiled(**arguments), around(**arguments), 1e-6)
+    assert len(compilations) <= 2
 
 
 def test_compiled_code_calls_the_kernel_and_raises_its_errors(native):

@@ -176,10 +176,10 @@ _library = torch.library.Library("case_fast", "FRAGMENT")
 _INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor indptr, Tensor indices, Tensor? relation, Tensor? relation_query, "
            "Tensor? relation_key")  # fmt: skip
 # out and weights (E, H): after the softmax, before dropout; float32 (float64 for float64 inputs), kept for backward.
-_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, float scale, float dropout_p, int seed) -> (Tensor, Tensor)")
+_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, float scale, float dropout_p, SymInt seed) -> (Tensor, Tensor)")
 # Gradients of query, key and value, and of relation_query and relation_key where they are given.
 _library.define(f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor weights, float scale, float dropout_p, "
-                "int seed) -> Tensor[]")  # fmt: skip
+                "SymInt seed) -> Tensor[]")  # fmt: skip
 _forward_op = torch.ops.case_fast.graph_attention_forward.default
 _backward_op = torch.ops.case_fast.graph_attention_backward.default
 
