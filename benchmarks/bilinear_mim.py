@@ -23,12 +23,22 @@ def truth(case: PairCase) -> Truth:
 def _by_parts(case: PairCase, dtype: torch.dtype) -> list[Tensor]:
     """The sum over rows of y needs all of y and some rows of x at once; the sum over rows of x all of x and some rows of y, with
     one more that stands for the positives left out."""
-    x, y, weight = leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in case.inputs]
+    leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in case.inputs]
+    x, y, weight = leaves
+    if dtype in (torch.float16, torch.bfloat16):  # x W in that dtype, as torch has it; the equation itself would take float32
+        projected = x @ weight
+        x, weight = projected.detach().requires_grad_(), torch.eye(len(weight), device=x.device, dtype=dtype)
+
+    def finished(loss: Tensor) -> list[Tensor]:
+        if x is not leaves[0]:
+            projected.backward(x.grad)
+        return [loss, *(t.grad for t in leaves)]
+
     grad = case.grad_out.to(equations.full_precision(x).dtype)
     if case.negatives is not None:
         side_y, side_x, _ = equations.mim_sides(x, y, weight, case.positive, case.negatives, case.seed)
         (side_y + side_x).backward(grad)
-        return [(side_y + side_x).detach(), *(t.grad for t in leaves)]
+        return finished((side_y + side_x).detach())
     loss = torch.zeros_like(grad)
     pairs, rows = case.scores
     at_once = _AT_ONCE[x.device.type]
@@ -42,7 +52,7 @@ def _by_parts(case: PairCase, dtype: torch.dtype) -> list[Tensor]:
         _, side, _ = equations.mim_sides(x, torch.cat([y[part], y[:1] * 0]), weight, among)
         side[here].backward(grad[here])
         loss[here] += side[here].detach()
-    return [loss, *(t.grad for t in leaves)]
+    return finished(loss)
 
 
 FAMILY = Family(

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from benchmarks.measure import MODES, OURS, Unfit, Work, Yardstick
 from benchmarks.pairs import PairCase
 from case_fast import equations, ops
+from case_fast.equations import full_precision
 
 MOST_BYTES = 10 << 30  # on CPU; a peer that would need more is left out, and the table says what it would need
-YARDSTICK = "bare sgemms (1 forward, 4 with backward)"
+YARDSTICK = "bare matrix products (1 forward, 4 with backward)"
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # scores at once
 _TILE = {"cpu": 1024, "cuda": 4096}
 
@@ -48,6 +49,19 @@ def _compile(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def _logits(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b^T in float32 at least; in ``out`` where it has that dtype."""
+    return torch.mm(a, b.T, out=out) if out is not None and out.dtype == a.dtype else full_precision(torch.mm(a, b.T))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, multiplied in the dtype of b."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a.to(b.dtype), b))
+
+
 # ---- the whole matrix
 
 
@@ -70,11 +84,11 @@ def usual(case: PairCase, compiled: bool = False) -> Work:
     own = positive.unsqueeze(1) == torch.arange(rows, device=positive.device)
 
     def one_to_one(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        score = torch.sigmoid(x @ weight @ y.T)
+        score = torch.sigmoid(full_precision(x @ weight @ y.T))
         return F.cross_entropy(score, positive, reduction="none") + F.cross_entropy(score.T, positive, reduction="none")
 
     def many_to_one(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        score = torch.sigmoid(x @ weight @ y.T)
+        score = torch.sigmoid(full_precision(x @ weight @ y.T))
         paired = score.gather(1, positive.unsqueeze(1)).squeeze(1)
         others = score.masked_fill(own, -torch.inf).logsumexp(0)[positive]
         return score.logsumexp(1) + torch.logaddexp(others, paired) - 2 * paired
@@ -118,11 +132,11 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, positive, at_once, sums, slopes):
         xw = x @ weight
-        row, logit, column = (torch.zeros(n, dtype=xw.dtype, device=x.device) for n in (len(x), len(x), len(y)))
-        buffer = x.new_empty(min(at_once, len(x)), len(y))
+        row, logit, column = (full_precision(x.new_zeros(n)) for n in (len(x), len(x), len(y)))
+        buffer = row.new_empty(min(at_once, len(x)), len(y))
         for first in range(0, len(x), at_once):
             part = slice(first, first + at_once)
-            z = torch.mm(xw[part], y.T, out=buffer[: len(xw[part])])
+            z = _logits(xw[part], y, buffer[: len(xw[part])])
             logit[part], row[part], of_column = sums(z, positive[part].unsqueeze(1))
             column += of_column
         ctx.save_for_backward(x, y, weight, positive, xw, logit, row, column)
@@ -139,16 +153,17 @@ class _Chunked(torch.autograd.Function):
         of_pair = grad / (paired.exp() + column[positive])
         of_own = -(of_row * row + of_pair * column[positive]) * paired * (1 - paired)
         of_column = torch.zeros_like(column).index_add(0, positive, of_pair)
-        grad_xw, grad_y = torch.empty_like(xw), torch.zeros_like(y)
-        buffer = x.new_empty(2, min(at_once, len(x)), len(y))
+        grad_xw, grad_y = row.new_zeros(x.shape), row.new_zeros(y.shape)
+        buffer = row.new_empty(2, min(at_once, len(x)), len(y))
         for first in range(0, len(x), at_once):
             part = slice(first, first + at_once)
             size = len(xw[part])
-            z = torch.mm(xw[part], y.T, out=buffer[0, :size])
+            z = _logits(xw[part], y, buffer[0, :size])
             slope = slopes(z, buffer[1, :size], positive[part].unsqueeze(1), of_row[part], of_column, of_own[part])
-            torch.mm(slope, y, out=grad_xw[part])
-            grad_y.addmm_(slope.T, xw[part])
-        return grad_xw @ weight.T, grad_y, x.T @ grad_xw, None, None, None, None
+            _add_product(grad_xw[part], slope, y)
+            _add_product(grad_y, slope.T, xw[part])
+        grad_xw = grad_xw.to(x.dtype)
+        return grad_xw @ weight.T, grad_y.to(y.dtype), x.T @ grad_xw, None, None, None, None
 
 
 def chunked(case: PairCase, compiled: bool = False) -> Work:
@@ -173,9 +188,9 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b, group, tile):
-        result = a.new_empty(len(a))
+        result = full_precision(a.new_empty(len(a)))
         for i in range(0, len(a), tile):
-            peak, total = a.new_full((len(a[i : i + tile]),), -torch.inf), a.new_zeros(len(a[i : i + tile]))
+            peak, total = torch.full_like(result[i : i + tile], -torch.inf), torch.zeros_like(result[i : i + tile])
             for j in range(0, len(b), tile):
                 score = _Direction.scores(a, b, group, tile, i, j)[0]
                 new = torch.maximum(peak, score.amax(1))
@@ -190,20 +205,20 @@ class _Direction(torch.autograd.Function):
     def backward(ctx, grad):
         a, b, group, result = ctx.saved_tensors
         tile = ctx.tile
-        grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+        grad_a, grad_b = (full_precision(torch.zeros_like(side)) for side in (a, b))
         for i in range(0, len(a), tile):
             for j in range(0, len(b), tile):
                 masked, score = _Direction.scores(a, b, group, tile, i, j)
                 weight = (masked - result[i : i + tile].unsqueeze(1)).exp_().mul_(grad[i : i + tile].unsqueeze(1))
                 weight.mul_(score.addcmul_(score, score, value=-1) if score is not masked else score * (1 - score))
-                grad_a[i : i + tile].addmm_(weight, b[j : j + tile])
-                grad_b[j : j + tile].addmm_(weight.T, a[i : i + tile])
-        return grad_a, grad_b, None, None
+                _add_product(grad_a[i : i + tile], weight, b[j : j + tile])
+                _add_product(grad_b[j : j + tile], weight.T, a[i : i + tile])
+        return grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
 
     @staticmethod
     def scores(a, b, group, tile, i, j):
         """A tile of S, with -inf where group leaves it out; and S itself."""
-        score = torch.mm(a[i : i + tile], b[j : j + tile].T).sigmoid_()
+        score = _logits(a[i : i + tile], b[j : j + tile]).sigmoid_()
         if group is None:
             return score, score
         rows = torch.arange(i, i + len(score), device=a.device)
@@ -217,7 +232,7 @@ def one_direction_a_call(case: PairCase) -> Work:
 
     def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         xw = x @ weight
-        paired = torch.sigmoid((xw * y[positive]).sum(-1))
+        paired = torch.sigmoid(full_precision((xw * y[positive]).sum(-1)))
         over_y = _Direction.apply(xw, y, None, tile)
         if case.one_to_one:
             return over_y + _Direction.apply(y, xw, None, tile) - 2 * paired
@@ -238,8 +253,8 @@ def _drawn(case: PairCase) -> tuple[Tensor, Tensor]:
 
 def _sampled_loss(paired: Tensor, z_y: Tensor, z_x: Tensor) -> Tensor:
     """Losses from the logits of the positives (P,) and of both sides' negatives (P, k)."""
-    paired = torch.sigmoid(paired).unsqueeze(1)
-    sides = (torch.log1p((torch.sigmoid(z) - paired).exp().sum(1)) for z in (z_y, z_x))
+    paired = torch.sigmoid(full_precision(paired)).unsqueeze(1)
+    sides = (torch.log1p((torch.sigmoid(full_precision(z)) - paired).exp().sum(1)) for z in (z_y, z_x))
     return sum(sides)
 
 

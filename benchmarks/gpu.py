@@ -14,29 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
-OURS = {
-    "case_fast": ("native", 0),
-    "case_fast, plan graphs": ("native", 1),
-    "case_fast, plan rows": ("native", 2),
-    "case_fast, Triton": ("triton", 0),
-}
-PEERS = ("gather/scatter, relation tables, eager", "gather/scatter, relation tables, torch.compile",
-         "dense products, edge bias, torch.compile", "FlexAttention, torch.compile")  # fmt: skip
-SIZES = ("paper", "1e5")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from benchmarks.measure import OURS, Truth, Unfit, Work, WrongResult, Yardstick
+from benchmarks.on_gpu import DTYPES, OnGpu, backend
+from benchmarks.run import family_of
+
 STEPS = ("forward", "backward", "forward+backward")
 REPLAYS, ROUNDS = 20, 25
 
@@ -49,47 +43,19 @@ def device() -> str:
     return torch.cuda.get_device_name()
 
 
-@contextmanager
-def backend(name: str, plan: int) -> Iterator[None]:
-    """Which of our kernels run."""
-    import case_fast.ops  # noqa: F401
+def on_gpu() -> dict[str, OnGpu]:
+    """By family, in the order they are measured."""
+    from benchmarks import bilinear_mim_gpu, graph_attention_gpu
 
-    module = sys.modules["case_fast.ops.graph_attention"]
-    before = os.environ.get("CASE_FAST_BACKEND"), module.PLAN_AUTO
-    os.environ["CASE_FAST_BACKEND"], module.PLAN_AUTO = name, plan
-    try:
-        yield
-    finally:
-        os.environ.pop("CASE_FAST_BACKEND")
-        if before[0] is not None:
-            os.environ["CASE_FAST_BACKEND"] = before[0]
-        module.PLAN_AUTO = before[1]
+    return {"graph_attention": graph_attention_gpu.ON_GPU, "bilinear_mim": bilinear_mim_gpu.ON_GPU}
 
 
 def small() -> None:
-    """A few hundred edges through every kernel: both plans, graphs that fit and do not, long rows and columns, each dtype."""
-    from benchmarks.graphs import make_case, random_graphs
-    from case_fast import ops
     from case_fast.ops.device_flag import raise_pending
 
     device()
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((3, 20, 70, 150, 3), (2, 30, 90, 7, None), (1, 700, 1400, 150, 40), (1, 40, 1300, 6, 2))
-    for count, vertices, edges, dimension, relations in shapes:
-        graphs = random_graphs(count, vertices, edges, generator)
-        if vertices == 40:
-            graphs.indptr[1:] = torch.linspace(900, edges, vertices).int()  # one long row, and
-            graphs.indices[200:800] = 3  # one long column
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            case = make_case("small", "", graphs, relations, dimension=dimension, device="cuda", dtype=dtype)
-            for name, plan in (("native", 1), ("native", 2), ("triton", 0)):
-                if name == "triton" and dtype not in DTYPES.values():
-                    continue  # each takes seconds to compile
-                with backend(name, plan):
-                    leaves = [x.detach().requires_grad_() for x in case.inputs]
-                    out = ops.graph_attention(*leaves[:3], case.graphs.indptr, case.graphs.indices, case.relation, *leaves[3:],
-                                              dropout_p=0.1, seed=5)  # fmt: skip
-                    torch.autograd.grad(out, leaves, case.grad_out)
+    for family in on_gpu().values():
+        family.small()
     torch.cuda.synchronize()
     raise_pending()
     print("every kernel has run")
@@ -103,7 +69,7 @@ def timed(prepare: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
         for _ in range(3):
             call()
     torch.cuda.synchronize()
-    graph, how, calls = torch.cuda.CUDAGraph(), "CUDA graph", REPLAYS
+    graph, how = torch.cuda.CUDAGraph(), "CUDA graph"
     try:
         with torch.cuda.graph(graph, stream=stream):
             call()
@@ -114,7 +80,12 @@ def timed(prepare: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
     samples = []
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
-        for _ in range(ROUNDS):
+        once = time.monotonic()
+        run()
+        torch.cuda.synchronize()
+        once = time.monotonic() - once
+        calls = max(1, min(REPLAYS, int(0.1 / once)))
+        for _ in range(max(5, min(ROUNDS, int(1 / (once * calls))))):
             run()
             begin.record()
             for _ in range(calls):
@@ -126,7 +97,7 @@ def timed(prepare: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
     return {"us": round(statistics.median(samples), 2), "quartiles_us": [round(low, 2), round(high, 2)], "how": how}
 
 
-def peer_times(work: Any) -> dict[str, Any]:
+def peer_times(work: Work | Yardstick) -> dict[str, Any]:
     """A Work's steps; each fails alone."""
 
     def forward() -> Callable[[], Any]:
@@ -140,12 +111,16 @@ def peer_times(work: Any) -> dict[str, Any]:
         return lambda: work.run("forward+backward")
 
     found: dict[str, Any] = {}
-    for step, prepare in zip(STEPS, (forward, backward, both), strict=True):
+    steps = dict(zip(STEPS, (forward, backward, both), strict=True))
+    if isinstance(work, Yardstick):
+        del steps["backward"]
+    for step, prepare in steps.items():
         try:
             found[step] = timed(prepare)
         except Exception as error:  # a peer's compiler may fail in any way; the others are still measured
             torch.cuda.synchronize()
             found[step] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     results = work.run("forward+backward")
@@ -163,42 +138,45 @@ def copy_rate() -> float:
 
 
 def bench(out: Path, budget: float) -> None:
-    """Ours first, then peers while there is time; the file is written after each."""
-    from benchmarks.graph_attention import truth
-    from benchmarks.graph_attention_peers import PEERS as KNOWN
-    from benchmarks.graph_attention_peers import ours
-    from benchmarks.graphs import case_of
-    from benchmarks.measure import Unfit, WrongResult
-
+    """Ours first, of every family, then peers while there is time; the file is written after each."""
     started = time.monotonic()
     found: dict[str, Any] = {"device": device(), "copy_tb_s": copy_rate(), "cases": []}
-    cases = [(size, dtype, case_of(size, device="cuda", dtype=DTYPES[dtype])) for dtype in DTYPES for size in SIZES]
-    truths: dict[int, Any] = {}
-    for peers in (OURS, PEERS):
-        for number, (size, dtype, case) in enumerate(cases):
-            if peers is OURS:
-                truths[number] = truth(case)
-                found["cases"].append({"size": size, "what": case.what, "dtype": dtype, "vertices": case.vertices,
-                                       "edges": case.edges, "peers": {}})  # fmt: skip
-            table = found["cases"][number]["peers"]
-            for name in peers:
-                if time.monotonic() - started > budget:
-                    table[name] = {"left_out": f"the {budget:.0f} seconds were over"}
-                    continue
-                kernel = OURS.get(name)
-                try:
-                    with backend(*kernel) if kernel else backend("reference", 0):
-                        work = (ours if kernel else KNOWN[name])(case)
-                        error = work.check("forward+backward", truths[number])
-                        table[name] = {"error_over_limit": round(error, 3), **peer_times(work)}
-                except (Unfit, WrongResult) as reason:
-                    table[name] = {"left_out": str(reason)}
-                except Exception as reason:  # as above
-                    torch.cuda.synchronize()
-                    table[name] = {"failed": f"{type(reason).__name__}: {str(reason)[:200]}"}
+    families = on_gpu()
+    tables = {}
+    for name, chosen in families.items():
+        for dtype, size in product(DTYPES, chosen.sizes):
+            tables[name, dtype, size] = {"family": name, "size": size, "dtype": dtype, "peers": {}}
+    found["cases"] = [*tables.values()]
+    for mine, ((name, dtype, size), row) in product((True, False), tables.items()):
+        family, chosen = family_of(name), families[name]
+        case = family.case_of(size, device="cuda", dtype=DTYPES[dtype])
+        row |= {"what": case.what, **case.shape}
+        truth = None
+        for peer in chosen.ours if mine else chosen.peers:
+            if time.monotonic() - started > budget:
+                row["peers"][peer] = {"left_out": f"the {budget:.0f} seconds were over"}
+            else:
+                truth = truth or family.truth(case)
+                switch = chosen.ours[peer]() if mine else backend("reference")
+                row["peers"][peer] = _measured(family.peers[OURS if mine else peer], case, truth, switch)
                 torch._dynamo.reset()
-                out.write_text(json.dumps(found, indent=1))
-                print(f"{size:>6} {dtype:>9} {name:<48}", *(_short(table[name], step) for step in STEPS), flush=True)
+            out.write_text(json.dumps(found, indent=1))
+            times = (_short(row["peers"][peer], step) for step in STEPS)
+            print(f"{name:<16} {size:>8} {dtype:>9} {peer:<48}", *times, flush=True)
+        del case, truth
+        torch.cuda.empty_cache()
+
+
+def _measured(prepare: Callable[[Any], Work | Yardstick], case: Any, truth: Truth, switch: AbstractContextManager) -> dict:
+    try:
+        with switch:
+            work = prepare(case)
+            return {"error_over_limit": round(work.check("forward+backward", truth), 3), **peer_times(work)}
+    except (Unfit, WrongResult) as reason:
+        return {"left_out": str(reason)}
+    except Exception as reason:  # as in peer_times
+        torch.cuda.synchronize()
+        return {"failed": f"{type(reason).__name__}: {str(reason)[:200]}"}
 
 
 def _short(row: dict[str, Any], step: str) -> str:

@@ -16,7 +16,7 @@ import case_fast
 from benchmarks import bilinear_mim, graph_attention, graphs, measure, memory, pairs, real_graphs, report
 from benchmarks.graph_attention_peers import PEERS, QUICK
 from benchmarks.measure import MODES, OURS, Truth, Unfit, Work, WrongResult, Yardstick
-from benchmarks.run import run
+from benchmarks.run import family_of, run
 from case_fast import cli, equations
 from case_fast.errors import CaseFastError, ConfigError
 
@@ -184,6 +184,31 @@ def test_the_truth_of_mim_by_parts_is_the_whole(monkeypatch, size):
         assert torch.allclose(part, all_at_once, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", ["24x10", "24:5"])
+def test_mim_peers_in_half_precision(size):
+    """As benchmarks.gpu runs them; on CPU ours computes in float32."""
+    case = pairs.case_of(size, dtype=torch.bfloat16, dimension=20)
+    expected = bilinear_mim.truth(case)
+    for name in bilinear_mim.FAMILY.quick:
+        try:
+            work = bilinear_mim.FAMILY.peers[name](case)
+        except Unfit:
+            continue
+        assert work.check(MODES[1], expected) <= 1, name
+
+
+def test_what_runs_on_a_gpu_is_known():
+    from benchmarks.gpu import on_gpu
+
+    for name, chosen in on_gpu().items():
+        family = family_of(name)
+        assert chosen.ours and set(chosen.peers) < set(family.peers)
+        for switch in chosen.ours.values():
+            with switch():
+                pass
+        assert all(family.case_of(size).name == size for size in chosen.sizes if size != "1e5")
+
+
 def test_mim_sizes(monkeypatch):
     sampled = pairs.case_of("sampled")
     assert sampled.shape == {"P": 1280, "Q": 1280, "d": 300, "negatives": 64} and sampled.size is None
@@ -203,7 +228,7 @@ def test_mim_sizes(monkeypatch):
 def test_a_quick_run_of_mim_beside_its_yardstick(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(memory, "measurable", lambda: False)
     assert cli.main(["bench", "bilinear_mim", "--quick", "--out", str(tmp_path)]) == 0
-    assert " x bare sgemms" in capsys.readouterr().out
+    assert " x bare matrix products" in capsys.readouterr().out
     results = json.loads((tmp_path / "bilinear_mim.json").read_text())
     assert [case["name"] for case in results["cases"]] == bilinear_mim.FAMILY.quick_sizes
     assert len(results["summary"]) == 4 and not any("refused" in row for case in results["cases"] for row in case["rows"])
