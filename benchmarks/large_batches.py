@@ -115,8 +115,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         for record in (run["records"][0], run["records"][len(run["records"]) // 2], run["records"][-1]):
+            saturated = f"{record['saturated']:.2f}" if "saturated" in record else "none"
             lines.append(f"| {run['score']} | {run['batch']} | {record['step']} | {record['examples']:,} "
-                         f"| {record['coarse_above_chance']:+.4f} | {record['own_first']:.4f} | {record.get('saturated', math.nan):.2f} "
+                         f"| {record['coarse_above_chance']:+.4f} | {record['own_first']:.4f} | {saturated} "
                          f"| {record['emotion_accuracy']:.3f} | {run['seconds'] / run['steps']:.2f} |")  # fmt: skip
     return "\n".join(lines)
 
