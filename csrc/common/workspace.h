@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -13,14 +14,41 @@
 #include <sys/mman.h>
 #endif
 
-// Arrays for the length of one call, aligned to 64 bytes.
+// One block of memory that stays for the next call: fresh memory would cost a page fault every 4 KiB, more than a small call's
+// arithmetic. Empty while a call has it.
+struct SpareBlock {
+    void *block = nullptr;
+    size_t bytes = 0;
+};
+inline std::atomic<SpareBlock *> spare_block{new SpareBlock};
+
+// Arrays for the length of one call, aligned to 64 bytes: from the spare block while it lasts, else each on its own; what a call
+// had to take besides makes the block larger for the next, up to a limit.
 class Workspace {
 public:
     static constexpr int64_t alignment = 64;
+    static constexpr size_t most_spare = size_t(16) << 20;
+
+    Workspace() : spare_(spare_block.exchange(nullptr, std::memory_order_acquire)) {}
+    ~Workspace() {
+        if (!spare_) return;
+        if (used_ > spare_->bytes && spare_->bytes < most_spare && keeps) {
+            std::free(spare_->block);
+            spare_->bytes = std::min(used_, most_spare) / alignment * alignment;
+            spare_->block = std::aligned_alloc(alignment, spare_->bytes);
+            if (!spare_->block) spare_->bytes = 0;
+        }
+        spare_block.store(spare_, std::memory_order_release);
+    }
+    Workspace(const Workspace &) = delete;
+    Workspace &operator=(const Workspace &) = delete;
 
     template <class T>
     T *take(int64_t count) {
         const size_t bytes = (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + alignment - 1) / alignment * alignment;
+        const size_t first = used_;
+        used_ += bytes;
+        if (spare_ && used_ <= spare_->bytes) return reinterpret_cast<T *>(static_cast<char *>(spare_->block) + first);
         void *const block = std::aligned_alloc(alignment, bytes);
         if (!block) throw std::bad_alloc();
         blocks_.emplace_back(block, &std::free);
@@ -28,6 +56,13 @@ public:
     }
 
 private:
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr bool keeps = false;  // an array of its own each, for a step beyond to be seen
+#else
+    static constexpr bool keeps = true;
+#endif
+    SpareBlock *spare_;
+    size_t used_ = 0;
     std::vector<std::unique_ptr<void, void (*)(void *)>> blocks_;
 };
 
