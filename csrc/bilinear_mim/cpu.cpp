@@ -9,8 +9,7 @@
 // columns, so that each adds to both gradients in place, and each gradient's order of additions is that of the steps. Where
 // there are too few columns for that, every chunk of rows has its own gradient of b.
 //
-// Sampled negatives: dot products of gathered rows, and two products with the sparse matrix of d loss / d z. Above a measured
-// ratio of draws to rows, tiles would be faster: see sampled_forward.
+// Sampled negatives: dot products of gathered rows, and two products with the sparse matrix of d loss / d z.
 //
 // All divisions depend on the sizes alone: hence the same bits for any number of threads.
 #include <algorithm>
@@ -159,10 +158,17 @@ double share(double s, double top, double r) {
 }
 
 // ---- W
+template <class T>
+int64_t work_for_few(const MimKernels<T> &kernel, int64_t d) {
+    return (2 * kernel.column_width + kernel.row_width) * d;
+}
+
 // out (count, d) = in times W, or W^T
 template <class T>
 void project(const T *in, int64_t count, const T *weight, bool transposed, int64_t d, T *out, Workspace &workspace, int threads) {
     const MimKernels<T> &kernel = kernels<T>();
+    if (transposed && count <= kernel.column_width)
+        return kernel.multiply_few(in, count, weight, d, out, workspace.take<T>(work_for_few(kernel, d)));
     const Chunks chunks = in_chunks(count, kernel.row_width, most_rows);
     const bool packs = transposed || count > 2 * kernel.row_width;
     T *const matrix = workspace.take<T>(packs ? ratio_up(d, kernel.column_width) * kernel.column_width * d : 0);
@@ -192,7 +198,9 @@ void project_backward(const T *in, int64_t count, const T *weight, bool by_x, in
     T *const partials = parts > 1 ? workspace.take<T>(parts * d * d) : grad_weight;
     T *const across = workspace.take<T>(lanes * tall * chunks.size), *const along = workspace.take<T>(lanes * wide * chunks.size);
     T *const rows = workspace.take<T>(lanes * chunks.size * d);
-    kernel.pack_columns(weight, by_x ? 1 : d, by_x ? d : 1, d, d, matrix);
+    const bool few = by_x && count <= kernel.column_width;
+    T *const work = workspace.take<T>(few ? work_for_few(kernel, d) : 0);
+    if (!few) kernel.pack_columns(weight, by_x ? 1 : d, by_x ? d : 1, d, d, matrix);
     each_task(threads, parts, [&](int64_t lane, int64_t part) {
         const int64_t first = chunks.number * part / parts, last = chunks.number * (part + 1) / parts;
         for (int64_t i = first; i < last; ++i) {
@@ -203,6 +211,10 @@ void project_backward(const T *in, int64_t count, const T *weight, bool by_x, in
             kernel.pack_columns(right, d, 1, n, d, along + lane * wide * chunks.size);
             kernel.multiply(across + lane * tall * chunks.size, along + lane * wide * chunks.size, d, d, n, partials + part * d * d,
                             d, i > first);
+            if (few) {
+                kernel.multiply_few(own, n, weight, d, own, work);
+                continue;
+            }
             kernel.pack_rows(own, d, 1, n, d, rows + lane * chunks.size * d);
             kernel.multiply(rows + lane * chunks.size * d, matrix, n, d, d, own, d, false);
         }

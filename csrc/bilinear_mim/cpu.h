@@ -40,6 +40,7 @@ struct MimKernels {
                      int64_t c_stride, bool add);
     void (*multiply_unpacked)(const T *row_panels, const T *b, int64_t b_stride, int64_t rows, int64_t columns, int64_t depth,
                               T *c, int64_t c_stride, bool add);
+    void (*multiply_few)(const T *in, int64_t count, const T *matrix, int64_t d, T *out, T *work);  // in times its transpose
     // all negatives
     void (*forward_tile)(const MimTile<T> &);
     void (*backward_tile)(const MimTile<T> &);

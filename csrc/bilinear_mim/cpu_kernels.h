@@ -54,15 +54,18 @@ CASE_FAST_INLINE T lane_max(Vector<T> x) {
     return top;
 }
 
-constexpr int vectors = 2;  // of a column panel
+constexpr int vectors = Tile<float>::vectors;  // of a column panel
+
+#define CASE_FAST_APART __attribute__((noinline))
 
 template <class T>
 CASE_FAST_INLINE int64_t panel_height(const MimTile<T> &t) {
     return panels_of(t.rows, Tile<T>::rows) * Tile<T>::rows;
 }
 
+// Not inlined from here on, so that a profile names the parts.
 template <class T>
-CASE_FAST_INLINE void score_tile(const MimTile<T> &t) {
+CASE_FAST_APART void score_tile(const MimTile<T> &t) {
     constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
     multiply_tiles<T, height, true>({t.a_rows, t.dim, height}, {1, height, INT64_MAX, 0}, {t.b_rows, width * t.dim, width},
                                     {t.scores, width, panel_height(t) * width}, t.rows, t.columns, t.dim, false);
@@ -94,7 +97,7 @@ CASE_FAST_INLINE void each_row(const MimTile<T> &t, int64_t first, T *panel, Pai
 
 // Sums of e^f of a panel into the rows' lanes and the columns.
 template <class T>
-void forward_panel(const MimTile<T> &t, int64_t first, T *panel) {
+CASE_FAST_APART void forward_panel(const MimTile<T> &t, int64_t first, T *panel) {
     constexpr int64_t lanes = Lanes<T>::width;
     const Vector<T> zero = {};
     Vector<T> sum[vectors] = {};
@@ -120,7 +123,7 @@ void forward_panel(const MimTile<T> &t, int64_t first, T *panel) {
 
 // The same for unbounded scores: each lane of a row and each column has a maximum so far, and its sum is relative to that.
 template <class T>
-void forward_panel_dot(const MimTile<T> &t, int64_t first, T *panel) {
+CASE_FAST_APART void forward_panel_dot(const MimTile<T> &t, int64_t first, T *panel) {
     constexpr int64_t lanes = Lanes<T>::width;
     const Vector<T> zero = {}, lowest = zero + Limits<T>::lowest;
     Vector<T> before[vectors], top[vectors], sum[vectors] = {};
@@ -182,7 +185,7 @@ void forward_tile(const MimTile<T> &t) {
 
 // A panel's scores become d loss / d z; zero beyond the last column.
 template <class T, bool dot>
-void backward_panel(const MimTile<T> &t, int64_t first, T *panel) {
+CASE_FAST_APART void backward_panel(const MimTile<T> &t, int64_t first, T *panel) {
     constexpr int64_t lanes = Lanes<T>::width, width = Tile<T>::columns;
     const Vector<T> zero = {};
     Vector<T> scale[vectors], top[vectors];
@@ -213,28 +216,60 @@ void backward_panel(const MimTile<T> &t, int64_t first, T *panel) {
     });
 }
 
+// grad_a += scores b
 template <class T>
-void backward_tile(const MimTile<T> &t) {
+CASE_FAST_APART void multiply_scores(const MimTile<T> &t) {
+    constexpr int64_t width = Tile<T>::columns;
+    const int64_t tall = panel_height(t);
+    multiply_tiles<T, Tile<T>::rows, true>({t.scores, width, tall}, {width, 1, width, (tall - 1) * width},
+                                           {t.b_columns, width * t.columns, width}, {t.grad_a, t.dim, width}, t.rows, t.dim,
+                                           t.columns, t.add_a);
+}
+
+// grad_b += scores^T a
+template <class T>
+CASE_FAST_APART void multiply_scores_across(const MimTile<T> &t) {
     constexpr int64_t width = Tile<T>::columns;
     constexpr int height = CASE_FAST_VECTOR_BYTES == 64 ? 8 : 4;  // divides the panel's width
-    const int64_t tall = panel_height(t);
-    score_tile(t);
     for (int64_t first = 0; first < t.columns; first += width) {
-        T *const panel = t.scores + first * tall;
+        const int64_t count = t.columns - first < width ? t.columns - first : width;
+        multiply_tiles<T, height, true>({t.scores + first * panel_height(t), 1, width}, {1, width, INT64_MAX, 0},
+                                        {t.a_columns, width * t.rows, width}, {t.grad_b + first * t.dim, t.dim, width}, count,
+                                        t.dim, t.rows, t.add_b);
+    }
+}
+
+template <class T>
+void backward_tile(const MimTile<T> &t) {
+    score_tile(t);
+    for (int64_t first = 0; first < t.columns; first += Tile<T>::columns) {
+        T *const panel = t.scores + first * panel_height(t);
         if (t.dot)
             backward_panel<T, true>(t, first, panel);
         else
             backward_panel<T, false>(t, first, panel);
     }
-    multiply_tiles<T, Tile<T>::rows, true>({t.scores, width, tall}, {width, 1, width, (tall - 1) * width},
-                                           {t.b_columns, width * t.columns, width}, {t.grad_a, t.dim, width}, t.rows, t.dim,
-                                           t.columns, t.add_a);
-    for (int64_t first = 0; first < t.columns; first += width) {
-        const int64_t count = t.columns - first < width ? t.columns - first : width;
-        multiply_tiles<T, height, true>({t.scores + first * tall, 1, width}, {1, width, INT64_MAX, 0},
-                                        {t.a_columns, width * t.rows, width}, {t.grad_b + first * t.dim, t.dim, width}, count,
-                                        t.dim, t.rows, t.add_b);
+    multiply_scores(t);
+    multiply_scores_across(t);
+}
+
+// out (count, d) = in times M^T for no more rows than a column panel has columns: as (M in^T)^T, where M is read in place. Work:
+// (d, width) for in^T, (d, width) for the product, a row panel for what is left of M.
+template <class T>
+void multiply_few(const T *in, int64_t count, const T *matrix, int64_t d, T *out, T *work) {
+    constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
+    const int64_t whole = d / height * height;
+    T *const product = work + width * d, *const rest = product + width * d;
+    pack_columns(in, 1, d, d, count, work);
+    if (whole)
+        multiply_tiles<T, height, true>({matrix, d, 1}, {d, 1, INT64_MAX, 0}, {work, width * d, width}, {product, width, width},
+                                        whole, count, d, false);
+    if (whole < d) {
+        pack_rows(matrix + whole * d, d, 1, d - whole, d, rest);
+        multiply(rest, work, d - whole, count, d, product + whole * width, width, false);
     }
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < d; ++j) out[i * d + j] = product[j * width + i];
 }
 
 template <class T>
@@ -394,7 +429,7 @@ void gradients(T *z, int64_t count, bool dot, T top, T scale) {
 template <class T>
 constexpr MimKernels<T> mim_kernels() {
     return {Tile<T>::rows, Tile<T>::columns, Lanes<T>::width, pack_rows<T>, pack_columns<T>, multiply<T>, multiply_unpacked<T>,
-            forward_tile<T>, backward_tile<T>, join_lanes<T>, join_columns<T>, draw, dots<T>, sum_of<T>, gradients<T>, combine<T>};
+            multiply_few<T>, forward_tile<T>, backward_tile<T>, join_lanes<T>, join_columns<T>, draw, dots<T>, sum_of<T>, gradients<T>, combine<T>};
 }
 
 }  // namespace

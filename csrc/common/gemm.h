@@ -55,12 +55,15 @@ CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t dep
             for (int l = 0; l < width; ++l) to[k * width + l] = from[k * depth_stride + l];
         return;
     }
+    if (count < width)
+        for (int64_t i = 0; i < depth; ++i)
+            for (int64_t l = count; l < width; ++l) to[i * width + l] = T(0);
 #if defined(__x86_64__)
-    if (count == width && depth_stride == 1) {  // blocks of 16 bytes squared are transposed in registers
+    if (depth_stride == 1) {  // blocks of 16 bytes squared are transposed in registers
         constexpr int block = 16 / int(sizeof(T));
         for (; k + block <= depth; k += block) {
             int l = 0;
-            for (; l + block <= width; l += block) {
+            for (; l + block <= count; l += block) {
                 const T *const source = from + l * lane_stride + k;
                 T *const target = to + k * width + l;
                 if constexpr (sizeof(T) == 4) {
@@ -77,16 +80,13 @@ CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t dep
                     _mm_storeu_pd(target + width, _mm_unpackhi_pd(a, b));
                 }
             }
-            for (; l < width; ++l)
+            for (; l < count; ++l)
                 for (int i = 0; i < block; ++i) to[(k + i) * width + l] = from[l * lane_stride + k + i];
         }
     }
 #endif
-    for (; k < depth; ++k) {
-        int64_t l = 0;
-        for (; l < count; ++l) to[k * width + l] = from[k * depth_stride + l * lane_stride];
-        for (; l < width; ++l) to[k * width + l] = T(0);
-    }
+    for (; k < depth; ++k)
+        for (int64_t l = 0; l < count; ++l) to[k * width + l] = from[k * depth_stride + l * lane_stride];
 }
 
 // A[i, k] = a[i * row_stride + k * depth_stride] as [ceil(rows / Tile::rows)][depth][Tile::rows], zeros beyond the last row.
