@@ -1,4 +1,4 @@
-// Mutual information maximisation with a bilinear score (the paper's Eq. 9 to 12) and its gradients. Plain C; no torch, no Python.
+// Mutual information maximisation with a bilinear score (the paper's Eq. 9 to 12), and its gradients. Plain C; no torch.
 //   S[p, q] = sigmoid(x_p^T W y_q), or x_p . y_q; c = positive[p]
 //   side_y[p] = log(e^S[p, c] + sum over the negatives q of e^S[p, q]) - S[p, c]
 //   side_x[p] = log(e^S[p, c] + sum over the negatives p' of e^S[p', c]) - S[p, c]
@@ -28,9 +28,10 @@ int64_t case_fast_bilinear_mim_saved(const case_fast_mim *mim);
 
 // x (P, d), y (Q, d), weight (d, d) or NULL; side_y, side_x, and logit (P), the positive's x^T W y. All contiguous.
 //
-// On the CPU: F32 and F64. Everything is checked before it is used, and where a check fails nothing has been written; BAD_INDICES:
-// a `positive` outside [0, rows). Outputs are written whole, whatever stood there. No (P, Q) array exists at any time. The results
-// are the same bits for any number of threads. A side without any negative is exactly 0, and so is its gradient.
+// On the CPU: F32 and F64. Everything is checked before it is used, and where a check fails nothing has been written;
+// BAD_INDICES: a `positive` outside [0, rows). Outputs are written whole, whatever stood there. No (P, Q) array exists at any
+// time. The results are the same bits for any number of threads. A side without any negative is exactly 0, and so is its
+// gradient.
 int case_fast_bilinear_mim_forward_cpu(const case_fast_mim *mim, const void *x, const void *y, const void *weight, void *side_y,
                                        void *side_x, void *logit, void *saved, int threads);
 

@@ -22,7 +22,7 @@ struct MimTile {
     T *row_max, *row_sum;         // (rows, lanes): a row's columns are dealt out to lanes; row_max where dot
     T *column_max, *column_sum;   // (columns); column_max where dot
 
-    // backward: d loss / d z = f'(z) * (row_scale e^(f - row_top) + column_scale e^(f - column_top)), of a pair f'(z) * pair_scale
+    // backward: d loss / d z is f'(z) * (row_scale e^(f - row_top) + column_scale e^(f - column_top)), f'(z) * pair_scale at pairs
     const T *row_scale, *row_top, *pair_scale;  // (rows); tops where dot, else 0
     const T *column_scale, *column_top;         // (columns)
     const T *a_columns, *b_columns;             // column panels of a and b
@@ -46,7 +46,8 @@ struct MimKernels {
     void (*backward_tile)(const MimTile<T> &);
     void (*join_lanes)(const T *max, const T *sum, int64_t rows, bool dot, T *top, T *total);
     // `count` parts of `columns` columns, part_stride apart
-    void (*join_columns)(const T *max, const T *sum, int64_t count, int64_t part_stride, int64_t columns, bool dot, T *top, T *total);
+    void (*join_columns)(const T *max, const T *sum, int64_t count, int64_t part_stride, int64_t columns, bool dot, T *top,
+                         T *total);
     // sampled negatives
     void (*draw)(uint64_t seed, uint32_t pair, uint32_t side, uint32_t n, int64_t count, int32_t *out);
     void (*dots)(const T *own, const T *others, const int32_t *list, int64_t count, int64_t dim, T *z);

@@ -15,7 +15,7 @@ namespace {
 
 template <class T>
 struct Limits {
-    static constexpr T lowest = sizeof(T) == 4 ? T(-FLT_MAX) : T(-DBL_MAX);  // the maximum of nothing; unlike -inf, minus itself 0
+    static constexpr T lowest = sizeof(T) == 4 ? T(-FLT_MAX) : T(-DBL_MAX);  // of nothing; minus itself it is 0
 };
 
 // A score and its derivative. From e^-|z|, which never overflows; NaN goes through.
@@ -429,7 +429,8 @@ void gradients(T *z, int64_t count, bool dot, T top, T scale) {
 template <class T>
 constexpr MimKernels<T> mim_kernels() {
     return {Tile<T>::rows, Tile<T>::columns, Lanes<T>::width, pack_rows<T>, pack_columns<T>, multiply<T>, multiply_unpacked<T>,
-            multiply_few<T>, forward_tile<T>, backward_tile<T>, join_lanes<T>, join_columns<T>, draw, dots<T>, sum_of<T>, gradients<T>, combine<T>};
+            multiply_few<T>, forward_tile<T>, backward_tile<T>, join_lanes<T>, join_columns<T>, draw, dots<T>, sum_of<T>,
+            gradients<T>, combine<T>};
 }
 
 }  // namespace

@@ -292,7 +292,8 @@ void test_without_negatives() {
 void test_nan_shows() {
     for (int round = 0; round < 40; ++round) {
         const int64_t rows = 1 + below(30), pairs = 1 + below(40);
-        const Setting s = {pairs, rows, 1 + below(40), round % 2 ? int64_t(3) : int64_t(-1), below(2) == 1, 1, many_to_one(pairs, rows), 4};
+        const int64_t negatives = round % 2 ? 3 : -1;
+        const Setting s = {pairs, rows, 1 + below(40), negatives, below(2) == 1, 1, many_to_one(pairs, rows), 4};
         Inputs<float> in(s);
         Outputs<float> clean(s, 0), damaged(s, 0);
         const Call<float> call(s, in);
@@ -306,7 +307,8 @@ void test_nan_shows() {
             for (int side = 0; side < 2; ++side) {
                 const auto negatives = negatives_of(s, p, side);
                 const bool held = own || (of_x == (side == 1) && std::count(negatives.begin(), negatives.end(), hit));
-                const float before = (side ? clean.side_x : clean.side_y)[size_t(p)], after = (side ? damaged.side_x : damaged.side_y)[size_t(p)];
+                const float before = (side ? clean.side_x : clean.side_y)[size_t(p)];
+                const float after = (side ? damaged.side_x : damaged.side_y)[size_t(p)];
                 CHECK(held ? std::isnan(after) : std::memcmp(&before, &after, 4) == 0);
             }
         }
@@ -340,7 +342,8 @@ void test_bad_inputs() {
     refused([](case_fast_mim &x) { x.score = 2; });
     refused([](case_fast_mim &x) { x.negatives = -2; });
     refused([](case_fast_mim &x) { x.positive = nullptr; });
-    CHECK(case_fast_bilinear_mim_forward_cpu(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1) == CASE_FAST_BAD_ARGUMENT);
+    const int status = case_fast_bilinear_mim_forward_cpu(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1);
+    CHECK(status == CASE_FAST_BAD_ARGUMENT);
     CHECK(o.same_bits(before) && o.saved == before.saved);
 }
 
