@@ -167,14 +167,14 @@ def discernment_kl(log_posterior: Tensor, log_prior: Tensor, dialogues: int) -> 
     return (log_posterior.exp() * (log_posterior - log_prior)).sum() / dialogues
 
 
-def bow_loss(log_eta: Tensor, target: Tensor, segment: Tensor) -> Tensor:
+def bow_loss(nll: Tensor, segment: Tensor, dialogues: int) -> Tensor:
     """Eq. 8: minus the mean log-probability of each reply's words, averaged over dialogues.
 
     Args:
-        log_eta: (B, V) log-softmax of the MLP over [r'_cog ; r'_emo].
-        target: (M,) words of all replies (a multiset, EOS included); segment (M,) their dialogues.
+        nll: (M,) of the words of all replies (a multiset, EOS included) under softmax(MLP([r'_cog ; r'_emo])) of their dialogue,
+            see `linear_cross_entropy`; segment (M,) their dialogues.
     """
-    return -segment_mean(log_eta[segment, target], segment, log_eta.shape[0]).mean()
+    return segment_mean(nll, segment, dialogues).mean()
 
 
 def bilinear_logit(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -503,18 +503,41 @@ def source_seed(seed: int, place: int, part: int) -> int:
     return seed ^ (2 * place + part) << 47
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 19 before its sum: -log P(y_m | ...) for each target word.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None = None
+                         ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Eq. 8 and 19 before their sums: -log P(y | row) of each target word, P = softmax(weight hidden + bias).
 
     Args:
-        hidden (T, d), weight (V, d), bias (V,), target (T,).
+        hidden (T, d), weight (V, d), bias (V,), target (M,).
+        cu_target: (T + 1,): row t has the targets target[cu_target[t]:cu_target[t + 1]]; None: row t has target t alone.
 
     Returns:
-        negative log-likelihood (T,), the most probable word (T,) (lowest index on ties), logits (T, V).
+        negative log-likelihood (M,), the most probable word (T,) (lowest index on ties).
     """
-    logits = F.linear(hidden, weight, bias)
-    full = full_precision(logits)
-    return F.cross_entropy(full, target, reduction="none"), full.argmax(dim=-1), logits
+    logits = full_precision(F.linear(hidden, weight, bias))
+    log_probability, prediction = F.log_softmax(logits, dim=-1), logits.argmax(dim=-1)
+    if cu_target is None:
+        return F.nll_loss(log_probability, target.long(), reduction="none"), prediction
+    return -log_probability[segment_ids(cu_target, target.numel()), target.long()], prediction
+
+
+def greatest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of ``values`` (n, m) and their places, best first, the lowest place first among equals."""
+    if k < values.shape[1]:
+        top, place = values.topk(k + 1, dim=1)
+        if not (top[:, k] == top[:, k - 1]).any():  # else topk leaves open which of the equals at the edge it takes
+            place = place[:, :k].sort(dim=1).values
+            top, order = values.gather(1, place).sort(dim=1, descending=True, stable=True)
+            return top, place.gather(1, order)
+    top, place = values.sort(dim=1, descending=True, stable=True)
+    return top[:, :k], place[:, :k]
+
+
+def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most probable words of each row, the best first: log-probabilities (T, k) and words (T, k). hidden (T, d)."""
+    logits = full_precision(F.linear(hidden, weight, bias))
+    score, word = greatest(logits, k)
+    return score - logits.logsumexp(dim=1, keepdim=True), word
 
 
 def generation_loss(nll: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from case_fast.batch import Batch
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models.case import CASE, Reading
+from case_fast.models.case import CASE, Reading, greatest
 from case_fast.models.layers import Memory
 from case_fast.models.mode import evaluating
 
@@ -144,39 +144,30 @@ def generate_all(model: CASE, store: Store, split: str, indices: Sequence[int] |
 # ---- choosing words
 
 
+def _never(config: GenerationConfig, step: int) -> list[int]:
+    """The words that may not be said."""
+    never = [word for word in range(len(SPECIALS)) if word != EOS and not (word == UNK and config.allow_unk)]
+    return [*never, EOS] if step < config.min_words else never
+
+
 def _forbid(logits: Tensor, config: GenerationConfig, step: int) -> Tensor:
     """Take the words that may not be said out of ``logits`` (n, V), in place."""
-    never = [word for word in range(len(SPECIALS)) if word != EOS and not (word == UNK and config.allow_unk)]
-    if step < config.min_words:
-        never.append(EOS)
-    logits[:, never] = -math.inf
+    logits[:, _never(config, step)] = -math.inf
     return logits
 
 
-def _best(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``values`` (n, m) and their places, best first, the lowest place first among equals."""
-    if k < values.shape[1]:
-        top, place = values.topk(k + 1, dim=1)
-        if not (top[:, k] == top[:, k - 1]).any():  # else topk leaves open which of the equals at the edge it takes
-            place = place[:, :k].sort(dim=1).values
-            top, order = values.gather(1, place).sort(dim=1, descending=True, stable=True)
-            return top, place.gather(1, order)
-    top, place = values.sort(dim=1, descending=True, stable=True)
-    return top[:, :k], place[:, :k]
-
-
 def _draw(logits: Tensor, config: GenerationConfig, uniform: Tensor) -> Tensor:
-    """(n,) words by inversion of the distribution function at ``uniform`` (n,) in [0, 1)."""
+    """(n,) places in ``logits`` (n, m) by inversion of the distribution function at ``uniform`` (n,) in [0, 1)."""
     logits = logits.double()
     probability = ((logits - logits.amax(1, keepdim=True)) / config.temperature).softmax(1)
     vocabulary, word = logits.shape[1], None
     if config.top_k:
-        probability, word = _best(probability, min(config.top_k, vocabulary))
+        probability, word = greatest(probability, min(config.top_k, vocabulary))
         probability = probability / probability.sum(1, keepdim=True)
     elif config.top_p < 1:
         # sorting the whole vocabulary is slow, and seldom needed
-        head, word = _best(probability, min(_HEAD, vocabulary))
-        probability, word = (head, word) if (head.sum(1) >= config.top_p).all() else _best(probability, vocabulary)
+        head, word = greatest(probability, min(_HEAD, vocabulary))
+        probability, word = (head, word) if (head.sum(1) >= config.top_p).all() else greatest(probability, vocabulary)
     if config.top_p < 1:
         # the words before it hold less than top_p, so the word that crosses top_p is kept
         probability = probability * (probability.cumsum(1) - probability < config.top_p)
@@ -207,10 +198,17 @@ def _one_by_one(model: CASE, reading: Reading, config: GenerationConfig, numbers
         # all draws of a dialogue in advance, from its own stream
         draws = [np.random.default_rng((config.seed, number)).random(config.max_words) for number in numbers]
         uniform = torch.from_numpy(np.stack(draws)).to(device)
+    greedy = config.strategy == "greedy"
+    few = 1 if greedy else min(config.top_k, model.config.vocab_size)  # words to choose from; 0: all
     for step in range(config.max_words):
-        logits = _forbid(model.next_word_logits(words, step, state), config, step)
-        words = logits.argmax(1) if config.strategy == "greedy" else _draw(logits, config, uniform[going, step])
-        gain = logits.gather(1, words.unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+        if few:
+            gain, found = model.next_words(words, step, state, few, _never(config, step))
+            place = torch.zeros_like(words) if greedy else _draw(gain, config, uniform[going, step])
+            words = found.gather(1, place.unsqueeze(1)).squeeze(1)
+        else:
+            gain = _forbid(model.next_word_logits(words, step, state), config, step).log_softmax(1)
+            words = place = _draw(gain, config, uniform[going, step])
+        gain = gain.gather(1, place.unsqueeze(1)).squeeze(1)
         for dialogue, word, value in zip(going, words.tolist(), gain.tolist(), strict=True):
             score[dialogue] += _checked(value)
             if word != EOS:
@@ -247,10 +245,10 @@ def _beam(model: CASE, reading: Reading, config: GenerationConfig, dialogues: in
     best: list[Generated | None] = [None] * dialogues
     best_value = [-math.inf] * dialogues
     for step in range(config.max_words):
-        logits = _forbid(model.next_word_logits(words, step, state), config, step)
-        value, word = _best(logits, min(beams, logits.shape[1]))  # one hypothesis has no more survivors than that
-        total = score.flatten().unsqueeze(1) + value - logits.logsumexp(1, keepdim=True)
-        score, place = _best(total.reshape(len(going), -1), beams)
+        most = min(beams, model.config.vocab_size)  # one hypothesis has no more survivors than that
+        value, word = model.next_words(words, step, state, most, _never(config, step))
+        total = score.flatten().unsqueeze(1) + value
+        score, place = greatest(total.reshape(len(going), -1), beams)
         origin = place // value.shape[1]
         newest = word.reshape(len(going), -1).gather(1, place)
 

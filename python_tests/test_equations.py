@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -265,8 +266,8 @@ def test_bow_loss():
     target = torch.tensor([word for reply in replies for word in reply])
     segment = eq.segment_ids(offsets([3, 1, 2]), 6)
     means = [sum(-float(log_eta[b, w]) for w in reply) / len(reply) for b, reply in enumerate(replies)]
-    same(eq.bow_loss(log_eta, target, segment), sum(means) / 3)
-    gradcheck(lambda x: eq.bow_loss(torch.log_softmax(x, -1), target, segment), normal(3, 5))
+    same(eq.bow_loss(-log_eta[segment, target], segment, 3), sum(means) / 3)
+    gradcheck(lambda x: eq.bow_loss(-torch.log_softmax(x, -1)[segment, target], segment, 3), normal(3, 5))
 
 
 # ---- losses and affect, Eq. 13-17, 19
@@ -315,10 +316,9 @@ def test_fuse_context():
 
 def test_cross_entropy_and_generation_loss():
     hidden, weight, bias, target = normal(4, 3), normal(6, 3, seed=1), normal(6, seed=2), torch.tensor([0, 5, 3, 3])
-    nll, prediction, logits = eq.linear_cross_entropy(hidden, weight, bias, target)
+    nll, prediction = eq.linear_cross_entropy(hidden, weight, bias, target)
     for t, word in enumerate(target.tolist()):
         scores = [dot(weight[w], hidden[t]) + float(bias[w]) for w in range(6)]
-        same(logits[t], scores)
         same(nll[t], -math.log(softmax(scores)[word]))
         assert prediction[t] == scores.index(max(scores))
     same(eq.generation_loss(nll), math.fsum(nll.tolist()) / 4)  # averaged, not summed as Eq. 19 is printed
@@ -328,6 +328,41 @@ def test_cross_entropy_and_generation_loss():
         eq.linear_cross_entropy(tied, torch.zeros(6, 3), torch.tensor([0.0, 1, 1, 0, 1, 0]), target[:1])[1].item() == 1
     )
     gradcheck(lambda *a: eq.generation_loss(eq.linear_cross_entropy(*a, target)[0]), hidden, weight, bias)
+
+
+def test_cross_entropy_of_rows_with_several_targets():
+    hidden, weight, bias = normal(4, 3), normal(6, 3, seed=1), normal(6, seed=2)
+    target, cu_target = torch.tensor([0, 5, 5, 2]), offsets([2, 0, 1, 1])
+    nll, prediction = eq.linear_cross_entropy(hidden, weight, bias, target, cu_target)
+    alone = eq.linear_cross_entropy(hidden[[0, 0, 2, 3]], weight, bias, target)[0]
+    same(nll, alone)
+    assert prediction.equal(eq.linear_cross_entropy(hidden, weight, bias, torch.zeros(4, dtype=torch.int64))[1])
+    gradcheck(lambda *a: eq.linear_cross_entropy(*a, target, cu_target)[0], hidden, weight, bias)
+
+
+def test_greatest_is_a_stable_sort():
+    generator = torch.Generator().manual_seed(1)
+    for rows, columns, levels in itertools.product((1, 5), (1, 2, 17, 300), (1, 3, 1000)):
+        values = torch.randint(levels, (rows, columns), generator=generator).float()
+        values[values == 0] = -math.inf
+        for k in {1, min(2, columns), columns // 2 or 1, columns}:
+            top, place = eq.greatest(values, k)
+            expected, order = values.sort(dim=1, descending=True, stable=True)
+            assert torch.equal(top, expected[:, :k]) and torch.equal(place, order[:, :k])
+
+
+def test_top_words():
+    hidden, weight, bias = normal(3, 4), normal(7, 4, seed=1), normal(7, seed=2)
+    bias[5] = -math.inf
+    for k in range(1, 8):
+        value, word = eq.top_words(hidden, weight, bias, k)
+        for t in range(3):
+            p = softmax([dot(weight[v], hidden[t]) + float(bias[v]) for v in range(7)])
+            order = sorted(range(7), key=lambda v, p=p: -p[v])
+            assert word[t].tolist() == order[:k]
+            same(value[t], [math.log(p[v]) if p[v] else -math.inf for v in order[:k]])
+    tied = eq.top_words(hidden, torch.zeros(7, 4), torch.tensor([0.0, 2, 1, 2, 1, 2, 0]), 4)[1]
+    assert tied.tolist() == [[1, 3, 5, 2]] * 3
 
 
 def test_diversity():

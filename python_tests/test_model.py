@@ -64,7 +64,7 @@ FROM_CONCEPT = {
     "prior_concept", "posterior_concept", "r_emo", "r_aff", "gate", "emotion_logits", "losses.bow", "losses.kl", "losses.coarse",
     "losses.emotion",
 }  # fmt: skip
-DECODED = {"loss", "logits", "nll", "prediction", "losses.generation", "losses.diversity"}
+DECODED = {"loss", "hidden", "nll", "prediction", "losses.generation", "losses.diversity"}
 
 
 def ablated_model(name: str | None, **changes: object) -> CASE:
@@ -114,9 +114,11 @@ def test_forward_equals_the_slow_model(name: str):
         same(out.losses[part], losses[part])
     for mine, its in {
         "prior_cognition": "prior_cognition", "posterior_cognition": "posterior_cognition", "prior_concept": "prior_concept",
-        "posterior_concept": "posterior_concept", "logits": "logits",
+        "posterior_concept": "posterior_concept",
     }.items():  # fmt: skip
         same(getattr(out, mine), torch.cat([getattr(x, its) for x in dialogues]))
+    same(model.output(out.hidden), torch.cat([x.logits for x in dialogues]))
+    same(out.nll, torch.cat([x.losses["nll"] for x in dialogues]))
     for mine in ("gate", "r_cog", "r_emo", "r_aff"):
         same(getattr(out, mine), torch.stack([getattr(x, mine) for x in dialogues]))
     same(out.emotion_logits.exp(), torch.stack([x.emotion for x in dialogues]))
@@ -452,9 +454,9 @@ def test_float32_against_float64():
     model = tiny_model(d_model=32).eval()
     single = model(batch)
     double = model.double()(as_double(random_batch(8, seed=2)))
-    assert double.loss.dtype == double.logits.dtype == torch.float64
+    assert double.loss.dtype == double.hidden.dtype == torch.float64
     assert max(_relative(single, double).values()) < 1e-5
-    assert close(single.logits, double.logits, 1e-5)
+    assert close(single.hidden, double.hidden, 1e-5) and close(single.nll, double.nll, 1e-5)
 
 
 # ---- files

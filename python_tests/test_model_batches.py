@@ -75,7 +75,7 @@ def per_dialogue(model: CASE, batch: Batch) -> list[dict[str, Tensor]]:
     """The outputs that belong to each dialogue alone."""
     out = model(batch)
     packed = {
-        "logits": (out.logits, batch.cu_target),
+        "logits": (model.output(out.hidden), batch.cu_target),
         "nll": (out.nll, batch.cu_target),
         "prior_cognition": (out.prior_cognition, batch.cu_knowledge),
         "posterior_cognition": (out.posterior_cognition, batch.cu_knowledge),
@@ -159,7 +159,7 @@ def test_the_batch_is_not_changed_by_the_model():
 @torch.no_grad()
 def check_decoding(model: CASE, batch: Batch, beams: int) -> None:
     """Feeding the reply word by word gives the logits of teacher forcing, position by position."""
-    forced = split_rows(model(batch).logits, batch.cu_target)
+    forced = split_rows(model.output(model(batch).hidden), batch.cu_target)
     words = split_rows(batch.decoder_input, batch.cu_target)
     state = model.start_decoding(model.read(batch), beams)
     for position in range(max(map(len, words))):

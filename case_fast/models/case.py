@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from case_fast import equations as eq
 from case_fast import ops
 from case_fast.batch import Batch
+from case_fast.equations import greatest as greatest  # for case_fast.generation
 from case_fast.errors import CheckpointError
 from case_fast.models.config import CASEConfig
 from case_fast.models.layers import Decoder, DecoderState, Encoder, GraphEncoder, Memory
@@ -37,7 +39,7 @@ class CASEOutput:
     Attributes:
         loss: the scalar to minimise (phase 1: L_BOW alone).
         losses: its parts: bow, kl, coarse, fine, emotion, generation, diversity (phase 1: bow alone).
-        logits: (M, V) next-word scores for each target word; nll, prediction (M,): -log P of the target, argmax.
+        hidden: (M, d) what `CASE.output` makes next-word scores of; nll, prediction (M,): -log P of the target word, argmax.
         emotion_logits: (B, emotions), log-probabilities.
         prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
         prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.cu_vertices.
@@ -47,7 +49,7 @@ class CASEOutput:
 
     loss: Tensor
     losses: dict[str, Tensor]
-    logits: Tensor | None = None
+    hidden: Tensor | None = None
     nll: Tensor | None = None
     prediction: Tensor | None = None
     emotion_logits: Tensor | None = None
@@ -270,8 +272,12 @@ class CASE(
         with _no_autocast(knowledge):
             cog = eq.expected_knowledge(log_cognition, knowledge, batch.knowledge_dialogue, batch.size)
             emo = eq.expected_knowledge(log_concept, concept, batch.concept.dialogue, batch.size)
-        log_eta = F.log_softmax(eq.full_precision(self.eta(torch.cat([cog, emo], dim=-1))), dim=-1)
-        return eq.bow_loss(log_eta, batch.target, eq.segment_ids(batch.cu_target, batch.target.numel()))
+        *inner, words = self.eta
+        hidden = torch.cat([cog, emo], dim=-1)
+        for layer in inner:
+            hidden = layer(hidden)
+        nll, _ = ops.linear_cross_entropy(hidden, words.weight, words.bias, batch.target, cu_target=batch.cu_target)
+        return eq.bow_loss(nll, eq.segment_ids(batch.cu_target, nll.numel()), batch.size)
 
     def read(self, batch: Batch) -> Reading:
         """Everything up to the decoder; needs no reply."""
@@ -365,7 +371,7 @@ class CASE(
         fine = self._fine(batch, reading, diagnostics) if self.config.fine_alignment else zero
 
         hidden = self.decoder(self._place_packed(words["decoder_input"], batch.cu_target), batch.cu_target, reading.memories)
-        nll, prediction, logits = eq.linear_cross_entropy(hidden, self.output.weight, self.output.bias, batch.target)
+        nll, prediction = ops.linear_cross_entropy(hidden, self.output.weight, self.output.bias, batch.target)
         losses = {
             "bow": bow, "kl": kl, "coarse": coarse, "fine": fine,
             "emotion": eq.emotion_loss(reading.emotion_logits, batch.emotion),
@@ -375,7 +381,7 @@ class CASE(
         alignment = eq.alignment_loss(bow, kl, coarse, fine, self.config.alpha)
         loss = eq.total_loss(alignment, losses["emotion"], losses["generation"], losses["diversity"], self.config.gammas)
         return CASEOutput(
-            loss, losses, logits, nll, prediction, reading.emotion_logits,
+            loss, losses, hidden, nll, prediction, reading.emotion_logits,
             reading.log_prior_cognition.exp(), log_q_cognition.exp(), reading.log_prior_concept.exp(), log_q_concept.exp(),
             reading.gate, reading.r_cog, reading.r_emo, reading.r_aff, reading.reaction, diagnostics,
         )  # fmt: skip
@@ -396,8 +402,22 @@ class CASE(
 
     def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
         """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
+        return eq.full_precision(self.output(self._decode(words, position, state)))
+
+    def next_words(self, words: Tensor, position: int, state: DecoderState, k: int, never: Sequence[int] = ()
+                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The k most probable next words and their log-probabilities among those not in ``never``, (B * beams, k) each.
+
+        The scores are those of `next_word_logits`; log-probabilities come first, the best and then the lowest word first.
+        """
+        hidden, bias = self._decode(words, position, state), self.output.bias
+        if never:
+            bias = bias.index_fill(0, torch.tensor(never, device=bias.device), -math.inf)
+        return ops.top_words(hidden, self.output.weight, bias, k)
+
+    def _decode(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
         x = self._place(self.embedding(words) * self.config.d_model**0.5, torch.full_like(words, position))
-        return eq.full_precision(self.output(self.decoder.step(x, state)))
+        return self.decoder.step(x, state)
 
 
 def _no_autocast(like: Tensor) -> AbstractContextManager[None]:
