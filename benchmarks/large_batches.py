@@ -94,7 +94,7 @@ def plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
             "emotion_accuracy": "emotion accuracy"}  # fmt: skip
     scores = list(dict.fromkeys(run["score"] for run in runs))
     figure = Figure(figsize=(6 * len(scores), 9), layout="constrained")
-    axes = figure.subplots(len(rows), len(scores), squeeze=False, sharey="row")
+    axes = figure.subplots(len(rows), len(scores), squeeze=False)
     for column, score in enumerate(scores):
         for row, (field, label) in enumerate(rows.items()):
             axis = axes[row][column]
@@ -103,6 +103,10 @@ def plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
                     axis.plot([r["step"] for r in run["records"]], [r[field] for r in run["records"]], marker=".",
                               label=f"batch {run['batch']}")  # fmt: skip
             axis.set(xlabel="steps", ylabel=label if column == 0 else "", title=score if row == 0 else "", xscale="symlog")
+            if field == "coarse_above_chance":
+                axis.set_yscale("symlog", linthresh=1e-4)
+            elif field == "own_first":
+                axis.axhline(1 / CANDIDATES, color="gray", linestyle=":")  # chance
             axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.suptitle(title, fontsize=10)
