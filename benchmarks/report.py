@@ -162,7 +162,8 @@ def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: 
     modes = list(dict.fromkeys(mode for case in placed or cases for mode in case["modes"]))
     panels = [*((mode, "median_ms", 1.0, "ms") for mode in modes), (modes[-1], "extra_bytes", 1e6, "extra MB")]
     rows = {(row["peer"], row["mode"], case["size"]): row for case in placed for row in case["rows"]}
-    peers = sorted(dict.fromkeys(peer for peer, *_ in rows), key=lambda peer: peer != OURS)  # ours first
+    timed = dict.fromkeys(peer for (peer, *_), row in rows.items() if "median_ms" in row)
+    peers = sorted(timed, key=lambda peer: peer != OURS)  # ours first
     yardsticks = {peer for (peer, *_), row in rows.items() if "yardstick" in row}
     figure = Figure(figsize=(4 * len(panels), 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
