@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -203,8 +202,8 @@ def _read_references(model: CASE, store: Store, split: str, indices: Sequence[in
         for start in range(0, len(indices), batch_size):
             batch = store.batch(split, indices[start : start + batch_size]).to(device)
             reading = model.read(batch)
-            logits = model.reply_logits(batch.decoder_input, batch.cu_target, reading.sources)
-            values, cu = F.cross_entropy(logits, batch.target, reduction="none").tolist(), batch.cu_target.tolist()
+            found = model.reply_nll(batch.decoder_input, batch.cu_target, reading.memories, batch.target)
+            values, cu = found.tolist(), batch.cu_target.tolist()
             nll += [values[a:b] for a, b in zip(cu[:-1], cu[1:], strict=True)]
             scores.append(reading.emotion_logits.double().cpu().numpy())
             labels += batch.emotion.tolist()

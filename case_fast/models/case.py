@@ -396,9 +396,15 @@ class CASE(
 
         ``last_only``: (B, V), after the last of each sequence alone.
         """
-        x = self._place_packed(self.embedding(words) * self.config.d_model**0.5, cu)
-        hidden = self.decoder(x, cu, memories)
+        hidden = self._reply(words, cu, memories)
         return eq.full_precision(self.output(eq.take(hidden, cu[1:] - 1) if last_only else hidden))
+
+    def reply_nll(self, words: Tensor, cu: Tensor, memories: Sequence[Memory], target: Tensor) -> Tensor:
+        """(M,) -log P of the words ``target`` (M,) after each of packed decoder inputs, as `reply_logits` scores them."""
+        return ops.linear_cross_entropy(self._reply(words, cu, memories), self.output.weight, self.output.bias, target)[0]
+
+    def _reply(self, words: Tensor, cu: Tensor, memories: Sequence[Memory]) -> Tensor:
+        return self.decoder(self._place_packed(self.embedding(words) * self.config.d_model**0.5, cu), cu, memories)
 
     def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
         """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
