@@ -411,6 +411,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     Returns:
         (Tq, H, D).
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     start_k, size_k = cu_key[:-1].long(), cu_key.long().diff()
     longest = int(size_k.max()) if dropout_p > 0 and size_k.numel() else 0
     if key_length is not None:
@@ -457,14 +458,12 @@ def _padded(start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return start.unsqueeze(1) + place * real, real
 
 
-def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, keep: Tensor | None,
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, keep: Tensor | None,
                       dropout_p: float) -> Tensor:  # fmt: skip
     """(n, H, queries, D); ``mask`` (n, 1, 1 or queries, keys) holds what is seen, ``keep`` what dropout leaves."""
-    if keep is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    score = full_precision(query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    score = full_precision(query @ key.transpose(2, 3)) * scale
     weight = score.masked_fill(~mask, -math.inf).softmax(-1).to(value.dtype)
-    return (weight * keep / (1 - dropout_p)) @ value
+    return (weight if keep is None else weight * keep / (1 - dropout_p)) @ value
 
 
 def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], eps: float = 1e-5, dropout_p: float = 0.0,

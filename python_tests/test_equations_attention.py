@@ -115,7 +115,7 @@ def made_sources(width: int, heads: int, d: int, keys: list[list[int]], seed: in
 
 def slow_cross_attention(hidden: Tensor, rows: list[int], keys: list[list[int]], sources: list[Source]) -> Tensor:
     for lengths, s in zip(keys, sources, strict=True):
-        mean, variance = hidden.mean(1, keepdim=True), hidden.var(1, unbiased=False, keepdim=True)
+        mean, variance = hidden.mean(1, keepdim=True), (hidden - hidden.mean(1, keepdim=True)).square().mean(1, keepdim=True)
         normed = (hidden - mean) / torch.sqrt(variance + 1e-5) * s.norm_weight + s.norm_bias
         query = (normed @ s.query_weight.T).view(-1, *s.key.shape[1:])
         attended = slow_attention(query, s.key, s.value, rows, ranges(lengths), False, s.key.shape[2] ** -0.5)
