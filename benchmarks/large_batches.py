@@ -153,14 +153,11 @@ def main() -> None:
     runs = []
     for score in given.scores:
         for size in sorted(given.batches):
-            if (score, size) in done:
-                runs.append(done[score, size])
-                continue
             config = CASEConfig(len(store.featurizer.vocabulary), d_model=given.width, ffn=given.width, mim_score=score,
                                 seed=given.seed)  # fmt: skip
             steps = min(given.most_steps, given.steps * max(given.batches) // size)
-            runs.append(train(store, config, size, steps, given.rate, max(1, steps // 8), batches, given.device, given.seed,
-                              console))  # fmt: skip
+            runs.append(done.get((score, size)) or train(store, config, size, steps, given.rate, max(1, steps // 8), batches,
+                                                         given.device, given.seed, console))  # fmt: skip
             found = {"environment": environment("bilinear_mim"), "settings": settings, "runs": runs}
             write_text(given.out / "large_batches.json", json.dumps(found, indent=1))
             plot(runs, given.out / "large_batches.png", f"d = {given.width}, Adam {given.rate:g}, EmpatheticDialogues")
