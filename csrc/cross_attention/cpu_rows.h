@@ -71,6 +71,7 @@ template <class T, int rows, int columns>
 CASE_FAST_INLINE void dot_tile(int64_t depth, const T *a, int64_t a_stride, const T *b, int64_t b_stride, T *c, int64_t c_stride) {
     constexpr int width = Lanes<T>::width, count = rows * columns, padded = (count + 3) / 4 * 4, half = (columns + 1) / 2;
     Vector<T> sum[padded] = {};
+    const T *const next = b + columns * b_stride;  // the next tile's rows, from the third cache in decoding
     const T *const second = b + half * b_stride;  // two bases and three strides address all rows
     const auto step = [&](int64_t k, auto load) __attribute__((always_inline)) {
         Vector<T> x[rows];
@@ -78,6 +79,7 @@ CASE_FAST_INLINE void dot_tile(int64_t depth, const T *a, int64_t a_stride, cons
         for (int j = 0; j < columns; ++j) {
             Vector<T> y = load((j < half ? b + j * b_stride : second + (j - half) * b_stride) + k);
             if (rows > 1) CASE_FAST_IN_REGISTER(y);
+            __builtin_prefetch(next + j * b_stride + k);
             for (int i = 0; i < rows; ++i) sum[i * columns + j] += x[i] * y;
         }
     };
@@ -138,7 +140,10 @@ CASE_FAST_INLINE void sum_tile(int64_t depth, const T *a, int64_t a_row, int64_t
             for (int v = 0; v < vectors; ++v) sum[i][v] = get(c + i * c_stride, v);
     for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_stride) {
         Vector<T> y[vectors];
-        for (int v = 0; v < vectors; ++v) y[v] = get(b, v);
+        for (int v = 0; v < vectors; ++v) {
+            y[v] = get(b, v);
+            if (rows == 1) __builtin_prefetch(b + 8 * b_stride + v * width);
+        }
         for (int i = 0; i < rows; ++i) {
             const T x = a[i * a_row];
             for (int v = 0; v < vectors; ++v) sum[i][v] += x * y[v];
