@@ -154,7 +154,6 @@ int backward(const case_fast_mim &m, const void *x, const void *y, const void *w
              const void *grad_side_y, const void *grad_side_x, void *grad_x, void *grad_y, void *grad_weight, int threads) {
     const Sizes<T> s(m);
     const Saved<T> saved(s, const_cast<T *>(static_cast<const T *>(saved_array)));  // only read
-    Workspace workspace;
     threads = useful_threads(s, threads);
     prepare_output(grad_x, size_t(s.pairs * s.dim) * sizeof(T));
     prepare_output(grad_y, size_t(s.rows * s.dim) * sizeof(T));
@@ -166,13 +165,17 @@ int backward(const case_fast_mim &m, const void *x, const void *y, const void *w
         std::fill_n(grad_a, s.pairs * s.dim, T(0));
         std::fill_n(grad_b, s.rows * s.dim, T(0));
     } else if (s.sampled) {
+        Workspace workspace;
         sampled_backward(s, m.positive, m.seed, a, b, saved, by_y, by_x, grad_a, grad_b, workspace, threads);
     } else {
+        Workspace workspace;
         all_backward(s, m.positive, a, b, saved, by_y, by_x, grad_a, grad_b, workspace, threads);
     }
-    if (!s.dot)
+    if (!s.dot) {
+        Workspace workspace;
         project_backward(static_cast<const T *>(s.by_x ? x : y), s.by_x ? s.pairs : s.rows, static_cast<const T *>(weight),
                          s.by_x, s.dim, s.by_x ? grad_a : grad_b, static_cast<T *>(grad_weight), workspace, threads);
+    }
     return CASE_FAST_OK;
 }
 

@@ -27,14 +27,14 @@ inline std::atomic<SpareBlock *> spare_block{new SpareBlock};
 class Workspace {
 public:
     static constexpr int64_t alignment = 64;
-    static constexpr size_t most_spare = size_t(16) << 20;
+    static constexpr size_t most_spare = size_t(8) << 20;
 
     Workspace() : spare_(spare_block.exchange(nullptr, std::memory_order_acquire)) {}
     ~Workspace() {
         if (!spare_) return;
-        if (used_ > spare_->bytes && spare_->bytes < most_spare && keeps) {
+        if (wanted_ > spare_->bytes && spare_->bytes < most_spare && keeps) {
             std::free(spare_->block);
-            spare_->bytes = std::min(used_, most_spare) / alignment * alignment;
+            spare_->bytes = std::min(wanted_, most_spare) / alignment * alignment;
             spare_->block = std::aligned_alloc(alignment, spare_->bytes);
             if (!spare_->block) spare_->bytes = 0;
         }
@@ -46,9 +46,11 @@ public:
     template <class T>
     T *take(int64_t count) {
         const size_t bytes = (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + alignment - 1) / alignment * alignment;
-        const size_t first = used_;
-        used_ += bytes;
-        if (spare_ && used_ <= spare_->bytes) return reinterpret_cast<T *>(static_cast<char *>(spare_->block) + first);
+        wanted_ += bytes;
+        if (spare_ && used_ + bytes <= spare_->bytes) {
+            used_ += bytes;
+            return reinterpret_cast<T *>(static_cast<char *>(spare_->block) + used_ - bytes);
+        }
         void *const block = std::aligned_alloc(alignment, bytes);
         if (!block) throw std::bad_alloc();
         blocks_.emplace_back(block, &std::free);
@@ -62,7 +64,7 @@ private:
     static constexpr bool keeps = true;
 #endif
     SpareBlock *spare_;
-    size_t used_ = 0;
+    size_t used_ = 0, wanted_ = 0;  // bytes of the spare block; of all arrays
     std::vector<std::unique_ptr<void, void (*)(void *)>> blocks_;
 };
 
