@@ -170,7 +170,8 @@ def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None
         inner = key.shape[1] * key.shape[2]
         shapes = (key.shape, key.shape, (width,), (width,), (inner, width), (width, inner))
         for field, x, shape in zip(FLOATS, source.floats(), shapes, strict=True):
-            check_float(f"{name}.{field}", x, shape, dtype, device, "hidden" if field == "key" else "hidden and key")
+            if x.dtype != dtype or x.shape != shape or x.device != device:  # asked here too: this stands before every step
+                check_float(f"{name}.{field}", x, shape, dtype, device, "hidden" if field == "key" else "hidden and key")
         check_sequences("cu_hidden", cu_hidden, f"{name}.cu_keys", source.cu_keys, f"{name}.key_of", source.key_of, device)
 
 

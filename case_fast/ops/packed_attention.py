@@ -234,6 +234,8 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 def rows_apart(x: Tensor) -> Tensor:
     """(T, H, D) whose rows are dense, wherever each row lies: what the kernels read without a copy."""
+    if x.is_contiguous():
+        return x
     heads, dimension = x.shape[1:]
     dense = (x.stride(2) == 1 or dimension == 1) and (x.stride(1) == dimension or heads == 1)
     return x if dense and (x.stride(0) >= heads * dimension or x.shape[0] <= 1) else x.contiguous()
