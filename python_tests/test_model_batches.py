@@ -203,6 +203,39 @@ def test_hypotheses_can_be_reordered_and_dialogues_dropped():
         assert close(row, model.next_word_logits(torch.tensor([word]), 1, single)[0], TOLERANCE)
 
 
+@torch.no_grad()
+def test_a_reply_longer_than_the_cache():
+    """The room for words is doubled when it is full; what was said stays."""
+    examples, texts = handmade_examples()
+    said = " ".join(random.Random(2).choices(["happy", "exam", "so", "dog"], k=69))
+    examples = [replace(e, response=dialogue(["rain ."], texts, {}, said).response) for e in examples[:3]]
+    model, batch = tiny_model(layers=2).eval(), make_batch(examples, texts)
+    check_decoding(model, batch, 2)
+    state = model.start_decoding(model.read(batch), 2)
+    capacities = []
+    for position in range(70):
+        model.next_word_logits(torch.full((6,), 20), position, state)
+        capacities.append(state.past.shape[3])
+    assert capacities == [32] * 32 + [64] * 32 + [128] * 6
+
+
+@torch.no_grad()
+def test_beams_read_the_keys_of_their_dialogue_without_a_copy():
+    examples, texts = handmade_examples()
+    model, batch = tiny_model().eval(), make_batch(examples, texts)
+    reading = model.read(batch)
+    state = model.start_decoding(reading, 5)
+    keys = [source.key for source in state.sources[0]]
+    assert [len(key) for key in keys] == [len(memory.rows) for memory in reading.memories]
+    model.next_word_logits(torch.full((35,), 20), 0, state)
+    past = state.past.data_ptr()
+    state.reorder(torch.arange(35))
+    state.keep(torch.tensor([1, 4, 6]))
+    model.next_word_logits(torch.full((15,), 20), 1, state)
+    assert all(source.key is key for source, key in zip(state.sources[0], keys, strict=True))
+    assert state.past.data_ptr() == past
+
+
 # ---- short and long contexts
 
 
