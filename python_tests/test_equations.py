@@ -361,7 +361,8 @@ def test_top_words():
             order = sorted(range(7), key=lambda v, p=p: -p[v])
             assert word[t].tolist() == order[:k]
             same(value[t], [math.log(p[v]) if p[v] else -math.inf for v in order[:k]])
-    tied = eq.top_words(hidden, torch.zeros(7, 4), torch.tensor([0.0, 2, 1, 2, 1, 2, 0]), 4)[1]
+    flat = torch.zeros(7, 4, dtype=hidden.dtype)
+    tied = eq.top_words(hidden, flat, torch.tensor([0.0, 2, 1, 2, 1, 2, 0], dtype=hidden.dtype), 4)[1]
     assert tied.tolist() == [[1, 3, 5, 2]] * 3
 
 

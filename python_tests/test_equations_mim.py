@@ -200,3 +200,13 @@ def test_draws_are_uniform_and_differ():
     ]
     assert len(set(words)) == 21  # no two pairs and no two seeds share their draws
     assert eq.draw_negatives(positive, 7, 6, 5)[0].equal(eq.draw_negatives(positive, 7, 9, 5)[0][:, :6])  # by counter
+
+
+def test_group_sizes_and_reductions():
+    assert eq.group_sizes(torch.tensor([2, 0, 2, 2]), 4).tolist() == [1, 0, 3, 0]
+    assert eq.group_sizes(torch.zeros(0, dtype=torch.int64), 2).tolist() == [0, 0]
+    loss = torch.tensor([1.0, 2, 6])
+    assert eq.reduced(loss, "none") is loss
+    assert (float(eq.reduced(loss, "sum")), float(eq.reduced(loss, "mean")), float(eq.reduced(loss[:0], "mean"))) == (9, 3, 0)
+    with pytest.raises(ValueError, match="reduction must be mean, sum or none"):
+        eq.reduced(loss, "median")
