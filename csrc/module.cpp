@@ -175,14 +175,16 @@ static int graph_attention_backward_cuda(std::int64_t vertices, std::int64_t edg
 
 static std::int64_t bilinear_mim_saved(std::int64_t pairs, std::int64_t rows, int dim, int dtype, int score, std::int64_t negatives,
                                        Address positive, std::uint64_t seed) {
-    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed};
+    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed,
+                              CASE_FAST_MIM_AUTO};
     return case_fast_bilinear_mim_saved(&mim);
 }
 
 static int bilinear_mim_forward(std::int64_t pairs, std::int64_t rows, int dim, int dtype, int score, std::int64_t negatives,
                                 Address positive, std::uint64_t seed, Address x, Address y, Address weight, Address side_y,
                                 Address side_x, Address logit, Address saved, int threads) {
-    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed};
+    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed,
+                              CASE_FAST_MIM_AUTO};
     return case_fast_bilinear_mim_forward_cpu(&mim, pointer(x), pointer(y), pointer(weight), pointer(side_y), pointer(side_x),
                                               pointer(logit), pointer(saved), threads);
 }
@@ -191,7 +193,8 @@ static int bilinear_mim_backward(std::int64_t pairs, std::int64_t rows, int dim,
                                  Address positive, std::uint64_t seed, Address x, Address y, Address weight, Address saved,
                                  Address grad_side_y, Address grad_side_x, Address grad_x, Address grad_y, Address grad_weight,
                                  int threads) {
-    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed};
+    const case_fast_mim mim = {pairs, rows, dim, dtype, score, negatives, static_cast<std::int64_t *>(pointer(positive)), seed,
+                              CASE_FAST_MIM_AUTO};
     return case_fast_bilinear_mim_backward_cpu(&mim, pointer(x), pointer(y), pointer(weight), pointer(saved), pointer(grad_side_y),
                                                pointer(grad_side_x), pointer(grad_x), pointer(grad_y), pointer(grad_weight), threads);
 }

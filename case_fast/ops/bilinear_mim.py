@@ -189,7 +189,7 @@ def _saved_elements(pairs: int, rows: int, dim: int, num_negatives: int | None, 
     projected = 0 if score == "dot" else torch.sym_min(pairs, rows) * dim
     if num_negatives is None:
         return projected + 3 * pairs + 2 * rows
-    return projected + 5 * pairs + (2 * pairs * num_negatives if 2 * num_negatives <= dim else 0)
+    return projected + 5 * pairs + (2 * pairs * num_negatives if num_negatives <= dim else 0)
 
 
 def _gradients(*inputs: Tensor | None) -> list[Tensor]:

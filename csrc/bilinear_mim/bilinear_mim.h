@@ -15,16 +15,24 @@ extern "C" {
 
 enum case_fast_mim_score { CASE_FAST_BILINEAR_SIGMOID = 0, CASE_FAST_DOT = 1 };  // of the dot product, W is absent
 
+// How drawn negatives are computed: rows gathered draw by draw, or products of whole matrices, some rows at a time. AUTO: what is
+// faster at these sizes.
+enum case_fast_mim_plan { CASE_FAST_MIM_AUTO = 0, CASE_FAST_MIM_GATHERED = 1, CASE_FAST_MIM_DENSE = 2 };
+
 typedef struct case_fast_mim {
     int64_t pairs, rows;        // rows of x (P) and of y (Q)
     int32_t dim, dtype, score;  // score: a case_fast_mim_score
     int64_t negatives;          // draws for each pair and side, with replacement; -1: all negatives
     const int64_t *positive;    // (P): the row of y that belongs to each row of x
     uint64_t seed;              // of the draws, see case_fast_draw in common/philox.h
+    int32_t plan;               // a case_fast_mim_plan
 } case_fast_mim;
 
-// Elements of `saved`, which forward writes for backward; of the order of (P + Q) d at most.
+// Elements of `saved`, which forward writes for backward: about (P + Q) d, or 3 P d with draws, at most.
 int64_t case_fast_bilinear_mim_saved(const case_fast_mim *mim);
+
+// The plan that AUTO stands for at these sizes: DENSE, or GATHERED, or AUTO where nothing is drawn.
+int case_fast_bilinear_mim_plan(const case_fast_mim *mim);
 
 // x (P, d), y (Q, d), weight (d, d) or NULL; side_y, side_x, and logit (P), the positive's x^T W y. All contiguous.
 //

@@ -22,6 +22,7 @@ int check(const case_fast_mim *mim, std::initializer_list<const void *> x_arrays
     if (m.pairs < 0 || m.pairs > most || m.rows < 0 || m.rows > most || m.dim < 1 || m.dim > most) return CASE_FAST_BAD_ARGUMENT;
     if (m.negatives < -1 || m.negatives > most) return CASE_FAST_BAD_ARGUMENT;
     if (m.dtype != CASE_FAST_F32 && m.dtype != CASE_FAST_F64) return CASE_FAST_BAD_ARGUMENT;
+    if (m.plan < CASE_FAST_MIM_AUTO || m.plan > CASE_FAST_MIM_DENSE) return CASE_FAST_BAD_ARGUMENT;
     if (m.score != CASE_FAST_BILINEAR_SIGMOID && m.score != CASE_FAST_DOT) return CASE_FAST_BAD_ARGUMENT;
     const bool weighs = m.score == CASE_FAST_BILINEAR_SIGMOID;
     if (m.pairs > 0 && (!m.positive || std::any_of(x_arrays.begin(), x_arrays.end(), missing))) return CASE_FAST_BAD_ARGUMENT;
@@ -183,6 +184,11 @@ int backward(const case_fast_mim &m, const void *x, const void *y, const void *w
 
 extern "C" int64_t case_fast_bilinear_mim_saved(const case_fast_mim *mim) {
     return Saved<float>(Sizes<float>(*mim), nullptr).size;
+}
+
+extern "C" int case_fast_bilinear_mim_plan(const case_fast_mim *mim) {
+    const Sizes<float> s(*mim);
+    return s.dense ? CASE_FAST_MIM_DENSE : s.draws > 0 ? CASE_FAST_MIM_GATHERED : CASE_FAST_MIM_AUTO;
 }
 
 extern "C" int case_fast_bilinear_mim_forward_cpu(const case_fast_mim *mim, const void *x, const void *y, const void *weight,

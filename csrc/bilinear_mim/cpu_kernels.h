@@ -9,7 +9,7 @@
 
 #include "bilinear_mim/cpu.h"
 #include "common/gemm.h"
-#include "common/philox.h"
+#include "common/philox_vector.h"
 
 namespace {
 
@@ -319,7 +319,25 @@ void join_columns(const T *max, const T *sum, int64_t count, int64_t part_stride
 }
 
 void draw(uint64_t seed, uint32_t pair, uint32_t side, uint32_t n, int64_t count, int32_t *out) {
-    for (int64_t slot = 0; slot < count; ++slot) out[slot] = int32_t(case_fast_draw(seed, pair, side, uint32_t(slot), n));
+    const Words zero = {}, pairs = zero + uint64_t(pair), sides = zero + uint64_t(side);
+    const auto words = [=](int64_t slot) __attribute__((always_inline)) {  // as case_fast_draw
+        return times(random_words(consecutive(uint64_t(slot)), pairs, sides, zero, seed), n) >> 32;
+    };
+    const auto put = [=](int64_t slot, Words drawn) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < word_lanes && slot + i < count; ++i) out[slot + i] = int32_t(drawn[i]);
+    };
+    int64_t slot = 0;
+    for (; slot + 2 * word_lanes <= count; slot += 2 * word_lanes) {  // two at a time hide each other's latency
+        const Words one = words(slot), other = words(slot + word_lanes);
+#if CASE_FAST_VECTOR_BYTES == 64
+        _mm256_storeu_si256((__m256i *)(out + slot), _mm512_cvtepi64_epi32((__m512i)one));
+        _mm256_storeu_si256((__m256i *)(out + slot + word_lanes), _mm512_cvtepi64_epi32((__m512i)other));
+#else
+        put(slot, one);
+        put(slot + word_lanes, other);
+#endif
+    }
+    for (; slot < count; slot += word_lanes) put(slot, words(slot));
 }
 
 // Calls body(i, n) for i from 0 to count in steps of `step`, then of 4, 2 and 1; n is known to the compiler.

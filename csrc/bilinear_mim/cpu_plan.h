@@ -15,6 +15,10 @@
 namespace {
 
 constexpr int64_t most_rows = 252;  // of a chunk
+constexpr int64_t most_draws = int64_t(1) << 20;  // of a side, held at a time
+// Products of whole matrices win where there is a draw, of one side, for no more than so many scores: measured by
+// bench_bilinear_mim from 256 to 8192 pairs.
+constexpr int64_t dense_scores_a_draw = 7;
 
 template <class T>
 const MimKernels<T> &kernels() {
@@ -63,13 +67,19 @@ struct Sizes {
     bool dot, sampled;
     int64_t draws;         // of a pair and side
     bool by_x;             // W is applied to x, not to y
+    int64_t at_once;       // pairs whose draws are held at a time
+    bool dense;            // a case_fast_mim_plan
     bool keeps_draws;      // backward finds their z in `saved`
     int64_t other;         // what the sums of side_x belong to: rows of b, or, if sampled, pairs
 
     explicit Sizes(const case_fast_mim &m)
         : pairs(m.pairs), rows(m.rows), dim(m.dim), dot(m.score == CASE_FAST_DOT), sampled(m.negatives >= 0),
-          draws(std::max<int64_t>(m.negatives, 0)), by_x(m.pairs <= m.rows), keeps_draws(sampled && 2 * draws <= m.dim),
-          other(sampled ? m.pairs : m.rows) {}
+          draws(std::max<int64_t>(m.negatives, 0)), by_x(m.pairs <= m.rows),
+          at_once(std::clamp<int64_t>(most_draws / std::max<int64_t>(draws, 1), 1, std::max<int64_t>(m.pairs, 1))),
+          dense(sampled && draws > 0 &&
+                (m.plan == CASE_FAST_MIM_AUTO ? double(m.pairs) * double(m.rows) <= double(dense_scores_a_draw * at_once * draws)
+                                              : m.plan == CASE_FAST_MIM_DENSE)),
+          keeps_draws(sampled && draws <= m.dim), other(sampled ? m.pairs : m.rows) {}
     int64_t projected() const { return dot ? 0 : (by_x ? pairs : rows) * dim; }
 };
 

@@ -6,7 +6,7 @@
 // depend on where in a tile, a block or a thread's share an element lies.
 #pragma once
 
-#include "common/philox.h"
+#include "common/philox_vector.h"
 #include "common/vector.h"
 #include "cross_attention/cpu.h"
 
@@ -204,39 +204,6 @@ void multiply_fresh(int64_t rows, int64_t columns, int64_t depth, const T *a, in
 }
 
 // ----------------------------------------------------------------------------------------------------------------- dropout
-
-typedef uint64_t Words __attribute__((vector_size(CASE_FAST_VECTOR_BYTES)));
-constexpr int word_lanes = CASE_FAST_VECTOR_BYTES / 8;
-
-CASE_FAST_INLINE Words times(Words x, uint32_t factor) {  // of the low half of each lane
-#if CASE_FAST_VECTOR_BYTES == 64
-    return (Words)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(factor));
-#elif CASE_FAST_VECTOR_BYTES == 32
-    return (Words)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(factor));
-#elif defined(__x86_64__)
-    return (Words)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(factor));
-#else
-    return (x & 0xFFFFFFFFu) * uint64_t(factor);
-#endif
-}
-
-// As case_fast_philox with the counters (e, e's high half, h, 0), for the consecutive numbers from e on.
-CASE_FAST_INLINE Words random_words(uint64_t e, uint32_t h, uint64_t seed) {
-    Words lanes = {};
-    for (int i = 0; i < word_lanes; ++i) lanes[i] = uint64_t(i);  // a constant
-    Words c0 = lanes + e, c1 = c0 >> 32, c2 = Words{} + uint64_t(h), c3 = {};
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round) {  // what lies in the high halves of the counters is of no account
-        const Words a = times(c0, 0xD2511F53u), b = times(c2, 0xCD9E8D57u);
-        c0 = (b >> 32) ^ c1 ^ uint64_t(k0);
-        c1 = b;
-        c2 = (a >> 32) ^ c3 ^ uint64_t(k1);
-        c3 = a;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return c0 & 0xFFFFFFFFu;
-}
 
 // What dropout multiplies elements e, e + 1, ... by: 0 or kept_scale.
 CASE_FAST_INLINE Vector<double> kept(uint64_t e, uint32_t h, uint64_t seed, uint64_t drop_below, double kept_scale) {

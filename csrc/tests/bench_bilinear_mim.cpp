@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "bilinear_mim/bilinear_mim.h"
@@ -18,7 +19,8 @@ double seconds(clockid_t clock) {
     return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-void bench(const char *name, int64_t pairs, int64_t rows, int64_t dim, int64_t negatives, int score, int threads, int repetitions) {
+void bench(const char *name, int64_t pairs, int64_t rows, int64_t dim, int64_t negatives, int score, int threads, int repetitions,
+           int plan = CASE_FAST_MIM_AUTO) {
     std::mt19937_64 random(1);
     const auto noise = [&](int64_t count, double scale) {
         std::vector<float> x(static_cast<size_t>(count));
@@ -29,7 +31,7 @@ void bench(const char *name, int64_t pairs, int64_t rows, int64_t dim, int64_t n
     for (int64_t p = 0; p < pairs; ++p) positive[size_t(p)] = p * rows / pairs;
     const auto x = noise(pairs * dim, 1), y = noise(rows * dim, 1), weight = noise(dim * dim, 3.0 / double(dim)), grad = noise(pairs, 1);
     auto grad_x = x, grad_y = y, grad_weight = weight, side_y = grad, side_x = grad, logit = grad;
-    const case_fast_mim mim = {pairs, rows, int32_t(dim), CASE_FAST_F32, score, negatives, positive.data(), 1};
+    const case_fast_mim mim = {pairs, rows, int32_t(dim), CASE_FAST_F32, score, negatives, positive.data(), 1, plan};
     std::vector<float> saved(size_t(case_fast_bilinear_mim_saved(&mim)));
     double least[4] = {1e9, 1e9, 1e9, 1e9};
     int status = 0;
@@ -65,4 +67,13 @@ int main(int count, char **arguments) {
     if (runs(4)) bench("8192 x 8192", 8192, 8192, 300, -1, 0, threads, few);
     if (runs(5)) bench("1280 x 1280, dot", 1280, 1280, 300, -1, 1, threads, repetitions);
     if (runs(6)) bench("1280 x 64, 64 drawn", 1280, 64, 300, 64, 0, threads, repetitions);
+    if (chosen == 7)  // where products of whole matrices begin to win: dense_scores_a_draw of cpu_plan.h
+        for (const int64_t pairs : {256, 1280, 2048})
+            for (const int64_t share : {12, 8, 6, 4, 2}) {
+                char name[64];
+                std::snprintf(name, sizeof name, "%lld pairs, %lld drawn, ", static_cast<long long>(pairs), static_cast<long long>(pairs / share));
+                for (const int plan : {CASE_FAST_MIM_GATHERED, CASE_FAST_MIM_DENSE})
+                    bench((std::string(name) + (plan == CASE_FAST_MIM_DENSE ? "dense" : "gathered")).c_str(), pairs, pairs, 300,
+                          pairs / share, 0, threads, pairs > 2000 ? few : repetitions, plan);
+            }
 }

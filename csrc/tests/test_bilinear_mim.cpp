@@ -36,6 +36,7 @@ struct Setting {
     double scale;  // of the weights: 1 gives scores of order 1
     std::vector<int64_t> positive;
     uint64_t seed;
+    int32_t plan = CASE_FAST_MIM_AUTO;
 };
 std::vector<int64_t> one_to_one(int64_t count) {
     std::vector<int64_t> order(static_cast<size_t>(count));
@@ -151,7 +152,7 @@ struct Call {
     case_fast_mim mim;
     Call(const Setting &s, const Inputs<T> &inputs) : in(inputs) {
         mim = {s.pairs, s.rows, int32_t(s.dim), std::is_same_v<T, float> ? CASE_FAST_F32 : CASE_FAST_F64,
-               s.dot ? CASE_FAST_DOT : CASE_FAST_BILINEAR_SIGMOID, s.negatives, s.positive.data(), s.seed};
+               s.dot ? CASE_FAST_DOT : CASE_FAST_BILINEAR_SIGMOID, s.negatives, s.positive.data(), s.seed, s.plan};
     }
     int forward(Outputs<T> &o, int threads) const {
         return case_fast_bilinear_mim_forward_cpu(&mim, in.x.data(), in.y.data(), in.weight.data(), o.side_y.data(), o.side_x.data(),
@@ -199,16 +200,22 @@ void compare(const Setting &s, const char *level) {
     }
 }
 
+std::vector<int32_t> plans_of(int64_t negatives) {
+    if (negatives < 0) return {CASE_FAST_MIM_AUTO};
+    return {CASE_FAST_MIM_GATHERED, CASE_FAST_MIM_DENSE};
+}
+
 void test_against_naive(const char *level) {
     int cases = 0;
     const auto all = [&](int64_t pairs, int64_t rows, int64_t dim, const std::vector<int64_t> &positive, double scale = 1) {
         for (const int64_t negatives : {int64_t(-1), int64_t(0), 1 + below(7), dim, 2 * dim + 5})
-            for (const bool dot : {false, true}) {
-                const Setting s = {pairs, rows, dim, negatives, dot, scale, positive, random_bits()};
-                compare<float>(s, level);
-                compare<double>(s, level);
-                cases += 2;
-            }
+            for (const bool dot : {false, true})
+                for (const int32_t plan : plans_of(negatives)) {
+                    const Setting s = {pairs, rows, dim, negatives, dot, scale, positive, random_bits(), plan};
+                    compare<float>(s, level);
+                    compare<double>(s, level);
+                    cases += 2;
+                }
     };
     for (int64_t count : {1, 2, 3, 16, 17, 33, 65}) all(count, count, 1 + below(40), one_to_one(count));
     for (int64_t dim : {1, 2, 15, 16, 31, 32, 33, 48, 100}) all(20, 20, dim, one_to_one(20));
@@ -221,13 +228,14 @@ void test_against_naive(const char *level) {
     all(0, 0, 4, {});
     // several chunks, and drawn ones
     for (const bool dot : {false, true})
-        for (const int64_t negatives : {-1, 5}) {
-            compare<float>({700, 700, 10, negatives, dot, 1, one_to_one(700), 5}, level);
-            compare<float>({900, 60, 10, negatives, dot, 1, many_to_one(900, 60), 6}, level);
-            compare<float>({60, 900, 10, negatives, dot, 1, many_to_one(60, 900), 7}, level);
-            compare<float>({300, 300, 300, negatives, dot, 1, one_to_one(300), 8}, level);
-            cases += 4;
-        }
+        for (const int64_t negatives : {-1, 5})
+            for (const int32_t plan : plans_of(negatives)) {
+                compare<float>({700, 700, 10, negatives, dot, 1, one_to_one(700), 5, plan}, level);
+                compare<float>({900, 60, 10, negatives, dot, 1, many_to_one(900, 60), 6, plan}, level);
+                compare<float>({60, 900, 10, negatives, dot, 1, many_to_one(60, 900), 7, plan}, level);
+                compare<float>({300, 300, 300, negatives, dot, 1, one_to_one(300), 8, plan}, level);
+                cases += 4;
+            }
     // steep scores
     for (const bool dot : {false, true}) compare<double>({40, 40, 16, -1, dot, 30, one_to_one(40), 1}, level);
     std::printf("%s: %d cases\n", level, cases + 2);
@@ -236,8 +244,10 @@ void test_against_naive(const char *level) {
 // Operands too large to be kept packed: one tile's at a time. And more draws than are held at a time.
 void test_large(const char *level) {
     const Setting tiles = {2600, 1100, 400, -1, false, 1, many_to_one(2600, 1100), 1};
-    const Setting draws = {2100, 1500, 3, 700, false, 1, many_to_one(2100, 1500), 1};
-    for (const Setting *s : {&tiles, &draws}) {
+    const Setting draws = {2100, 1500, 3, 700, false, 1, many_to_one(2100, 1500), 1, CASE_FAST_MIM_GATHERED};
+    const Setting kept = {2100, 1500, 1300, 600, true, 1, many_to_one(2100, 1500), 1, CASE_FAST_MIM_DENSE};
+    const Setting dense = {2100, 1500, 3, 700, false, 1, draws.positive, 1, CASE_FAST_MIM_DENSE};
+    for (const Setting *s : {&tiles, &draws, &dense, &kept}) {
         const Inputs<float> in(*s);
         Inputs<double> wide(*s);
         const auto widen = [](const std::vector<float> &x) { return std::vector<double>(x.begin(), x.end()); };
@@ -263,8 +273,9 @@ void test_large(const char *level) {
 // |x W y| up to 1e4.
 void test_saturated() {
     for (const bool dot : {false, true})
-        for (const int64_t negatives : {-1, 8}) {
-            const Setting s = {50, 50, 24, negatives, dot, dot ? 1500.0 : 3000.0, one_to_one(50), 2};
+        for (const int32_t plan : {CASE_FAST_MIM_AUTO, CASE_FAST_MIM_GATHERED, CASE_FAST_MIM_DENSE}) {
+            const int64_t negatives = plan == CASE_FAST_MIM_AUTO ? -1 : 8;
+            const Setting s = {50, 50, 24, negatives, dot, dot ? 1500.0 : 3000.0, one_to_one(50), 2, plan};
             const Inputs<float> in(s);
             Outputs<float> o(s, nan_of<float>);
             Call<float>(s, in).run(o, 2);
@@ -292,8 +303,8 @@ void test_without_negatives() {
 void test_nan_shows() {
     for (int round = 0; round < 40; ++round) {
         const int64_t rows = 1 + below(30), pairs = 1 + below(40);
-        const int64_t negatives = round % 2 ? 3 : -1;
-        const Setting s = {pairs, rows, 1 + below(40), negatives, below(2) == 1, 1, many_to_one(pairs, rows), 4};
+        const int64_t negatives = round % 3 ? 3 : -1;
+        const Setting s = {pairs, rows, 1 + below(40), negatives, below(2) == 1, 1, many_to_one(pairs, rows), 4, round % 3};
         Inputs<float> in(s);
         Outputs<float> clean(s, 0), damaged(s, 0);
         const Call<float> call(s, in);
@@ -341,10 +352,33 @@ void test_bad_inputs() {
     refused([](case_fast_mim &x) { x.dtype = CASE_FAST_F16; });
     refused([](case_fast_mim &x) { x.score = 2; });
     refused([](case_fast_mim &x) { x.negatives = -2; });
+    refused([](case_fast_mim &x) { x.plan = 3; });
     refused([](case_fast_mim &x) { x.positive = nullptr; });
     const int status = case_fast_bilinear_mim_forward_cpu(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1);
     CHECK(status == CASE_FAST_BAD_ARGUMENT);
     CHECK(o.same_bits(before) && o.saved == before.saved);
+}
+
+// AUTO gathers few draws and multiplies for many; a NaN in one row leaves the gradients of rows that have no part in it alone.
+void test_plan() {
+    const auto plan_of = [](int64_t pairs, int64_t negatives) {
+        const case_fast_mim mim = {pairs, pairs, 300, CASE_FAST_F32, 0, negatives, nullptr, 0, CASE_FAST_MIM_AUTO};
+        return case_fast_bilinear_mim_plan(&mim);
+    };
+    CHECK(plan_of(1280, -1) == CASE_FAST_MIM_AUTO && plan_of(1280, 0) == CASE_FAST_MIM_AUTO);
+    CHECK(plan_of(1280, 8) == CASE_FAST_MIM_GATHERED && plan_of(1280, 640) == CASE_FAST_MIM_DENSE);
+    CHECK(plan_of(100000, 64) == CASE_FAST_MIM_GATHERED);
+    for (const int32_t plan : {CASE_FAST_MIM_GATHERED, CASE_FAST_MIM_DENSE}) {
+        const Setting s = {60, 60, 20, 2, false, 1, one_to_one(60), 3, plan};
+        Inputs<float> in(s);
+        in.y[0] = nan_of<float>;
+        Outputs<float> o(s, 0);
+        Call<float>(s, in).run(o, 2);
+        int clean = 0;
+        for (int64_t p = 0; p < s.pairs; ++p)
+            clean += !std::isnan(o.side_y[size_t(p)]) && std::isfinite(o.grad_y[size_t(s.positive[size_t(p)] * s.dim)]);
+        CHECK(clean > 20 && clean < 60);
+    }
 }
 
 }  // namespace
@@ -361,5 +395,6 @@ int main() {
         test_without_negatives();
         test_nan_shows();
     }
+    test_plan();
     test_large(case_fast_simd_name(case_fast_simd_level()));
 }
