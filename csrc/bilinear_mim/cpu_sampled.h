@@ -55,29 +55,22 @@ void sampled_forward(const Sizes<T> &s, const int64_t *positive, uint64_t seed, 
     const int64_t lanes = std::min<int64_t>(threads, blocks.number);
     int32_t *const lists = workspace.take<int32_t>(lanes * k);
     T *const scores = workspace.take<T>(s.keeps_draws ? 0 : lanes * k);
-    each_task(threads, blocks.number, [&](int64_t lane, int64_t i) {
-        int32_t *const list = lists + lane * k;
-        for (int64_t p = blocks.begin(i); p < blocks.begin(i + 1); ++p) {
-            own_score(p);
-            T *const z_y = s.keeps_draws ? saved.draws_y + p * k : scores + lane * k;
-            T *const z_x = s.keeps_draws ? saved.draws_x + p * k : scores + lane * k;
-            const bool any_y = k && sampler.any_y(), any_x = k && sampler.any_x(p);
-            if (any_y) {
-                sampler.draw_y(p, list);
-                kernel.dots(a + p * d, b, list, k, d, z_y);
-            } else {
-                std::fill_n(z_y, k, T(0));
+    for (const bool x : {false, true})  // one side after the other: the second cache holds the rows of one
+        each_task(threads, blocks.number, [&](int64_t lane, int64_t i) {
+            int32_t *const list = lists + lane * k;
+            for (int64_t p = blocks.begin(i); p < blocks.begin(i + 1); ++p) {
+                T *const z = s.keeps_draws ? (x ? saved.draws_x : saved.draws_y) + p * k : scores + lane * k;
+                const bool any = k && (x ? sampler.any_x(p) : sampler.any_y());
+                if (any) {
+                    x ? sampler.draw_x(p, list) : sampler.draw_y(p, list);
+                    kernel.dots(x ? b + positive[p] * d : a + p * d, x ? a : b, list, k, d, z);
+                } else {
+                    std::fill_n(z, k, T(0));
+                }
+                if (!x) own_score(p);
+                finish(any, z, z, (x ? saved.x_top : saved.y_top) + p, (x ? saved.x_sum : saved.y_sum) + p);
             }
-            finish(any_y, z_y, z_y, saved.y_top + p, saved.y_sum + p);
-            if (any_x) {
-                sampler.draw_x(p, list);
-                kernel.dots(b + positive[p] * d, a, list, k, d, z_x);
-            } else {
-                std::fill_n(z_x, k, T(0));
-            }
-            finish(any_x, z_x, z_x, saved.x_top + p, saved.x_sum + p);
-        }
-    });
+        });
 }
 
 template <class T>
