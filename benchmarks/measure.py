@@ -53,11 +53,12 @@ class Case:
 class Work:
     """A peer made ready for one case.
 
-    function(*leaves) -> out; leaves and grad_out in the peer's own layout, which ``pack`` turns into the case's, given (out,) or
-    (out, a gradient for each leaf). ``part`` is a piece of the function's work that is worth naming.
+    function(*leaves) -> out, or a tuple of them where nothing is trained; leaves and grad_out in the peer's own layout, which
+    ``pack`` turns into the case's, given (out,) or (out, a gradient for each leaf). ``part`` is a piece of the function's work
+    that is worth naming.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: tuple[Tensor, ...]
     grad_out: Tensor
     pack: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda results: results
@@ -70,10 +71,11 @@ class Work:
         self.leaves = tuple(x.detach().requires_grad_(self.trains) for x in self.leaves)
 
     def run(self, mode: str) -> tuple[Tensor, ...]:
-        """(out,), or (out, a gradient for each leaf)."""
+        """(out,), or (out, a gradient for each leaf); a tuple of outputs as it is."""
         if mode == MODES[0]:
             with torch.no_grad():
-                return (self.function(*self.leaves),)
+                out = self.function(*self.leaves)
+            return out if isinstance(out, tuple) else (out,)
         out = self.function(*self.leaves)
         return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
 

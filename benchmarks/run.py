@@ -44,6 +44,7 @@ class Family:
     sizes: Sequence[str]
     quick_sizes: Sequence[str]
     axis: str  # what `Case.size` counts: the picture's
+    op: str = ""  # of `case_fast.ops`, where its name is another
 
 
 def family_of(name: str) -> Family:

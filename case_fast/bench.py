@@ -41,11 +41,12 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
     run = importlib.import_module("benchmarks.run")
     report = importlib.import_module("benchmarks.report")
     wrong = importlib.import_module("benchmarks.measure").WrongResult
-    found = report.environment(family) | {"quick": quick}
+    chosen = run.family_of(family)
+    found = report.environment(chosen.op or family) | {"quick": quick}
     cases: list[dict[str, Any]] = []
     paths: list[Path] = []
     try:
-        for case in run.run(run.family_of(family), sizes, quick, tell=tell):
+        for case in run.run(chosen, sizes, quick, tell=tell):
             cases.append(case)
             paths = report.write(family, found, cases, out)  # after each: a run that is stopped leaves what it has
     except wrong as error:
