@@ -3,10 +3,10 @@
     nll_m = log sum_v exp z_tv - z_ty,  z = hidden weight^T + bias,  y = target[m] of row t
     d loss / d z_tv = sum over the targets m of t of grad_nll_m (exp(z_tv - lse_t) - [target_m = v])
 
-Forward makes z tile by tile. A program goes through one chunk of words with some rows, and keeps of each row the greatest z, its
-word and the sum of exp(z - greatest); chunks are joined in their order. A target's z comes from its tile, or for rows with any
-number of targets from a product of its own. Backward makes z again, or reads what was kept, writes the gradient of z in blocks of
-at most BLOCK_BYTES, and multiplies these by weight and hidden with torch's own matrix products.
+Forward makes z tile by tile, and keeps of each row the greatest z of the tile, its word and the sum of exp(z - greatest); the
+tiles of a row are joined in their order. A target's z comes from its tile, or for rows with any number of targets from a product
+of its own. Where z is to be kept, torch multiplies hidden by weight, and tiles are read. Backward makes z again, or reads it,
+writes the gradient of z in blocks of at most BLOCK_BYTES, and multiplies these by weight and hidden with torch's own products.
 
 `top_words` keeps the k greatest z of each tile in order, and merges the tiles of a row by their heads.
 
@@ -25,10 +25,10 @@ from case_fast.ops.device_flag import device_flag, raise_pending
 from case_fast.ops.triton_tiles import block_sizes, finite, product, products, row_options, row_products, sum_dtype, tile_options
 
 BLOCK_ROWS = 4096  # rows at once in backward
-BLOCK_BYTES = 16 << 20  # of the gradient of z at once
-PROGRAMS = 1024  # of forward, that a GPU of some 130 processors has enough: beyond, a program takes several tiles
+BLOCK_BYTES = 16 << 20  # of the gradient of z at once, and of what forward's tiles give
 SPREAD = 8  # programs that share the targets of a row
 TILES = {torch.float16: (128, 128), torch.bfloat16: (128, 128), torch.float32: (64, 64), torch.float64: (32, 32)}  # largest
+KEPT_TILE = (16, 128)  # where z is read
 BEST_TILE = (32, 64)  # of top_words: few rows
 BAD_TARGET, BAD_CU_TARGET = tl.constexpr(flags.BAD_TARGET), tl.constexpr(flags.BAD_CU_TARGET)
 NO_WORD = tl.constexpr(2**31 - 1)
@@ -56,10 +56,14 @@ def _targets_of(cu_target, t, targets, flag):
 
 
 @triton.jit
-def _scores(hidden, weight, bias, t, v, rows, words, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-            BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """(BLOCK_T, BLOCK_V): z of rows t and words v; -inf past the last word."""
-    z = products(hidden, weight, t, v, rows, words, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
+def _scores(hidden, weight, bias, kept, t, v, rows, words, KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr,
+            BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """(BLOCK_T, BLOCK_V): z of rows t and words v; -inf past the last word. kept (rows, words): the products, where KEPT."""
+    if KEPT:
+        at = t.to(tl.int64)[:, None] * words + v[None, :]
+        z = tl.load(kept + at, mask=(t < rows)[:, None] & (v < words)[None, :], other=0.0)
+    else:
+        z = products(hidden, weight, t, v, rows, words, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
     z += tl.load(bias + v, mask=v < words, other=0.0).to(ACC)[None, :]
     return tl.where((v < words)[None, :], z, -float("inf"))
 
@@ -83,53 +87,40 @@ def _peak(z):
 
 
 @triton.jit
-def sum_chunks(hidden, weight, bias, target, score, peak, total, word, kept, flag, rows, words, steps, ONE: tl.constexpr,
-               KEEP: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-               PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Of ``steps`` tiles of words, (chunks, rows): the greatest z, its word, and the sum of exp(z - greatest).
+def sum_tiles(hidden, weight, bias, target, score, peak, total, word, kept, flag, rows, words, ONE: tl.constexpr,
+              KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+              PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """Of one tile, (tiles of words, rows): the greatest z, its word, and the sum of exp(z - greatest).
 
-    peak is NaN where a z is, and word then the first such. score (rows,): z of the target, ONE a row. kept (rows, words): z.
+    peak is NaN where a z is, and word then the first such. score (rows,): z of the target, ONE a row.
     """
-    chunk = tl.program_id(1)
+    tile = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     here = t < rows
-    begin = chunk * steps * BLOCK_V
-    end = tl.minimum(begin + steps * BLOCK_V, words)
-    top = tl.full((BLOCK_T,), -float("inf"), ACC)
-    sums = tl.zeros((BLOCK_T,), ACC)
-    found = tl.zeros((BLOCK_T,), tl.int32) + begin
-    odd = tl.full((BLOCK_T,), NO_WORD, tl.int32)  # the first NaN
+    z = _scores(hidden, weight, bias, kept, t, v, rows, words, KEPT, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
     if ONE:
         y = _words(target, t, here, words, flag)
-    for start in range(begin, end, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        z = _scores(hidden, weight, bias, t, v, rows, words, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
-        if KEEP:
-            at = t.to(tl.int64)[:, None] * words + v[None, :]
-            tl.store(kept + at, z, mask=here[:, None] & (v < words)[None, :])
-        if ONE:
-            mine = (y >= start) & (y < start + BLOCK_V)
-            if tl.sum(mine.to(tl.int32), axis=0) > 0:
-                own = tl.sum(tl.where(y[:, None] == v[None, :], z, 0.0), axis=1)
-                tl.store(score + t, own, mask=mine)  # one tile of each row has it
-        new = _peak(z)
-        first = tl.min(tl.where(z == new[:, None], v[None, :], NO_WORD), axis=1)
-        found = tl.where(new > top, first, found)
-        new = tl.maximum(top, new)
-        sums = sums * tl.exp(top - finite(new)) + tl.sum(tl.exp(z - finite(new)[:, None]), axis=1)
-        top = new
-        if tl.sum((sums != sums).to(tl.int32), axis=0) > 0:  # a NaN, or +inf, or either of an earlier tile
-            odd = tl.minimum(odd, tl.min(tl.where(z != z, v[None, :], NO_WORD), axis=1))
-    at = chunk.to(tl.int64) * rows + t
-    nan = odd < NO_WORD
-    tl.store(peak + at, tl.where(nan, float("nan"), top), mask=here)
+        mine = (y >= tile * BLOCK_V) & (y < (tile + 1) * BLOCK_V)
+        if tl.sum(mine.to(tl.int32), axis=0) > 0:
+            own = tl.sum(tl.where(y[:, None] == v[None, :], z, 0.0), axis=1)
+            tl.store(score + t, own, mask=mine)  # one tile of each row has it
+    top = _peak(z)
+    found = tl.min(tl.where(z == top[:, None], v[None, :], NO_WORD), axis=1)
+    sums = tl.sum(tl.exp(z - finite(top)[:, None]), axis=1)
+    if tl.sum((sums != sums).to(tl.int32), axis=0) > 0:  # a NaN, or +inf
+        odd = tl.min(tl.where(z != z, v[None, :], NO_WORD), axis=1)
+        found = tl.where(odd < NO_WORD, odd, found)
+        top = tl.where(odd < NO_WORD, float("nan"), top)
+    at = tile.to(tl.int64) * rows + t
+    tl.store(peak + at, top, mask=here)
     tl.store(total + at, sums, mask=here)
-    tl.store(word + at, tl.where(nan, odd, found), mask=here)
+    tl.store(word + at, found, mask=here)
 
 
 @triton.jit
-def join_chunks(peak, total, word, target, nll, prediction, state, rows, words, chunks, ONE: tl.constexpr, BLOCK_T: tl.constexpr,
-                BLOCK_C: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def join_tiles(peak, total, word, target, nll, prediction, state, rows, words, tiles, ONE: tl.constexpr, BLOCK_T: tl.constexpr,
+               BLOCK_C: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """prediction (rows,), state (rows, 2): the greatest z of a row, and lse less that; nll from the targets' z, ONE a row."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = t < rows
@@ -137,10 +128,10 @@ def join_chunks(peak, total, word, target, nll, prediction, state, rows, words, 
     sums = tl.zeros((BLOCK_T,), ACC)
     found = tl.zeros((BLOCK_T,), tl.int32)
     odd = tl.full((BLOCK_T,), NO_WORD, tl.int32)
-    for first in range(0, chunks, BLOCK_C):
+    for first in range(0, tiles, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         at = c.to(tl.int64)[:, None] * rows + t[None, :]
-        mask = (c < chunks)[:, None] & here[None, :]
+        mask = (c < tiles)[:, None] & here[None, :]
         peaks = tl.load(peak + at, mask=mask, other=-float("inf"))
         parts = tl.load(total + at, mask=mask, other=0.0)
         places = tl.load(word + at, mask=mask, other=NO_WORD)
@@ -222,17 +213,14 @@ def gradient_tiles(hidden, weight, bias, target, state, scale, active, kept, out
                    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out (rows, stride): the gradient of z at words [left, left + wide), of which ``words`` are in all; 0 in rows not active.
 
-    scale_t exp(z - lse), less scale_t at the target where it is ONE a row. kept (rows, words): z, else z is made again.
+    scale_t exp(z - lse), less scale_t at the target where it is ONE a row. kept (rows, words): z less bias, else z is made again.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     v = left + column
     here = (t < rows)[:, None] & (column < wide)[None, :]
     row = t.to(tl.int64)
-    if KEPT:
-        z = tl.load(kept + row[:, None] * words + v[None, :], mask=here, other=0.0)
-    else:
-        z = _scores(hidden, weight, bias, t, v, rows, words, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
+    z = _scores(hidden, weight, bias, kept, t, v, rows, words, KEPT, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
     top = tl.load(state + 2 * row, mask=t < rows, other=0.0)
     log_sum = tl.load(state + 2 * row + 1, mask=t < rows, other=0.0)
     amount = tl.load(scale + t, mask=t < rows, other=0.0)[:, None]
@@ -299,13 +287,13 @@ def _numbered(number):
 def best_of_tiles(hidden, weight, bias, peak, total, number, word, rows, words, tiles, k, DIM: tl.constexpr,
                   BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
                   ACC: tl.constexpr):  # fmt: skip
-    """Of one tile: peak, total (rows, tiles), as `sum_chunks`; number, word (rows, tiles, k): its greatest z in order, as whole
+    """Of one tile: peak, total (rows, tiles), as `sum_tiles`; number, word (rows, tiles, k): its greatest z in order, as whole
     numbers. Where it has fewer words than k, the rest have the least number."""
     tile = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     here = t < rows
-    z = _scores(hidden, weight, bias, t, v, rows, words, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
+    z = _scores(hidden, weight, bias, hidden, t, v, rows, words, False, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
     top = _peak(z)
     at = t.to(tl.int64) * tiles + tile
     tl.store(peak + at, top, mask=here)
@@ -366,7 +354,7 @@ def of_targets(dim: int, dtype: torch.dtype) -> dict:
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None, keep: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll (M,), prediction (T,), state (T, 2): the greatest z of a row and lse less that, and kept: z (T * V,), or empty.
+    """nll (M,), prediction (T,), state (T, 2): the greatest z of a row and lse less that, kept (T * V,): z less bias, or empty.
 
     Args:
         hidden (T, d), weight (V, d), bias (V,): contiguous, of one dtype and device, checked.
@@ -382,25 +370,32 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_tar
     one = cu_target is None
     nll = torch.empty(targets, **full) if one else torch.full((targets,), float("nan"), **full)
     prediction = torch.empty(rows, dtype=torch.int64, device=hidden.device)
-    state, kept = torch.empty((rows, 2), **full), torch.empty(rows * words if keep else 0, **full)
+    state, kept = torch.empty((rows, 2), **full), torch.empty(0, **full)
     if not rows:
         if targets:
             raise IndexError(f"cu_target of no rows must end at 0; there are {targets} targets")
         return nll, prediction, state, kept
-    shared = tiles(rows, words, dim, hidden.dtype)
-    row_tiles, word_tiles = triton.cdiv(rows, shared["BLOCK_T"]), triton.cdiv(words, shared["BLOCK_V"])
-    steps = triton.cdiv(word_tiles, min(word_tiles, triton.cdiv(PROGRAMS, row_tiles)))
-    chunks = triton.cdiv(word_tiles, steps)
-    peak, total = torch.empty((2, chunks, rows), **full)
-    word = torch.empty((chunks, rows), dtype=torch.int32, device=hidden.device)
-    sum_chunks[row_tiles, chunks](hidden, weight, bias, target, nll, peak, total, word, kept, device_flag(), rows, words, steps,
-                                  ONE=one, KEEP=keep, **shared)  # fmt: skip
-    block_c = min(64, triton.next_power_of_2(chunks))
-    join_chunks[triton.cdiv(rows, 16),](peak, total, word, target, nll, prediction, state, rows, words, chunks, ONE=one,
-                                        BLOCK_T=16, BLOCK_C=block_c, ACC=shared["ACC"])  # fmt: skip
+    if keep:
+        kept = product(hidden, weight.T, full["dtype"])
+    shared = tiles(rows, words, dim, hidden.dtype, KEPT_TILE if keep else None)
+    count = triton.cdiv(words, shared["BLOCK_V"])
+    at_once = min(rows, max(64, BLOCK_BYTES // (count * (2 * state.element_size() + 4)) // 64 * 64))
+    peak, total = torch.empty((2, count * at_once), **full)
+    word = torch.empty(count * at_once, dtype=torch.int32, device=hidden.device)
+    for first in range(0, rows, at_once):
+        chunk = slice(first, min(first + at_once, rows))
+        size = chunk.stop - first
+        own = chunk if one else slice(None)
+        grid = (triton.cdiv(size, shared["BLOCK_T"]), count)
+        sum_tiles[grid](hidden[chunk], weight, bias, target[own], nll[own], peak, total, word, kept[chunk] if keep else hidden,
+                        device_flag(), size, words, ONE=one, KEPT=keep, **shared)  # fmt: skip
+        join_tiles[triton.cdiv(size, 16),](peak, total, word, target[own], nll[own], prediction[chunk], state[chunk], size, words,
+                                           count, ONE=one, BLOCK_T=16, BLOCK_C=min(64, triton.next_power_of_2(count)),
+                                           ACC=shared["ACC"])  # fmt: skip
     if not one:
         target_losses[rows, SPREAD](hidden, weight, bias, target, cu_target, state, nll, device_flag(), rows, words, targets,
                                     **of_targets(dim, hidden.dtype))  # fmt: skip
+    kept = kept.view(-1)
     return nll, prediction, state, kept
 
 
@@ -437,7 +432,7 @@ def _backward(grad_nll, hidden, weight, bias, target, cu_target, state, kept, gr
     at_once = min(BLOCK_ROWS, rows)
     several = rows > at_once
     wide = _width(at_once, words, hidden.element_size())
-    shared = tiles(at_once, wide, dim, hidden.dtype)
+    shared = tiles(at_once, wide, dim, hidden.dtype, None if kept is None else KEPT_TILE)
     block = hidden.new_empty((at_once, wide))
     hidden_sum = None if grad_hidden is None else torch.empty(hidden.shape, **full)
     for left in range(0, words, wide):
