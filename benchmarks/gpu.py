@@ -45,9 +45,13 @@ def device() -> str:
 
 def on_gpu() -> dict[str, OnGpu]:
     """By family, in the order they are measured."""
-    from benchmarks import bilinear_mim_gpu, graph_attention_gpu
+    from benchmarks import bilinear_mim_gpu, graph_attention_gpu, vocabulary_loss_gpu
 
-    return {"graph_attention": graph_attention_gpu.ON_GPU, "bilinear_mim": bilinear_mim_gpu.ON_GPU}
+    return {
+        "graph_attention": graph_attention_gpu.ON_GPU,
+        "bilinear_mim": bilinear_mim_gpu.ON_GPU,
+        "vocabulary_loss": vocabulary_loss_gpu.ON_GPU,
+    }
 
 
 def small() -> None:
@@ -97,8 +101,8 @@ def timed(prepare: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
     return {"us": round(statistics.median(samples), 2), "quartiles_us": [round(low, 2), round(high, 2)], "how": how}
 
 
-def peer_times(work: Work | Yardstick) -> dict[str, Any]:
-    """A Work's steps; each fails alone."""
+def peer_times(work: Work | Yardstick, mode: str) -> dict[str, Any]:
+    """A Work's steps, up to the case's last mode; each fails alone."""
 
     def forward() -> Callable[[], Any]:
         return lambda: work.run("forward")
@@ -112,7 +116,9 @@ def peer_times(work: Work | Yardstick) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     steps = dict(zip(STEPS, (forward, backward, both), strict=True))
-    if isinstance(work, Yardstick):
+    if mode == STEPS[0]:
+        steps = {mode: forward}
+    elif isinstance(work, Yardstick):
         del steps["backward"]
     for step, prepare in steps.items():
         try:
@@ -123,7 +129,7 @@ def peer_times(work: Work | Yardstick) -> dict[str, Any]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    results = work.run("forward+backward")
+    results = work.run(mode)
     torch.cuda.synchronize()
     own = sum(x.numel() * x.element_size() for x in results)
     found["extra_mb"] = round((torch.cuda.max_memory_allocated() - held - own) / 1e6, 2)
@@ -171,7 +177,8 @@ def _measured(prepare: Callable[[Any], Work | Yardstick], case: Any, truth: Trut
     try:
         with switch:
             work = prepare(case)
-            return {"error_over_limit": round(work.check("forward+backward", truth), 3), **peer_times(work)}
+            mode = case.modes[-1]
+            return {"error_over_limit": round(work.check(mode, truth), 3), **peer_times(work, mode)}
     except (Unfit, WrongResult) as reason:
         return {"left_out": str(reason)}
     except Exception as reason:  # as in peer_times

@@ -210,7 +210,7 @@ def cross_compile() -> list[dict]:
     for more in ({}, {"rows": 1, "pairs": 1, "negatives": 1}):
         add("draw_rows", "fp32", {"BLOCK": 64} | more, "")
     for dtype in ("fp32", "bf16"):
-        sizes = kernels.rows_at_once(300, _DTYPES[dtype])
+        sizes = kernels.row_options(300, _DTYPES[dtype])
         add("sampled_scores", dtype, sizes | {"BLOCK_S": 16}, "*fp32")
         add("collect_rows", dtype, sizes | {"BLOCK_E": 16}, f"*{dtype}")
     return found

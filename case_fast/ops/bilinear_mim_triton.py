@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from case_fast.ops import device_flag as flags
 from case_fast.ops.device_flag import device_flag, raise_pending
+from case_fast.ops.triton_tiles import block_sizes, finite, product, products, row_options, row_products, sum_dtype, tile_options
 
 BLOCK_ROWS = 4096  # rows of x at once: bounds the parts of the sums
 BLOCK_BYTES = 32 << 20  # of the scores' gradient at once
@@ -33,33 +34,12 @@ BAD_POSITIVE = tl.constexpr(flags.BAD_POSITIVE)
 
 
 @triton.jit
-def _scores(xw, y, p, q, pairs, rows, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-            BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """(BLOCK_P, BLOCK_Q): the products of rows p of xw and q of y; places past the end repeat the last row."""
-    k = tl.arange(0, BLOCK_K)
-    left = xw + tl.minimum(p, pairs - 1).to(tl.int64)[:, None] * DEPTH + k[None, :]
-    right = y + tl.minimum(q, rows - 1).to(tl.int64)[None, :] * DEPTH + k[:, None]
-    z = tl.zeros((BLOCK_P, BLOCK_Q), ACC)
-    for _ in range(0, DEPTH, BLOCK_K):
-        z = tl.dot(tl.load(left), tl.load(right), z, input_precision=PRECISION, out_dtype=ACC)
-        left += BLOCK_K
-        right += BLOCK_K
-    return z
-
-
-@triton.jit
 def _positives(positive, p, here, rows, flag):
     """The rows of y that pairs p belong to, int32; -1 where that is no row, and where there is no pair."""
     c = tl.load(positive + p, mask=here, other=-1).to(tl.int64)
     good = (c >= 0) & (c < rows)
     tl.store(flag, BAD_POSITIVE, mask=tl.sum((here & ~good).to(tl.int32), axis=0) > 0)
     return tl.where(good, c, -1).to(tl.int32)
-
-
-@triton.jit
-def _finite(peak):
-    """The maximum of no score, -inf, as a number that may be subtracted."""
-    return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 # ----------------------------------------------------------------------------------------------------------------- in-batch
@@ -77,7 +57,7 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here_p, here_q = p < pairs, q < rows
-    z = _scores(xw, y, p, q, pairs, rows, DEPTH, BLOCK_P, BLOCK_Q, BLOCK_K, PRECISION, ACC)
+    z = products(xw, y, p, q, pairs, rows, DEPTH, BLOCK_P, BLOCK_Q, BLOCK_K, PRECISION, ACC)
     c = _positives(positive, p, here_p, rows, flag)
     own = c[:, None] == q[None, :]
     mine = (c >= tile_q * BLOCK_Q) & (c < (tile_q + 1) * BLOCK_Q)
@@ -86,8 +66,8 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
     if DOT:
         z = tl.where(other, z, -float("inf"))
         peak_p, peak_q = tl.max(z, axis=1), tl.max(z, axis=0)
-        sum_p = tl.sum(tl.exp(z - _finite(peak_p)[:, None]), axis=1)
-        sum_q = tl.sum(tl.exp(z - _finite(peak_q)[None, :]), axis=0)
+        sum_p = tl.sum(tl.exp(z - finite(peak_p)[:, None]), axis=1)
+        sum_q = tl.sum(tl.exp(z - finite(peak_q)[None, :]), axis=0)
         tl.store(row_peak + tile_q * pairs + p, peak_p, mask=here_p)
         tl.store(column_peak + tile_p.to(tl.int64) * rows + q, peak_q, mask=here_q)
     else:
@@ -113,7 +93,7 @@ def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here_p, here_q = p < pairs, q < rows
-    z = _scores(xw, y, p, q, pairs, rows, DEPTH, BLOCK_P, BLOCK_Q, BLOCK_K, PRECISION, ACC)
+    z = products(xw, y, p, q, pairs, rows, DEPTH, BLOCK_P, BLOCK_Q, BLOCK_K, PRECISION, ACC)
     a = tl.load(row_weight + p, mask=here_p, other=0.0)[:, None]
     b = tl.load(column_weight + q, mask=here_q, other=0.0)[None, :]
     if DOT:
@@ -191,19 +171,6 @@ def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negat
 
 
 @triton.jit
-def _row_scores(left, right, row, k, DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
-    """(BLOCK_S,): the products of one row with rows of ``right``; 0 where ``row`` is -1."""
-    z = tl.zeros((BLOCK_S,), ACC)
-    for first in range(0, DIM, BLOCK_K):
-        d = first + k
-        one = tl.load(left + d, mask=d < DIM, other=0.0).to(ACC)
-        here = (row >= 0)[:, None] & (d < DIM)[None, :]
-        many = tl.load(right + row[:, None] * DIM + d[None, :], mask=here, other=0.0).to(ACC)
-        z += tl.sum(one[None, :] * many, axis=1)
-    return z
-
-
-@triton.jit
 def sampled_scores(xw, y, positive, over_y, over_x, out, rows, negatives, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
                    BLOCK_K: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out (pairs, 1 + 2 negatives): x_p W y of the positive, of the rows of y drawn, and of its own y with the rows of x drawn.
@@ -226,10 +193,10 @@ def sampled_scores(xw, y, positive, over_y, over_x, out, rows, negatives, DIM: t
         slot = first + tl.arange(0, BLOCK_S)
         here = slot < negatives
         row = tl.load(over_y + p * negatives + slot, mask=here, other=-1)
-        z = _row_scores(xw + p * DIM, y, row, k, DIM, BLOCK_S, BLOCK_K, ACC)
+        z = row_products(xw + p * DIM, y, row, k, DIM, BLOCK_S, BLOCK_K, ACC)
         tl.store(out + 1 + slot, tl.where(row >= 0, z, -float("inf")), mask=here)
         row = tl.load(over_x + p * negatives + slot, mask=here, other=-1)
-        z = _row_scores(y + c * DIM, xw, row, k, DIM, BLOCK_S, BLOCK_K, ACC)
+        z = row_products(y + c * DIM, xw, row, k, DIM, BLOCK_S, BLOCK_K, ACC)
         tl.store(out + 1 + negatives + slot, tl.where(row >= 0, z, -float("inf")), mask=here)
 
 
@@ -255,40 +222,12 @@ def collect_rows(order, start, other, gradient, source, out, DIM: tl.constexpr, 
 # ------------------------------------------------------------------------------------------------------------------ launches
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What scores and sums run in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def tiles(pairs: int, rows: int, dim: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments that the kernels over tiles share. A function of shapes alone: so is the order of sums."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    block_p, block_q = (min(most, max(16, triton.next_power_of_2(n)))
-                        for n, most in zip((pairs, rows), TILES[dtype], strict=True))  # fmt: skip
-    while triton.cdiv(pairs, block_p) * triton.cdiv(rows, block_q) < 128 and max(block_p, block_q) > 32:
-        block_p, block_q = (block_p // 2, block_q) if block_p >= block_q else (block_p, block_q // 2)
-    # the largest block of depth that wastes no more than an eighth
-    fits = [k for k in ((64, 32, 16) if half else (32, 16)) if k * triton.cdiv(dim, k) <= 1.125 * dim]
-    block_k = fits[0] if fits else 16
-    return {
-        "DEPTH": block_k * triton.cdiv(dim, block_k),
-        "BLOCK_P": block_p,
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "num_warps": 8 if block_p * block_q >= 128 * 128 else 4,
-        "num_stages": 3 if half else 2,
-    }
-
-
-def rows_at_once(dim: int, dtype: torch.dtype) -> dict:
-    """The compile-time arguments that the sampled kernels share."""
-    return {
-        "DIM": dim,
-        "BLOCK_K": min(128, triton.next_power_of_2(dim)),
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-    }
+    block_p, block_q = block_sizes(pairs, rows, TILES[dtype])
+    options = tile_options(block_p, block_q, dim, dtype)
+    depth = options["BLOCK_K"] * triton.cdiv(dim, options["BLOCK_K"])
+    return {"DEPTH": depth, "BLOCK_P": block_p, "BLOCK_Q": block_q} | options
 
 
 def saved_elements(pairs: int, rows: int, num_negatives: int | None) -> int:
@@ -340,13 +279,6 @@ def _projected(x: Tensor, weight: Tensor | None, depth: int) -> Tensor:
     return _padded(x, depth) if weight is None else x @ _padded(weight, depth)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in ``dtype``, of which half-precision products on a GPU are a kind of their own."""
-    if a.dtype == dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
-
-
 def _sides(sum_y: Tensor, peak_y: Tensor, sum_x: Tensor, peak_x: Tensor, logit: Tensor, dot: bool) -> tuple[Tensor, Tensor]:
     """From the sums of exp(S - peak) over the negatives; peaks count for "dot" alone."""
     if dot:  # log(exp a + exp b) - b
@@ -377,7 +309,7 @@ def _to_inputs(grad_xw: Tensor, x: Tensor, weight: Tensor | None, grad_weight: T
     grad_xw = grad_xw.to(x.dtype)
     if weight is None:
         return grad_xw
-    grad_weight += _product(x.T, grad_xw, grad_weight.dtype)
+    grad_weight += product(x.T, grad_xw, grad_weight.dtype)
     return grad_xw @ weight.T
 
 
@@ -465,8 +397,8 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
             gradient_tiles[grid](xw[chunk], padded[columns], pair[chunk], row_weight[chunk], peak_y[chunk],
                                  column_weight[columns], peaks[columns], own[chunk], gradient, device_flag(), size, wide, left,
                                  rows, DOT=dot, **shared)  # fmt: skip
-            grad_xw += _product(gradient, y[columns], saved.dtype)
-            grad_y[columns] += _product(gradient.T, xw[chunk, :dim], saved.dtype)
+            grad_xw += product(gradient, y[columns], saved.dtype)
+            grad_y[columns] += product(gradient.T, xw[chunk, :dim], saved.dtype)
         grad_x[chunk] = _to_inputs(grad_xw, x[chunk], weight, grad_weight)
     return grad_x, grad_y.to(y.dtype), None if weight is None else grad_weight.to(weight.dtype)
 
@@ -504,7 +436,7 @@ def _sampled_forward(x, y, weight, positive, num_negatives, seed, score, determi
     pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed)
     z = torch.empty((pairs, 1 + 2 * num_negatives), dtype=sum_dtype(x.dtype), device=x.device)
     sampled_scores[pairs,](xw, y, pair, over_y, over_x, z, rows, num_negatives,
-                           BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **rows_at_once(dim, x.dtype))  # fmt: skip
+                           BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **row_options(dim, x.dtype))  # fmt: skip
     logit, z_y, z_x = z[:, 0], z[:, 1 : 1 + num_negatives], z[:, 1 + num_negatives :]
     sides = _sides(*_sampled_sums(z_y, dot)[1:], *_sampled_sums(z_x, dot)[1:], logit, dot)
     return *sides, logit.clone(), z.view(-1)
@@ -527,7 +459,7 @@ def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, n
     own_y, own_x = pair.long().clamp(0, rows - 1).unsqueeze(1), torch.arange(pairs, device=x.device).unsqueeze(1)
     of_y = torch.cat([own_y, over_y.clamp(min=0), own_y.expand_as(over_x)], 1).view(-1)
     of_x = torch.cat([own_x, own_x.expand_as(over_y), over_x.clamp(min=0)], 1).view(-1)
-    shared = rows_at_once(dim, x.dtype)
+    shared = row_options(dim, x.dtype)
 
     def collected(target: Tensor, count: int, other: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
         ordered, order = torch.sort(target, stable=True)

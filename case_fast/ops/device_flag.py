@@ -1,4 +1,5 @@
-"""The flag that kernels on a GPU set when the contents of `indptr`, `indices`, `relation` or `positive` were out of range.
+"""The flag that kernels on a GPU set when the contents of `indptr`, `indices`, `relation`, `positive`, `target` or `cu_target`
+were out of range.
 
 A kernel never follows such an index: it skips the read, makes the row NaN and sets the flag. The flag lies in pinned host
 memory, which the GPU can write and the host can read without waiting for it; like CUDA's own errors, it is seen at the next
@@ -12,11 +13,14 @@ import functools
 import torch
 from torch import Tensor
 
-BAD_INDPTR, BAD_INDICES, BAD_RELATION, BAD_POSITIVE = 1, 2, 3, 64  # below 64: enum case_fast_status of csrc/common/types.h
+BAD_INDPTR, BAD_INDICES, BAD_RELATION = 1, 2, 3  # below 64: enum case_fast_status of csrc/common/types.h
+BAD_TARGET, BAD_CU_TARGET, BAD_POSITIVE = 11, 12, 64
 _SAID = {
     BAD_INDPTR: "graph_attention: indptr must start with 0, never fall, and end with the number of indices",
     BAD_INDICES: "graph_attention: indices holds a vertex outside [0, vertices)",
     BAD_RELATION: "graph_attention: relation holds a value outside [0, relations)",
+    BAD_TARGET: "linear_cross_entropy: target holds a word outside [0, V)",
+    BAD_CU_TARGET: "linear_cross_entropy: cu_target must start with 0, never fall, and end with the number of targets",
     BAD_POSITIVE: "bilinear_mim: positive names a row outside [0, rows of y)",
 }
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from case_fast import equations
 from case_fast.ops import backend, common
 from case_fast.ops.common import pointer
+from case_fast.ops.device_flag import BAD_CU_TARGET, BAD_TARGET
 
 FAMILY = "linear_cross_entropy"
 MOST_WORDS = 2**31
-BAD_TARGET, BAD_CU_TARGET = 11, 12  # enum case_fast_status
+MOST_BEST, MOST_WORDS_OF_BEST = 32, 2**19  # k and V of top_words in Triton, which merges the tiles of a row in one program
 _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 
@@ -95,7 +96,8 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range; the message names it.
 
-    Deterministic, whatever the number of threads; a row's result does not depend on the other rows.
+    Deterministic, whatever the number of threads; on CPU, a row's result does not depend on the other rows. On GPU, plain torch
+    serves a k above 32.
     """
     compute, differs = common.compute_dtype(hidden)
     if differs:
@@ -107,8 +109,9 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
         raise ValueError(f"k must be in [1, V] = [1, {weight.shape[0]}], not {k}")
     device = hidden.device.type
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        if device == "cpu" and backend.choose(FAMILY, device) == "native":
-            return _top_op(hidden, weight, bias, k)
+        runs = backend.choose(FAMILY, device)
+        if runs == "native" or runs == "triton" and k <= MOST_BEST and weight.shape[0] <= MOST_WORDS_OF_BEST:
+            return _top_op(runs, hidden, weight, bias, k)
         return equations.top_words(hidden, weight, bias, k)
 
 
@@ -182,7 +185,7 @@ _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, bool keep) -> (Tensor
 # Those gradients of hidden, weight and bias that are wanted.
 _library.define(f"{FAMILY}_backward(str backend, Tensor grad_nll, {_INPUTS}, Tensor state, Tensor kept, bool[] wanted) "
                 "-> Tensor[]")  # fmt: skip
-_library.define("top_words(Tensor hidden, Tensor weight, Tensor bias, int k) -> (Tensor, Tensor)")
+_library.define("top_words(str backend, Tensor hidden, Tensor weight, Tensor bias, int k) -> (Tensor, Tensor)")
 _forward_op = torch.ops.case_fast.linear_cross_entropy_forward.default
 _backward_op = torch.ops.case_fast.linear_cross_entropy_backward.default
 _top_op = torch.ops.case_fast.top_words.default
@@ -263,8 +266,12 @@ def _backward(runs: str, grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias:
     return found
 
 
-def _top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _top_words(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     hidden, weight, bias = _contiguous(hidden, weight, bias)
+    if runs == "triton":
+        from case_fast.ops import linear_cross_entropy_triton as triton
+
+        return triton.top_words(hidden, weight, bias, k)
     value, word = found = _best(hidden, k)
     rows, dim = hidden.shape
     status = backend.native.top_words(
@@ -297,10 +304,10 @@ def _backward_fake(runs, grad_nll, hidden, weight, bias, target, cu_target, stat
 for _device in ("CPU", "CUDA"):
     _library.impl(f"{FAMILY}_forward", _forward, _device)
     _library.impl(f"{FAMILY}_backward", _backward, _device)
-_library.impl("top_words", _top_words, "CPU")
+    _library.impl("top_words", _top_words, _device)
 torch.library.register_fake(f"case_fast::{FAMILY}_forward", _forward_fake, lib=_library)
 torch.library.register_fake(f"case_fast::{FAMILY}_backward", _backward_fake, lib=_library)
-torch.library.register_fake("case_fast::top_words", lambda hidden, weight, bias, k: _best(hidden, k), lib=_library)
+torch.library.register_fake("case_fast::top_words", lambda runs, hidden, weight, bias, k: _best(hidden, k), lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------------------- autograd
