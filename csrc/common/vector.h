@@ -72,6 +72,23 @@ CASE_FAST_INLINE void store(T *to, Vector<T> x) {
     *(typename Lanes<T>::Unaligned *)to = x;
 }
 
+// Past the caches, for what is read much later: `to` is aligned to a vector. Before another thread reads: stream_fence().
+template <class T>
+CASE_FAST_INLINE void stream(T *to, Vector<T> x) {
+#if CASE_FAST_VECTOR_BYTES == 64
+    _mm512_stream_si512((__m512i *)to, (__m512i)x);
+#elif CASE_FAST_VECTOR_BYTES == 32
+    _mm256_stream_si256((__m256i *)to, (__m256i)x);
+#else
+    store(to, x);
+#endif
+}
+CASE_FAST_INLINE void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 #if CASE_FAST_VECTOR_BYTES == 64
 CASE_FAST_INLINE Vector<float> load(const float *from, Tail<float> tail) {
     return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)tail.mask, from);

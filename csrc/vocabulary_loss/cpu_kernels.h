@@ -125,9 +125,10 @@ inline bool note_nan(RowSum<T> &sum, const T *z, int64_t count, int64_t first_wo
     return i < count;
 }
 
-// z += bias; takes the scores of `count` words into a row's sums. Returns their greatest; NaN where one is NaN.
+// z += bias; takes the scores of `count` words into a row's sums. Returns their greatest; NaN where one is NaN. kept: a copy of z
+// for backward, or NULL.
 template <class T>
-CASE_FAST_INLINE T absorb(RowSum<T> &sum, T *z, const T *bias, int64_t count, int64_t first_word) {
+CASE_FAST_INLINE T absorb(RowSum<T> &sum, T *z, const T *bias, int64_t count, int64_t first_word, T *kept = nullptr) {
     constexpr int width = Lanes<T>::width;
     const int64_t full = count / width * width;
     T edge[width];  // what does not fill a vector
@@ -135,11 +136,14 @@ CASE_FAST_INLINE T absorb(RowSum<T> &sum, T *z, const T *bias, int64_t count, in
     for (int64_t i = full; i < count; ++i) edge[i - full] = z[i] += bias[i];
     Vector<T> peak = load(edge);
     peak = peak == peak ? peak : Vector<T>{} - T(INFINITY);
+    const bool aligned = uintptr_t(kept) % CASE_FAST_VECTOR_BYTES == 0;
     for (int64_t i = 0; i < full; i += width) {
         const Vector<T> x = load(z + i) + load(bias + i);
         store(z + i, x);
+        if (kept) aligned ? stream(kept + i, x) : store(kept + i, x);
         peak = x > peak ? x : peak;
     }
+    for (int64_t i = full; kept && i < count; ++i) kept[i] = z[i];
     const T found = greatest<T>(peak);
     if (found > sum.top) {
         if (sum.sum != 0) sum.sum *= ::exp(double(sum.top) - double(found));
@@ -176,21 +180,17 @@ void forward(const VocabularyRows<T> &a, int64_t begin, int64_t end, RowSum<T> *
         pack_words(a, v, words, s);
         for (int64_t first = 0; first < a.rows; first += block_rows) {
             const int64_t count = least(block_rows, a.rows - first);
-            T *tile = s.tile;
-            int64_t stride = block_words;
-            if (a.kept) {
-                tile = a.kept + v * a.kept_rows + (a.kept_first + first) * words;
-                stride = words;
-            }
-            products(a, first, count, v, words, tile, stride, s);
+            T *const kept = a.kept ? a.kept + v * a.kept_rows + (a.kept_first + first) * words : nullptr;
+            products(a, first, count, v, words, s.tile, block_words, s);
             for (int64_t i = 0; i < count; ++i) {
-                const T *const z = tile + i * stride;
-                absorb(sums[first + i], tile + i * stride, a.bias + v, words, v);
+                const T *const z = s.tile + i * block_words;
+                absorb(sums[first + i], s.tile + i * block_words, a.bias + v, words, v, kept ? kept + i * words : nullptr);
                 for (int64_t m = a.target_begin[first + i]; m < a.target_end[first + i]; ++m)
                     if (a.target[m] >= v && a.target[m] < v + words) a.target_score[m] = z[a.target[m] - v];
             }
         }
     }
+    if (a.kept) stream_fence();
 }
 
 template <class T>
