@@ -19,9 +19,10 @@ def families() -> list[str]:
     return sorted(path.stem.removesuffix("_peers") for path in folder.glob("*_peers.py"))
 
 
-def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None]
+def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None], budget: float = 30.0
           ) -> tuple[list[dict[str, Any]], list[Path]]:  # fmt: skip
-    """Measure a family of kernels against its peers and write JSON, Markdown and a picture into ``out``.
+    """Measure a family of kernels against its peers, about ``budget`` seconds a case and mode besides compiling and checking,
+    and write JSON, Markdown and a picture into ``out``.
 
     Returns:
         A line for each case and mode (case, mode, ours_ms, best_peer, best_peer_ms, ratio, in_yardsticks), and the files written.
@@ -36,6 +37,8 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
                           "installed by pip install -e '.[bench]'")  # fmt: skip
     if family not in known:
         raise ConfigError(f"there is no benchmark of {family!r}; one of {', '.join(known)}")
+    if not budget > 0:
+        raise ConfigError(f"budget must be above 0 seconds, not {budget}")
     if str(_CHECKOUT) not in sys.path:
         sys.path.insert(0, str(_CHECKOUT))
     run = importlib.import_module("benchmarks.run")
@@ -46,7 +49,7 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
     cases: list[dict[str, Any]] = []
     paths: list[Path] = []
     try:
-        for case in run.run(chosen, sizes, quick, tell=tell):
+        for case in run.run(chosen, sizes, quick, budget=budget, tell=tell):
             cases.append(case)
             paths = report.write(family, found, cases, out)  # after each: a run that is stopped leaves what it has
     except wrong as error:

@@ -110,6 +110,8 @@ def _bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("family", type=str, help=f"kernels to measure: {', '.join(families()) or 'none outside a checkout'}")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
     parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
+    parser.add_argument("--budget", type=float, default=30.0,
+                        help="seconds that all samples of a case and mode may take, at least five of each peer")
     parser.add_argument("--out", type=str, default="bench", help="folder for JSON, Markdown table and picture")
 
 
@@ -284,7 +286,7 @@ def _bench(args: Namespace, console: Console) -> None:
                 console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
-        lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told)
+        lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told, args.budget)
     for line in lines:
         costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
