@@ -187,7 +187,7 @@ constexpr int PROJECT_WARPS = 8, PROJECT_ROWS = 8;
 
 // out = hidden + dropout(attended output_weight^T); a warp a column and PROJECT_ROWS rows. out may be hidden.
 template <class H>
-__global__ void __launch_bounds__(PROJECT_WARPS *WARP)
+__global__ void __launch_bounds__(PROJECT_WARPS *WARP, 2)
     block_project(int rows, int width, int inner, Dropout dropout, const typename H::A *attended, const typename H::T *weight,
                   const typename H::T *hidden, typename H::T *out) {
     using T = typename H::T;

@@ -14,7 +14,7 @@ template <class H> struct Tiles {
     using T = typename H::T;
     using A = typename H::A;
     static constexpr int WARPS = 4, THREADS = WARPS * WARP;
-    static constexpr int BLOCKS = 3;  // on a multiprocessor: registers for none to spill
+    static constexpr int BLOCKS = 3, GRAD_KEY_BLOCKS = 2;  // on a multiprocessor: registers for none to spill
     static constexpr int MINE = H::SIZE <= 6 ? 4 : sizeof(A) == 4 ? 2 : 1;  // rows of a warp: their sums are in registers
     static constexpr int ROWS = WARPS * MINE, COLUMNS = sizeof(A) == 4 ? 32 : 16;
     static constexpr int AT_ONCE = 16 / sizeof(A);  // numbers of one load from shared memory
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
 // After tile_grad_query, which writes delta. Here the block's rows are keys, and it walks over the query rows that see them, by
 // sequence and place.
 template <class H>
-__global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
+__global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::GRAD_KEY_BLOCKS)
     tile_grad_key(Sequences sequences, Numbers numbers, Backward<H> arrays) {
     using K = Tiles<H>;
     using A = typename H::A;
