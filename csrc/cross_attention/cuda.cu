@@ -29,8 +29,8 @@ bool few(std::initializer_list<int64_t> counts) {
 
 bool served(const case_fast_attention *c) {
     return c && good_kinds(c->dtype, c->index_bits, c->heads, c->dim, c->dropout_p) && std::isfinite(c->scale) &&
-           few({c->batch, c->queries, c->key_sequences, c->keys, c->batch + c->queries, c->key_sequences + c->keys}) && c->cu_query &&
-           c->cu_key && (c->key_of || c->key_sequences == c->batch);
+           few({c->batch, c->queries, c->key_sequences, c->keys, c->batch + c->queries, c->key_sequences + c->keys}) &&
+           c->cu_query && c->cu_key && (c->key_of || c->key_sequences == c->batch);
 }
 bool served(const case_fast_cross_attention *c) {
     return c && good_kinds(c->dtype, c->index_bits, c->heads, c->dim, c->dropout_p) && c->output_dropout_p >= 0 &&
@@ -60,13 +60,15 @@ template <class C> int launched(int dtype, const C &call) {
 
 int run(AttentionCall call, size_t workspace_bytes) {
     const case_fast_attention *c = call.c;
-    if (!served(c) || call.plan < CASE_FAST_ATTENTION_AUTO || call.plan > CASE_FAST_ATTENTION_TILES) return CASE_FAST_BAD_ARGUMENT;
+    if (!served(c) || call.plan < CASE_FAST_ATTENTION_AUTO || call.plan > CASE_FAST_ATTENTION_TILES)
+        return CASE_FAST_BAD_ARGUMENT;
     const int64_t inner = int64_t(c->heads) * c->dim;
     if (c->query_stride < inner || c->key_stride < inner || c->value_stride < inner) return CASE_FAST_BAD_ARGUMENT;
     if (c->queries && missing({call.query, call.out})) return CASE_FAST_BAD_ARGUMENT;
     if (c->keys && missing({call.key, call.value})) return CASE_FAST_BAD_ARGUMENT;
     if (call.backward) {
-        if (call.grad_query_stride < inner || call.grad_key_stride < inner || call.grad_value_stride < inner) return CASE_FAST_BAD_ARGUMENT;
+        if (call.grad_query_stride < inner || call.grad_key_stride < inner || call.grad_value_stride < inner)
+            return CASE_FAST_BAD_ARGUMENT;
         if (c->queries && missing({call.lse, call.grad_out, call.grad_query})) return CASE_FAST_BAD_ARGUMENT;
         if (c->keys && missing({call.grad_key, call.grad_value})) return CASE_FAST_BAD_ARGUMENT;
     }
@@ -80,7 +82,8 @@ int run(AttentionCall call, size_t workspace_bytes) {
 
 int run(const BlockCall &call, size_t workspace_bytes) {
     const case_fast_cross_attention *c = call.c;
-    if (!served(c) || (c->sources && !call.sources) || (c->rows && missing({call.hidden, call.out}))) return CASE_FAST_BAD_ARGUMENT;
+    if (!served(c) || (c->sources && !call.sources) || (c->rows && missing({call.hidden, call.out})))
+        return CASE_FAST_BAD_ARGUMENT;
     const int64_t inner = int64_t(c->heads) * c->dim;
     for (int i = 0; i < c->sources; ++i) {
         const case_fast_source &s = call.sources[i];
@@ -109,8 +112,8 @@ extern "C" int case_fast_packed_attention_forward_cuda(const case_fast_attention
                                                        const void *value, void *out, void *lse, int plan, void *workspace,
                                                        size_t workspace_bytes, int32_t *flag, void *stream) {
     using namespace case_fast::cross_attention;
-    return run(AttentionCall{call, false, plan, query, key, value, out, lse, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, workspace,
-                             flag, stream},
+    return run(AttentionCall{call, false, plan, query, key, value, out, lse, nullptr, nullptr, nullptr, nullptr, 0, 0, 0,
+                             workspace, flag, stream},
                workspace_bytes);
 }
 
@@ -140,7 +143,8 @@ extern "C" int case_fast_cross_attention_forward_cuda(const case_fast_cross_atte
 extern "C" int case_fast_cross_attention_drop_cuda(int64_t count, int dtype, double output_dropout_p, uint64_t output_seed,
                                                    const void *from, const void *base, void *to, void *stream) {
     using namespace case_fast::cross_attention;
-    if (count < 0 || count >= int64_t(INT32_MAX) * 256 || dtype < CASE_FAST_F32 || dtype > CASE_FAST_BF16) return CASE_FAST_BAD_ARGUMENT;
+    if (count < 0 || count >= int64_t(INT32_MAX) * 256 || dtype < CASE_FAST_F32 || dtype > CASE_FAST_BF16)
+        return CASE_FAST_BAD_ARGUMENT;
     if (!(output_dropout_p >= 0 && output_dropout_p <= 1) || (count && missing({from, to}))) return CASE_FAST_BAD_ARGUMENT;
     return count ? launched(dtype, DropCall{count, output_dropout_p, output_seed, from, base, to, stream}) : CASE_FAST_OK;
 }

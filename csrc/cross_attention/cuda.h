@@ -19,26 +19,26 @@ size_t case_fast_packed_attention_workspace_cuda(const case_fast_attention *call
 
 // Asynchronous, on `stream` of the current device; every dtype; lse in float32 (float64 for float64). Needs rows and sequences
 // < 2^31 and dim <= 256, else CASE_FAST_BAD_ARGUMENT. The contents of the lists are not known here: kernels never follow a bad
-// entry and write a case_fast_status to *flag (device-accessible memory, or NULL); what they write to outputs is then unspecified,
-// and NaN where a sequence's own entries were bad. Else outputs are written whole.
+// entry and write a case_fast_status to *flag (device-accessible memory, or NULL); what they write to outputs is then
+// unspecified, and NaN where a sequence's own entries were bad. Else outputs are written whole.
 int case_fast_packed_attention_forward_cuda(const case_fast_attention *call, const void *query, const void *key,
                                             const void *value, void *out, void *lse, int plan, void *workspace,
                                             size_t workspace_bytes, int32_t *flag, void *stream);
 
-// With key_of, every block looks through all of it for the sequences that share its keys: batch * keys / 8 reads.
+// With key_of, every block looks through all of it for the sequences that share its keys.
 int case_fast_packed_attention_backward_cuda(const case_fast_attention *call, const void *query, const void *key,
                                              const void *value, const void *out, const void *lse, const void *grad_out,
-                                             void *grad_query, int64_t grad_query_stride, void *grad_key,
-                                             int64_t grad_key_stride, void *grad_value, int64_t grad_value_stride,
-                                             void *workspace, size_t workspace_bytes, int32_t *flag, void *stream);
+                                             void *grad_query, int64_t grad_query_stride, void *grad_key, int64_t grad_key_stride,
+                                             void *grad_value, int64_t grad_value_stride, void *workspace, size_t workspace_bytes,
+                                             int32_t *flag, void *stream);
 
 size_t case_fast_cross_attention_workspace_cuda(const case_fast_cross_attention *call);
 
 // For few rows, without backward: two launches a source, one more with dropout of weights. Rows < 65536; width * 4 bytes
 // (8 for float64) must fit shared memory beside the rest: width <= 4096.
 int case_fast_cross_attention_forward_cuda(const case_fast_cross_attention *call, const case_fast_source *sources,
-                                           const void *hidden, void *out, void *workspace, size_t workspace_bytes,
-                                           int32_t *flag, void *stream);
+                                           const void *hidden, void *out, void *workspace, size_t workspace_bytes, int32_t *flag,
+                                           void *stream);
 
 // to = base + dropout(from), element by element, with case_fast_keep of (output_seed, e, 0); base NULL: 0. base may be to.
 int case_fast_cross_attention_drop_cuda(int64_t count, int dtype, double output_dropout_p, uint64_t output_seed, const void *from,

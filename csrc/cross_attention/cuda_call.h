@@ -52,7 +52,7 @@ struct DropCall {
 };
 
 // Launch the kernels for a call that was checked; return a case_fast_status. Each storage type's file defines its own.
-#define CASE_FAST_LAUNCHES(type)          \
+#define CASE_FAST_LAUNCHES(type)              \
     int launch_##type(const AttentionCall &); \
     int launch_##type(const BlockCall &);     \
     int launch_##type(const DropCall &);

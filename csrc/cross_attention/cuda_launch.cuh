@@ -2,15 +2,16 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "cross_attention/cuda_rows.cuh"
 
 namespace case_fast::cross_attention {
 
-constexpr int LEAST_DYNAMIC_SHARED = 48 << 10;  // bytes that a block may have without being asked for
+constexpr int ALLOWED_SHARED = 24 << 10;  // bytes beside a kernel's own that need not be asked for: 48 KiB together
 
 template <class Kernel> void allow_shared(Kernel kernel, int bytes) {
-    if (bytes > LEAST_DYNAMIC_SHARED) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (bytes > ALLOWED_SHARED) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 inline int status() { return cudaGetLastError() == cudaSuccess ? CASE_FAST_OK : CASE_FAST_CUDA_ERROR; }
 inline bool aligned(std::initializer_list<const void *> arrays, size_t bytes) {
@@ -27,9 +28,17 @@ template <class H> int launch_attention(const AttentionCall &call) {
     const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
     const Workspace space(c, call.backward);
     char *const memory = static_cast<char *>(call.workspace);
-    const Sequences sequences{static_cast<int>(c.batch), static_cast<int>(c.queries), static_cast<int>(c.key_sequences),
-                              static_cast<int>(c.keys), c.index_bits == 64, c.causal != 0, c.cu_query, c.cu_key, c.key_of,
-                              c.key_length, call.flag};
+    const Sequences sequences{static_cast<int>(c.batch),
+                              static_cast<int>(c.queries),
+                              static_cast<int>(c.key_sequences),
+                              static_cast<int>(c.keys),
+                              c.index_bits == 64,
+                              c.causal != 0,
+                              c.cu_query,
+                              c.cu_key,
+                              c.key_of,
+                              c.key_length,
+                              call.flag};
     const auto *const longest = reinterpret_cast<int64_t *>(memory + space.longest);
     const Numbers numbers{c.heads, c.dim, c.scale, dropout_of(c.dropout_p, c.seed), longest};
     const auto in = [](const void *x, int64_t stride) { return Strided<const T>{static_cast<const T *>(x), stride}; };
@@ -39,9 +48,11 @@ template <class H> int launch_attention(const AttentionCall &call) {
     const dim3 query_tiles(static_cast<unsigned>(tile_places(c.queries, c.batch, K::ROWS)), c.heads);
     const dim3 key_tiles(static_cast<unsigned>(tile_places(c.keys, c.key_sequences, K::ROWS)), c.heads);
     if (c.dropout_p > 0)
-        CASE_FAST_LAUNCH(find_longest, 1, FIND_THREADS, 0, stream, sequences, reinterpret_cast<int64_t *>(memory + space.longest));
+        CASE_FAST_LAUNCH(find_longest, 1, FIND_THREADS, 0, stream, sequences,
+                         reinterpret_cast<int64_t *>(memory + space.longest));
     if (!call.backward) {
-        const Forward<H> arrays{query, key, value, to(const_cast<void *>(call.out), inner), static_cast<A *>(const_cast<void *>(call.lse))};
+        const Forward<H> arrays{query, key, value, to(const_cast<void *>(call.out), inner),
+                                static_cast<A *>(const_cast<void *>(call.lse))};
         if (call.plan == CASE_FAST_ATTENTION_ROWS) {
             const dim3 grid(static_cast<unsigned>(c.queries), c.heads);
             CASE_FAST_LAUNCH((row_forward<H>), grid, RowBlock<H>::THREADS, 0, stream, sequences, numbers, arrays);
@@ -90,14 +101,32 @@ template <class H> int launch_block(const BlockCall &call) {
     T *const out = static_cast<T *>(call.out);
     for (int i = 0; i < c.sources; ++i) {
         const case_fast_source &s = call.sources[i];
-        const Sequences sequences{static_cast<int>(c.batch), rows, static_cast<int>(s.key_sequences), static_cast<int>(s.keys),
-                                  c.index_bits == 64, false, c.cu_hidden, s.cu_key, s.key_of, s.key_length, call.flag};
-        const Numbers numbers{c.heads, c.dim, 1 / std::sqrt(static_cast<double>(c.dim)), dropout_of(c.dropout_p, s.seed), longest};
-        const Projected<H> arrays{hidden,  in(s.norm_weight), in(s.norm_bias), in(s.query_weight), {in(s.key), s.key_stride},
-                                  {in(s.value), s.value_stride}, c.width, c.eps, attended};
+        const Sequences sequences{static_cast<int>(c.batch),
+                                  rows,
+                                  static_cast<int>(s.key_sequences),
+                                  static_cast<int>(s.keys),
+                                  c.index_bits == 64,
+                                  false,
+                                  c.cu_hidden,
+                                  s.cu_key,
+                                  s.key_of,
+                                  s.key_length,
+                                  call.flag};
+        const Numbers numbers{c.heads, c.dim, 1 / std::sqrt(static_cast<double>(c.dim)), dropout_of(c.dropout_p, s.seed),
+                              longest};
+        const Projected<H> arrays{hidden,
+                                  in(s.norm_weight),
+                                  in(s.norm_bias),
+                                  in(s.query_weight),
+                                  {in(s.key), s.key_stride},
+                                  {in(s.value), s.value_stride},
+                                  c.width,
+                                  c.eps,
+                                  attended};
         if (c.dropout_p > 0) CASE_FAST_LAUNCH(find_longest, 1, FIND_THREADS, 0, stream, sequences, longest);
         allow_shared(block_attend<H>, shared);
-        CASE_FAST_LAUNCH((block_attend<H>), dim3(rows, c.heads), RowBlock<H>::THREADS, shared, stream, sequences, numbers, arrays);
+        CASE_FAST_LAUNCH((block_attend<H>), dim3(rows, c.heads), RowBlock<H>::THREADS, shared, stream, sequences, numbers,
+                         arrays);
         const dim3 grid((c.width + PROJECT_WARPS - 1) / PROJECT_WARPS, (rows + PROJECT_ROWS - 1) / PROJECT_ROWS);
         CASE_FAST_LAUNCH((block_project<H>), grid, PROJECT_WARPS * WARP, 0, stream, rows, c.width, inner,
                          dropout_of(c.output_dropout_p, s.output_seed), attended, in(s.output_weight), hidden, out);
@@ -114,8 +143,9 @@ template <class T> int launch_as(const AttentionCall &call) {
     if (call.backward)
         for (const int64_t stride : {call.grad_query_stride, call.grad_key_stride, call.grad_value_stride})
             pairs = pairs && stride % 2 == 0;
-    pairs = pairs && aligned({call.query, call.key, call.value, call.out, call.grad_out, call.grad_query, call.grad_key, call.grad_value},
-                             2 * sizeof(T));
+    pairs = pairs &&
+            aligned({call.query, call.key, call.value, call.out, call.grad_out, call.grad_query, call.grad_key, call.grad_value},
+                    2 * sizeof(T));
     if constexpr (sizeof(T) < 8) {
         if (pairs) return launch_attention<Held<T, 2, 3>>(call);
     }
@@ -146,7 +176,7 @@ template <class T> int launch_as(const DropCall &call) {
 
 }  // namespace case_fast::cross_attention
 
-#define CASE_FAST_LAUNCHES(type, T)                                                                                      \
-    int case_fast::cross_attention::launch_##type(const AttentionCall &call) { return launch_as<T>(call); }              \
-    int case_fast::cross_attention::launch_##type(const BlockCall &call) { return launch_as<T>(call); }                  \
+#define CASE_FAST_LAUNCHES(type, T)                                                                         \
+    int case_fast::cross_attention::launch_##type(const AttentionCall &call) { return launch_as<T>(call); } \
+    int case_fast::cross_attention::launch_##type(const BlockCall &call) { return launch_as<T>(call); }     \
     int case_fast::cross_attention::launch_##type(const DropCall &call) { return launch_as<T>(call); }

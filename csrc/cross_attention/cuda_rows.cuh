@@ -1,5 +1,5 @@
-// Few rows a sequence: a block takes one (row, head), and its warps share the keys; what each has summed is joined in the order of
-// warps. Of a decoder's block also what stands before (layer norm, projection of one head) and after (output projection).
+// Few rows a sequence: a block takes one (row, head), and its warps share the keys; what each has summed is joined in the order
+// of warps. Of a decoder's block also what stands before (layer norm, projection of one head) and after (output projection).
 #pragma once
 
 #include "cross_attention/cuda_tiles.cuh"
@@ -86,8 +86,7 @@ __device__ __forceinline__ Span span_of_row(const Sequences &sequences, int row,
     return span;
 }
 
-template <class H>
-__global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
+template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
     row_forward(Sequences sequences, Numbers numbers, Forward<H> arrays) {
     using A = typename H::A;
     __shared__ RowBlock<H> block;
@@ -98,8 +97,8 @@ __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
     H query;
     query.load(arrays.query.row(row, head, dim), lane, dim);
     typename H::T *const out = arrays.out.row(row, head, dim);
-    const A lse = attend_row(query, span, span.visible(row - span.row, sequences.causal), row, head, numbers, arrays.key, arrays.value,
-                             block, [&](int d, A x) { out[d] = narrowed<typename H::T>(x); });
+    const A lse = attend_row(query, span, span.visible(row - span.row, sequences.causal), row, head, numbers, arrays.key,
+                             arrays.value, block, [&](int d, A x) { out[d] = narrowed<typename H::T>(x); });
     if (arrays.lse && threadIdx.x == 0) arrays.lse[static_cast<int64_t>(row) * numbers.heads + head] = lse;
 }
 
@@ -115,8 +114,7 @@ template <class H> struct Projected {  // of one source
 };
 
 // Attention of one (row, head) of layer_norm(hidden) query_weight^T.
-template <class H>
-__global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
+template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
     block_attend(Sequences sequences, Numbers numbers, Projected<H> arrays) {
     using T = typename H::T;
     using A = typename H::A;
@@ -157,7 +155,8 @@ __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
             Pack pack[AHEAD];
 #pragma unroll
             for (int u = 0; u < AHEAD; ++u)
-                pack[u] = *reinterpret_cast<const Pack *>(weight + static_cast<int64_t>(first + u < dim ? first + u : first) * width + k);
+                pack[u] = *reinterpret_cast<const Pack *>(weight +
+                                                          static_cast<int64_t>(first + u < dim ? first + u : first) * width + k);
 #pragma unroll
             for (int i = 0; i < VEC; ++i) {
                 const A x = normed[k + i];
@@ -186,8 +185,7 @@ __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBlock<H>::BLOCKS)
 constexpr int PROJECT_WARPS = 8, PROJECT_ROWS = 8;
 
 // out = hidden + dropout(attended output_weight^T); a warp a column and PROJECT_ROWS rows. out may be hidden.
-template <class H>
-__global__ void __launch_bounds__(PROJECT_WARPS *WARP, 2)
+template <class H> __global__ void __launch_bounds__(PROJECT_WARPS *WARP, 2)
     block_project(int rows, int width, int inner, Dropout dropout, const typename H::A *attended, const typename H::T *weight,
                   const typename H::T *hidden, typename H::T *out) {
     using T = typename H::T;
@@ -229,8 +227,8 @@ __global__ void __launch_bounds__(PROJECT_WARPS *WARP, 2)
 
 constexpr int DROP_THREADS = 256;
 
-template <class T>
-__global__ void __launch_bounds__(DROP_THREADS) drop_elements(int64_t count, Dropout dropout, const T *from, const T *base, T *to) {
+template <class T> __global__ void __launch_bounds__(DROP_THREADS)
+    drop_elements(int64_t count, Dropout dropout, const T *from, const T *base, T *to) {
     const int64_t e = static_cast<int64_t>(blockIdx.x) * DROP_THREADS + threadIdx.x;
     if (e >= count) return;
     Sum<T> x = widened(from[e]);

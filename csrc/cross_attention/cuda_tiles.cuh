@@ -1,9 +1,9 @@
-// Many rows a sequence: a block takes a tile of rows of one sequence and head, and walks over the rows of the other side, a tile in
-// shared memory at a time. With P the weights, M what dropout multiplies them by, W = P M, g the gradient of out:
+// Many rows a sequence: a block takes a tile of rows of one sequence and head, and walks over the rows of the other side, a tile
+// in shared memory at a time. With P the weights, M what dropout multiplies them by, W = P M, g the gradient of out:
 //   delta_i = g_i . out_i        S = P (M (g value^T) - delta) scale
 //   grad_query = S key        grad_key = S^T query        grad_value = W^T g
-// A warp has ROWS / WARPS of the block's rows for itself; of a score it is the lane that says which row of the other side, of a sum
-// of rows the lanes share the dimensions as in `Held`. So no sum passes from one warp to another.
+// A warp has ROWS / WARPS of the block's rows for itself; of a score it is the lane that says which row of the other side, of a
+// sum of rows the lanes share the dimensions as in `Held`. So no sum passes from one warp to another.
 #pragma once
 
 #include "cross_attention/cuda_sequences.cuh"
@@ -14,7 +14,7 @@ template <class H> struct Tiles {
     using T = typename H::T;
     using A = typename H::A;
     static constexpr int WARPS = 4, THREADS = WARPS * WARP;
-    static constexpr int BLOCKS = 3, GRAD_KEY_BLOCKS = 2;  // on a multiprocessor: registers for none to spill
+    static constexpr int BLOCKS = 3, GRAD_KEY_BLOCKS = 2;                   // on a multiprocessor: registers for none to spill
     static constexpr int MINE = H::SIZE <= 6 ? 4 : sizeof(A) == 4 ? 2 : 1;  // rows of a warp: their sums are in registers
     static constexpr int ROWS = WARPS * MINE, COLUMNS = sizeof(A) == 4 ? 32 : 16;
     static constexpr int AT_ONCE = 16 / sizeof(A);  // numbers of one load from shared memory
@@ -26,9 +26,7 @@ template <class H> struct Tiles {
     };
 
     // Numbers from row to row in shared memory: an odd count of 16 bytes, so that 8 rows' loads meet in no bank.
-    __host__ __device__ static int stride(int dim) {
-        return ((dim * static_cast<int>(sizeof(A)) + 15) / 16 | 1) * AT_ONCE;
-    }
+    __host__ __device__ static int stride(int dim) { return ((dim * static_cast<int>(sizeof(A)) + 15) / 16 | 1) * AT_ONCE; }
     // Bytes for so many tiles of the block's rows and of the other side's, and so many of weights.
     __host__ static int shared_bytes(int dim, int own, int other, int weights) {
         return ((own * ROWS + other * COLUMNS) * stride(dim) + weights * ROWS * COLUMNS) * static_cast<int>(sizeof(A));
@@ -141,8 +139,7 @@ template <class A> __device__ __forceinline__ A weight_of(A log_weight) {
     return exponential(log_weight > 0 ? A(0) : log_weight);  // NaN goes through
 }
 
-template <class H>
-__global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
+template <class H> __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
     tile_forward(Sequences sequences, Numbers numbers, Forward<H> arrays) {
     using K = Tiles<H>;
     using A = typename H::A;
@@ -150,8 +147,8 @@ __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
     const K tiles(numbers.dim);
     const int lane = tiles.lane, warp = tiles.warp, head = tiles.head, dim = numbers.dim;
     sequences.check();
-    const Tile tile = tile_at(sequences, sequences.cu_query, sequences.batch, sequences.queries, K::ROWS,
-                              static_cast<int>(blockIdx.x), lane);
+    const Tile tile =
+        tile_at(sequences, sequences.cu_query, sequences.batch, sequences.queries, K::ROWS, static_cast<int>(blockIdx.x), lane);
     const Span span = sequences.span(tile.sequence);
     const int count = span.rows - tile.first < K::ROWS ? span.rows - tile.first : K::ROWS;
     if (count <= 0) return;
@@ -205,8 +202,7 @@ __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
     }
 }
 
-template <class H>
-__global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
+template <class H> __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
     tile_grad_query(Sequences sequences, Numbers numbers, Backward<H> arrays) {
     using K = Tiles<H>;
     using A = typename H::A;
@@ -214,8 +210,8 @@ __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
     const K tiles(numbers.dim);
     const int lane = tiles.lane, warp = tiles.warp, head = tiles.head, dim = numbers.dim;
     sequences.check();
-    const Tile tile = tile_at(sequences, sequences.cu_query, sequences.batch, sequences.queries, K::ROWS,
-                              static_cast<int>(blockIdx.x), lane);
+    const Tile tile =
+        tile_at(sequences, sequences.cu_query, sequences.batch, sequences.queries, K::ROWS, static_cast<int>(blockIdx.x), lane);
     const Span span = sequences.span(tile.sequence);
     const int count = span.rows - tile.first < K::ROWS ? span.rows - tile.first : K::ROWS;
     if (count <= 0) return;
@@ -273,8 +269,7 @@ __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::BLOCKS)
 
 // After tile_grad_query, which writes delta. Here the block's rows are keys, and it walks over the query rows that see them, by
 // sequence and place.
-template <class H>
-__global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::GRAD_KEY_BLOCKS)
+template <class H> __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>::GRAD_KEY_BLOCKS)
     tile_grad_key(Sequences sequences, Numbers numbers, Backward<H> arrays) {
     using K = Tiles<H>;
     using A = typename H::A;

@@ -1,5 +1,5 @@
-// The CUDA kernels of cross_attention, emulated on the CPU, against plain loops in double: both plans, every dtype and index type,
-// ugly shapes, damaged lists; outputs and workspace NaN beforehand.
+// The CUDA kernels of cross_attention, emulated on the CPU, against plain loops in double: both plans, every dtype and index
+// type, ugly shapes, damaged lists; outputs and workspace NaN beforehand.
 #define CASE_FAST_EMULATE
 #include "cross_attention/cuda_bf16.cu"
 #include "cross_attention/cuda_f16.cu"
@@ -111,9 +111,8 @@ struct Truth {
     bool causal;
     double scale, dropout;
     uint64_t seed;
-    template <class Visit>
-    double row(const std::vector<double> &query, int64_t query_at, const std::vector<double> &key, int64_t key_stride, int begin, int seen,
-               int number, int head, Visit visit) const {
+    template <class Visit> double row(const std::vector<double> &query, int64_t query_at, const std::vector<double> &key,
+                                      int64_t key_stride, int begin, int seen, int number, int head, Visit visit) const {
         std::vector<double> w;
         double peak = -INFINITY, total = 0;
         for (int j = 0; j < seen; ++j) {
@@ -168,7 +167,8 @@ template <class T> Results truth(const Problem<T> &p) {
                     const auto &[key, w, factor] = parts[j];
                     const double ds = t.scale * w * (slopes[j] - mean);
                     for (int d = 0; d < c.dim; ++d) {
-                        const int64_t there = int64_t(key) * inner + h * c.dim + d, from = int64_t(key) * p.stride + h * c.dim + d;
+                        const int64_t there = int64_t(key) * inner + h * c.dim + d,
+                                      from = int64_t(key) * p.stride + h * c.dim + d;
                         r.of[2][at + d] += ds * k[from];
                         r.of[3][there] += ds * q[int64_t(row) * p.stride + h * c.dim + d];
                         r.of[4][there] += w * factor * g[at + d];
@@ -183,7 +183,8 @@ struct Lists {  // as the kernels read them; a test may damage them
 };
 template <class T> Lists lists_of(const Problem<T> &p) {
     const Case &c = p.c;
-    return {offsets<int64_t>(c.rows), offsets<int64_t>(c.keys), {c.key_of.begin(), c.key_of.end()}, {c.real.begin(), c.real.end()}};
+    return {
+        offsets<int64_t>(c.rows), offsets<int64_t>(c.keys), {c.key_of.begin(), c.key_of.end()}, {c.real.begin(), c.real.end()}};
 }
 
 template <class T, class I> Results run(const Problem<T> &p, const Lists &lists, int plan, int32_t *flag, bool &sound) {
@@ -193,24 +194,40 @@ template <class T, class I> Results run(const Problem<T> &p, const Lists &lists,
     const auto cu_query = narrow(lists.cu_query), cu_key = narrow(lists.cu_key), key_of = narrow(lists.key_of),
                key_length = narrow(lists.key_length);
     const int inner = c.heads * c.dim;
-    const case_fast_attention call = {int64_t(c.rows.size()), p.queries, int64_t(c.keys.size()), p.keys, c.heads, c.dim, dtype<T>(),
-                                      8 * sizeof(I), c.causal, cu_query.data(), cu_key.data(), c.key_of.empty() ? nullptr : key_of.data(),
-                                      c.real.empty() ? nullptr : key_length.data(), p.stride, p.stride, p.stride,
-                                      1 / std::sqrt(double(c.dim)), c.dropout, SEED};
+    const case_fast_attention call = {int64_t(c.rows.size()),
+                                      p.queries,
+                                      int64_t(c.keys.size()),
+                                      p.keys,
+                                      c.heads,
+                                      c.dim,
+                                      dtype<T>(),
+                                      8 * sizeof(I),
+                                      c.causal,
+                                      cu_query.data(),
+                                      cu_key.data(),
+                                      c.key_of.empty() ? nullptr : key_of.data(),
+                                      c.real.empty() ? nullptr : key_length.data(),
+                                      p.stride,
+                                      p.stride,
+                                      p.stride,
+                                      1 / std::sqrt(double(c.dim)),
+                                      c.dropout,
+                                      SEED};
     const size_t query_bytes = size_t(p.queries) * inner * sizeof(T), key_bytes = size_t(p.keys) * inner * sizeof(T);
     auto out = poisoned(query_bytes), lse = poisoned(size_t(p.queries) * c.heads * sizeof(A));
     auto grad_query = poisoned(query_bytes), grad_key = poisoned(key_bytes), grad_value = poisoned(key_bytes);
     auto space = poisoned(case_fast_packed_attention_workspace_cuda(&call, 0));
-    sound = case_fast_packed_attention_forward_cuda(&call, p.query.data(), p.key.data(), p.value.data(), out.data(), lse.data(), plan,
-                                                    space.data(), space.size(), flag, nullptr) == CASE_FAST_OK;
+    sound = case_fast_packed_attention_forward_cuda(&call, p.query.data(), p.key.data(), p.value.data(), out.data(), lse.data(),
+                                                    plan, space.data(), space.size(), flag, nullptr) == CASE_FAST_OK;
     auto without = poisoned(query_bytes);
-    sound &= case_fast_packed_attention_forward_cuda(&call, p.query.data(), p.key.data(), p.value.data(), without.data(), nullptr, plan,
-                                                     space.data(), space.size(), nullptr, nullptr) == CASE_FAST_OK;
+    sound &= case_fast_packed_attention_forward_cuda(&call, p.query.data(), p.key.data(), p.value.data(), without.data(), nullptr,
+                                                     plan, space.data(), space.size(), nullptr, nullptr) == CASE_FAST_OK;
     sound &= without == out;
     space = poisoned(case_fast_packed_attention_workspace_cuda(&call, 1));
     sound &= case_fast_packed_attention_backward_cuda(&call, p.query.data(), p.key.data(), p.value.data(), out.data(), lse.data(),
                                                       p.grad_out.data(), grad_query.data(), inner, grad_key.data(), inner,
-                                                      grad_value.data(), inner, space.data(), space.size(), flag, nullptr) == CASE_FAST_OK;
+                                                      grad_value.data(), inner, space.data(), space.size(), flag,
+                                                      nullptr) == CASE_FAST_OK;
     Results r;
     r.of[0] = wide<T>(out), r.of[1] = wide<A>(lse), r.of[2] = wide<T>(grad_query);
     r.of[3] = wide<T>(grad_key), r.of[4] = wide<T>(grad_value);
@@ -235,7 +252,9 @@ template <class T, class I> void check(const Case &c, int plan, double tolerance
 void damaged(int plan) {
     const Case c{"damaged", {3, 2, 4, 1}, {5, 3, 9}, {2, 0, 0, 1}, {4, 3, 9}, 2, 6, false, 0.2};
     const Problem<float> p(c);
-    const auto known = [&](const std::vector<double> &x) { return std::count_if(x.begin(), x.end(), [](double v) { return v == v; }); };
+    const auto known = [&](const std::vector<double> &x) {
+        return std::count_if(x.begin(), x.end(), [](double v) { return v == v; });
+    };
     struct Wrong {
         std::vector<int64_t> Lists::*list;
         int place;
@@ -244,12 +263,18 @@ void damaged(int plan) {
         int sequence;  // of queries: all others are as ever; -1: not known
     };
     const Wrong all[] = {
-        {&Lists::key_of, 1, 3, CASE_FAST_BAD_KEY_OF, 1},          {&Lists::key_of, 1, -1, CASE_FAST_BAD_KEY_OF, 1},
-        {&Lists::key_length, 1, 4, CASE_FAST_BAD_KEY_LENGTH, 3},  {&Lists::key_length, 2, -7, CASE_FAST_BAD_KEY_LENGTH, 0},
-        {&Lists::cu_query, 4, 11, CASE_FAST_BAD_CU_QUERY, -1},    {&Lists::cu_query, 0, 1, CASE_FAST_BAD_CU_QUERY, -1},
-        {&Lists::cu_query, 2, 1 << 30, CASE_FAST_BAD_CU_QUERY, -1}, {&Lists::cu_query, 3, -5, CASE_FAST_BAD_CU_QUERY, -1},
-        {&Lists::cu_key, 3, 18, CASE_FAST_BAD_CU_KEY, -1},        {&Lists::cu_key, 1, -(1 << 30), CASE_FAST_BAD_CU_KEY, -1},
-        {&Lists::cu_key, 2, 1 << 30, CASE_FAST_BAD_CU_KEY, -1},   {&Lists::cu_key, 0, 2, CASE_FAST_BAD_CU_KEY, -1},
+        {&Lists::key_of, 1, 3, CASE_FAST_BAD_KEY_OF, 1},
+        {&Lists::key_of, 1, -1, CASE_FAST_BAD_KEY_OF, 1},
+        {&Lists::key_length, 1, 4, CASE_FAST_BAD_KEY_LENGTH, 3},
+        {&Lists::key_length, 2, -7, CASE_FAST_BAD_KEY_LENGTH, 0},
+        {&Lists::cu_query, 4, 11, CASE_FAST_BAD_CU_QUERY, -1},
+        {&Lists::cu_query, 0, 1, CASE_FAST_BAD_CU_QUERY, -1},
+        {&Lists::cu_query, 2, 1 << 30, CASE_FAST_BAD_CU_QUERY, -1},
+        {&Lists::cu_query, 3, -5, CASE_FAST_BAD_CU_QUERY, -1},
+        {&Lists::cu_key, 3, 18, CASE_FAST_BAD_CU_KEY, -1},
+        {&Lists::cu_key, 1, -(1 << 30), CASE_FAST_BAD_CU_KEY, -1},
+        {&Lists::cu_key, 2, 1 << 30, CASE_FAST_BAD_CU_KEY, -1},
+        {&Lists::cu_key, 0, 2, CASE_FAST_BAD_CU_KEY, -1},
     };
     int32_t flag = 0;
     bool sound;
@@ -266,7 +291,8 @@ void damaged(int plan) {
         const auto cu = offsets<int>(c.rows);
         for (int s = 0; s < 4; ++s)
             for (int n = cu[s] * 12; n < cu[s + 1] * 12; ++n)
-                expect(s == wrong.sequence ? std::isnan(r.of[0][n]) : r.of[0][n] == clean.of[0][n], what + ": NaN elsewhere than in its rows");
+                expect(s == wrong.sequence ? std::isnan(r.of[0][n]) : r.of[0][n] == clean.of[0][n],
+                       what + ": NaN elsewhere than in its rows");
         expect(known(r.of[2]) == known(r.of[0]), what + ": grad_query");
     }
 }
@@ -287,7 +313,8 @@ void contained(int plan) {
         const auto &cu = i > 2 ? cu_key : cu_query;
         const int each = i == 1 ? c.heads : width;
         for (int n = 0; n < int(hurt.of[i].size()); ++n)
-            expect((n >= cu[1] * each && n < cu[2] * each) || hurt.of[i][n] == clean.of[i][n], std::string("NaN spread in ") + NAMES[i]);
+            expect((n >= cu[1] * each && n < cu[2] * each) || hurt.of[i][n] == clean.of[i][n],
+                   std::string("NaN spread in ") + NAMES[i]);
     }
 }
 
@@ -317,22 +344,24 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
     for (const Lengths &keys : b.keys) {
         const int64_t count = int64_t(sum_of(keys)) * inner;
         const float in = 1 / std::sqrt(float(b.width)), out = 1 / std::sqrt(float(inner));
-        arrays.push_back({offsets<I>(keys), random.of<T>(count), random.of<T>(count), random.of<T>(b.width), random.of<T>(b.width),
-                          random.of<T>(int64_t(inner) * b.width, in), random.of<T>(int64_t(inner) * b.width, out)});
+        arrays.push_back({offsets<I>(keys), random.of<T>(count), random.of<T>(count), random.of<T>(b.width),
+                          random.of<T>(b.width), random.of<T>(int64_t(inner) * b.width, in),
+                          random.of<T>(int64_t(inner) * b.width, out)});
     }
     for (int i = 0; i < sources; ++i) {
         const Arrays &a = arrays[i];
-        given.push_back({int64_t(b.keys[i].size()), sum_of(b.keys[i]), inner, inner, a.cu.data(), key_of.empty() ? nullptr : key_of.data(),
-                         nullptr, a.key.data(), a.value.data(), a.norm_weight.data(), a.norm_bias.data(), a.query_weight.data(),
-                         a.output_weight.data(), SEED + i, SEED + 100 + i});
+        given.push_back({int64_t(b.keys[i].size()), sum_of(b.keys[i]), inner, inner, a.cu.data(),
+                         key_of.empty() ? nullptr : key_of.data(), nullptr, a.key.data(), a.value.data(), a.norm_weight.data(),
+                         a.norm_bias.data(), a.query_weight.data(), a.output_weight.data(), SEED + i, SEED + 100 + i});
     }
-    const case_fast_cross_attention call = {int64_t(b.rows.size()), rows, sources, b.width, b.heads, b.dim, dtype<T>(), 8 * sizeof(I),
-                                            cu_hidden.data(), 1e-5, b.dropout, b.output_dropout};
+    const case_fast_cross_attention call = {
+        int64_t(b.rows.size()), rows, sources,   b.width,         b.heads, b.dim, dtype<T>(), 8 * sizeof(I),
+        cu_hidden.data(),       1e-5, b.dropout, b.output_dropout};
     auto state = wide(hidden);
     for (int i = 0; i < sources; ++i) {
         const Arrays &a = arrays[i];
-        const auto k = wide(a.key), v = wide(a.value), nw = wide(a.norm_weight), nb = wide(a.norm_bias), qw = wide(a.query_weight),
-                   ow = wide(a.output_weight);
+        const auto k = wide(a.key), v = wide(a.value), nw = wide(a.norm_weight), nb = wide(a.norm_bias),
+                   qw = wide(a.query_weight), ow = wide(a.output_weight);
         Truth t{b.heads, b.dim, 0, false, 1 / std::sqrt(double(b.dim)), b.dropout, SEED + i};
         for (const int n : b.keys[i]) t.longest = std::max(t.longest, n);
         for (size_t s = 0; s < b.rows.size(); ++s)
@@ -346,15 +375,18 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
                         query[o] += qw[int64_t(o) * b.width + c] * ((x[c] - mean) / std::sqrt(variance + 1e-5) * nw[c] + nb[c]);
                 const int sequence = b.key_of.empty() ? int(s) : b.key_of[s];
                 for (int h = 0; h < b.heads; ++h)
-                    t.row(query, h * b.dim, k, inner, int(a.cu[sequence]), b.keys[i][sequence], row, h, [&](int key, double w, double factor) {
-                        for (int d = 0; d < b.dim; ++d) attended[h * b.dim + d] += w * factor * v[int64_t(key) * inner + h * b.dim + d];
-                    });
+                    t.row(query, h * b.dim, k, inner, int(a.cu[sequence]), b.keys[i][sequence], row, h,
+                          [&](int key, double w, double factor) {
+                              for (int d = 0; d < b.dim; ++d)
+                                  attended[h * b.dim + d] += w * factor * v[int64_t(key) * inner + h * b.dim + d];
+                          });
                 const uint64_t below = case_fast_drop_below(b.output_dropout);
                 for (int c = 0; c < b.width; ++c) {
                     double added = 0;
                     for (int o = 0; o < inner; ++o) added += attended[o] * ow[int64_t(c) * inner + o];
                     if (b.output_dropout > 0)
-                        added *= case_fast_keep(SEED + 100 + i, int64_t(row) * b.width + c, 0, below) ? 1 / (1 - b.output_dropout) : 0;
+                        added *=
+                            case_fast_keep(SEED + 100 + i, int64_t(row) * b.width + c, 0, below) ? 1 / (1 - b.output_dropout) : 0;
                     x[c] += added;
                 }
             }
@@ -364,8 +396,8 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
         auto out = poisoned(hidden.size() * sizeof(T)), space = poisoned(case_fast_cross_attention_workspace_cuda(&call));
         int32_t flag = 0;
         const int launches = emulated_launches;
-        const int status = case_fast_cross_attention_forward_cuda(&call, given.data(), hidden.data(), out.data(), space.data(), space.size(),
-                                                                  &flag, nullptr);
+        const int status = case_fast_cross_attention_forward_cuda(&call, given.data(), hidden.data(), out.data(), space.data(),
+                                                                  space.size(), &flag, nullptr);
         const std::string what = "block, " + b.name + ", dtype " + std::to_string(dtype<T>());
         expect(status == CASE_FAST_OK && flag == 0, what + ": status or flag");
         expect(emulated_launches - launches == (rows ? sources * (b.dropout > 0 ? 3 : 2) : 0), what + ": launches");
@@ -382,12 +414,14 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
 void damaged_block() {
     const int32_t cu_hidden[] = {0, 1, 2}, cu_key[] = {0, 2, 1 << 30};
     const std::vector<float> x(64, 0.5f);
-    const case_fast_source source = {2, 5, 4, 4, cu_key, nullptr, nullptr, x.data(), x.data(), x.data(), x.data(), x.data(), x.data(), 0, 0};
+    const case_fast_source source = {2,        5,        4,        4,        cu_key,   nullptr, nullptr, x.data(),
+                                     x.data(), x.data(), x.data(), x.data(), x.data(), 0,       0};
     const case_fast_cross_attention call = {2, 2, 1, 6, 2, 2, CASE_FAST_F32, 32, cu_hidden, 1e-5, 0, 0};
     std::vector<char> space(case_fast_cross_attention_workspace_cuda(&call));
     float out[12];
     int32_t flag = 0;
-    expect(case_fast_cross_attention_forward_cuda(&call, &source, x.data(), out, space.data(), space.size(), &flag, nullptr) == CASE_FAST_OK &&
+    expect(case_fast_cross_attention_forward_cuda(&call, &source, x.data(), out, space.data(), space.size(), &flag, nullptr) ==
+                   CASE_FAST_OK &&
                flag == CASE_FAST_BAD_CU_KEY,
            "damaged block: flag");
     for (int n = 0; n < 12; ++n) expect(std::isnan(out[n]) == (n >= 6), "damaged block: NaN elsewhere than in its row");
@@ -399,13 +433,17 @@ template <class T> void check_drop() {
     for (const double p : {0.0, 0.3, 1.0})
         for (const bool add : {false, true}) {
             std::vector<T> to = base;
-            expect(case_fast_cross_attention_drop_cuda(1000, dtype<T>(), p, SEED, from.data(), add ? to.data() : nullptr, to.data(), nullptr) ==
-                       CASE_FAST_OK,
+            expect(case_fast_cross_attention_drop_cuda(1000, dtype<T>(), p, SEED, from.data(), add ? to.data() : nullptr,
+                                                       to.data(), nullptr) == CASE_FAST_OK,
                    "drop: status");
             for (int e = 0; e < 1000; ++e) {
-                const Sum<T> kept = p == 0 ? 1 : p == 1 ? 0 : case_fast_keep(SEED, e, 0, case_fast_drop_below(p)) ? Sum<T>(1 / (1 - p)) : 0;
+                const Sum<T> kept = p == 0                                                ? 1
+                                    : p == 1                                              ? 0
+                                    : case_fast_keep(SEED, e, 0, case_fast_drop_below(p)) ? Sum<T>(1 / (1 - p))
+                                                                                          : 0;
                 const Sum<T> expected = widened(from[e]) * kept + (add ? widened(base[e]) : 0);
-                expect(std::abs(widened(to[e]) - widened(narrowed<T>(expected))) <= 1e-2 * std::abs(expected), "drop: an element");
+                expect(std::abs(widened(to[e]) - widened(narrowed<T>(expected))) <= 1e-2 * std::abs(expected),
+                       "drop: an element");
             }
         }
 }
@@ -419,12 +457,11 @@ void searches() {
             const int x = int(random() % unsigned(first.back() + 3));
             const int expected = int(std::upper_bound(first.begin(), first.end(), x) - first.begin()) - 1;
             static int found;
-            CASE_FAST_LAUNCH(
-                (+[](const int *first, int count, int x, int *found) {
-                    const int s = last_at_most(count, x, int(threadIdx.x), [&](int s) { return first[s]; });
-                    if (threadIdx.x == 5) *found = s;
-                }),
-                1, WARP, 0, nullptr, static_cast<const int *>(first.data()), count, x, &found);
+            CASE_FAST_LAUNCH((+[](const int *first, int count, int x, int *found) {
+                                 const int s = last_at_most(count, x, int(threadIdx.x), [&](int s) { return first[s]; });
+                                 if (threadIdx.x == 5) *found = s;
+                             }),
+                             1, WARP, 0, nullptr, static_cast<const int *>(first.data()), count, x, &found);
             expect(found == expected, "search among " + std::to_string(count));
         }
     }
