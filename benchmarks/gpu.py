@@ -45,10 +45,11 @@ def device() -> str:
 
 def on_gpu() -> dict[str, OnGpu]:
     """By family, in the order they are measured."""
-    from benchmarks import bilinear_mim_gpu, graph_attention_gpu, vocabulary_loss_gpu
+    from benchmarks import bilinear_mim_gpu, cross_attention_gpu, graph_attention_gpu, vocabulary_loss_gpu
 
     return {
         "graph_attention": graph_attention_gpu.ON_GPU,
+        "cross_attention": cross_attention_gpu.ON_GPU,
         "bilinear_mim": bilinear_mim_gpu.ON_GPU,
         "vocabulary_loss": vocabulary_loss_gpu.ON_GPU,
     }
@@ -177,8 +178,8 @@ def _measured(prepare: Callable[[Any], Work | Yardstick], case: Any, truth: Trut
     try:
         with switch:
             work = prepare(case)
-            mode = case.modes[-1]
-            return {"error_over_limit": round(work.check(mode, truth), 3), **peer_times(work, mode)}
+            error = max(work.check(mode, truth) for mode in case.modes)  # they may run other kernels
+            return {"error_over_limit": round(error, 3), **peer_times(work, case.modes[-1])}
     except (Unfit, WrongResult) as reason:
         return {"left_out": str(reason)}
     except Exception as reason:  # as in peer_times

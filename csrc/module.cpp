@@ -14,6 +14,7 @@
 #include "graph_attention/graph_attention.h"
 #include "vocabulary_loss/vocabulary_loss.h"
 #ifdef CASE_FAST_WITH_CUDA
+#include "cross_attention/cuda.h"
 #include "graph_attention/cuda.h"
 #endif
 
@@ -171,6 +172,72 @@ static int graph_attention_backward_cuda(std::int64_t vertices, std::int64_t edg
         pointer(grad_relation_key), plan, pointer(workspace), workspace_bytes, static_cast<std::int32_t *>(pointer(flag)),
         pointer(stream));
 }
+
+static std::size_t packed_attention_workspace_cuda(std::int64_t batch, std::int64_t queries, std::int64_t key_sequences,
+                                                   std::int64_t keys, int heads, int dim, int dtype, int index_bits, int causal,
+                                                   Address cu_query, Address cu_key, Address key_of, Address key_length,
+                                                   std::int64_t query_stride, std::int64_t key_stride, std::int64_t value_stride,
+                                                   double scale, double dropout_p, std::uint64_t seed, bool backward) {
+    const case_fast_attention call = {batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, causal, pointer(cu_query),
+                                      pointer(cu_key), pointer(key_of), pointer(key_length), query_stride, key_stride, value_stride,
+                                      scale, dropout_p, seed};
+    return case_fast_packed_attention_workspace_cuda(&call, backward);
+}
+
+static int packed_attention_forward_cuda(std::int64_t batch, std::int64_t queries, std::int64_t key_sequences, std::int64_t keys,
+                                         int heads, int dim, int dtype, int index_bits, int causal, Address cu_query, Address cu_key,
+                                         Address key_of, Address key_length, std::int64_t query_stride, std::int64_t key_stride,
+                                         std::int64_t value_stride, double scale, double dropout_p, std::uint64_t seed, Address query,
+                                         Address key, Address value, Address out, Address lse, int plan, Address workspace,
+                                         std::size_t workspace_bytes, Address flag, Address stream) {
+    const case_fast_attention call = {batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, causal, pointer(cu_query),
+                                      pointer(cu_key), pointer(key_of), pointer(key_length), query_stride, key_stride, value_stride,
+                                      scale, dropout_p, seed};
+    return case_fast_packed_attention_forward_cuda(&call, pointer(query), pointer(key), pointer(value), pointer(out), pointer(lse), plan,
+                                                   pointer(workspace), workspace_bytes, static_cast<std::int32_t *>(pointer(flag)),
+                                                   pointer(stream));
+}
+
+static int packed_attention_backward_cuda(std::int64_t batch, std::int64_t queries, std::int64_t key_sequences, std::int64_t keys,
+                                          int heads, int dim, int dtype, int index_bits, int causal, Address cu_query, Address cu_key,
+                                          Address key_of, Address key_length, std::int64_t query_stride, std::int64_t key_stride,
+                                          std::int64_t value_stride, double scale, double dropout_p, std::uint64_t seed,
+                                          Address query, Address key, Address value, Address out, Address lse, Address grad_out,
+                                          Address grad_query, std::int64_t grad_query_stride, Address grad_key,
+                                          std::int64_t grad_key_stride, Address grad_value, std::int64_t grad_value_stride,
+                                          Address workspace, std::size_t workspace_bytes, Address flag, Address stream) {
+    const case_fast_attention call = {batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, causal, pointer(cu_query),
+                                      pointer(cu_key), pointer(key_of), pointer(key_length), query_stride, key_stride, value_stride,
+                                      scale, dropout_p, seed};
+    return case_fast_packed_attention_backward_cuda(&call, pointer(query), pointer(key), pointer(value), pointer(out), pointer(lse),
+                                                    pointer(grad_out), pointer(grad_query), grad_query_stride, pointer(grad_key),
+                                                    grad_key_stride, pointer(grad_value), grad_value_stride, pointer(workspace),
+                                                    workspace_bytes, static_cast<std::int32_t *>(pointer(flag)), pointer(stream));
+}
+
+static std::size_t cross_attention_workspace_cuda(std::int64_t batch, std::int64_t rows, int width, int heads, int dim, int dtype,
+                                                  int index_bits, Address cu_hidden, double eps, double dropout_p,
+                                                  double output_dropout_p, const std::vector<SourceMembers> &sources) {
+    const case_fast_cross_attention call = {batch, rows, static_cast<std::int32_t>(sources.size()), width, heads, dim, dtype, index_bits,
+                                            pointer(cu_hidden), eps, dropout_p, output_dropout_p};
+    return case_fast_cross_attention_workspace_cuda(&call);
+}
+
+static int cross_attention_forward_cuda(std::int64_t batch, std::int64_t rows, int width, int heads, int dim, int dtype, int index_bits,
+                                        Address cu_hidden, double eps, double dropout_p, double output_dropout_p,
+                                        const std::vector<SourceMembers> &sources, Address hidden, Address out, Address workspace,
+                                        std::size_t workspace_bytes, Address flag, Address stream) {
+    const case_fast_cross_attention call = {batch, rows, static_cast<std::int32_t>(sources.size()), width, heads, dim, dtype, index_bits,
+                                            pointer(cu_hidden), eps, dropout_p, output_dropout_p};
+    return case_fast_cross_attention_forward_cuda(&call, sources_of(sources).data(), pointer(hidden), pointer(out), pointer(workspace),
+                                                  workspace_bytes, static_cast<std::int32_t *>(pointer(flag)), pointer(stream));
+}
+
+static int cross_attention_drop_cuda(std::int64_t count, int dtype, double output_dropout_p, std::uint64_t output_seed, Address from,
+                                     Address base, Address to, Address stream) {
+    return case_fast_cross_attention_drop_cuda(count, dtype, output_dropout_p, output_seed, pointer(from), pointer(base), pointer(to),
+                                               pointer(stream));
+}
 #endif
 
 static std::int64_t bilinear_mim_saved(std::int64_t pairs, std::int64_t rows, int dim, int dtype, int score, std::int64_t negatives,
@@ -249,5 +316,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("graph_attention_workspace_cuda", &graph_attention_workspace_cuda, unlocked, "Bytes that a call needs beside its arguments.");
     module.def("graph_attention_forward_cuda", &graph_attention_forward_cuda, unlocked, "On the current device, asynchronous.");
     module.def("graph_attention_backward_cuda", &graph_attention_backward_cuda, unlocked, "On the current device, asynchronous.");
+    module.def("packed_attention_workspace_cuda", &packed_attention_workspace_cuda, unlocked, "Bytes that a call needs beside its arguments.");
+    module.def("packed_attention_forward_cuda", &packed_attention_forward_cuda, unlocked, "On the current device, asynchronous.");
+    module.def("packed_attention_backward_cuda", &packed_attention_backward_cuda, unlocked, "On the current device, asynchronous.");
+    module.def("cross_attention_workspace_cuda", &cross_attention_workspace_cuda, unlocked, "Bytes that a call needs beside its arguments.");
+    module.def("cross_attention_forward_cuda", &cross_attention_forward_cuda, unlocked, "On the current device, asynchronous.");
+    module.def("cross_attention_drop_cuda", &cross_attention_drop_cuda, unlocked, "On the current device, asynchronous.");
 #endif
 }

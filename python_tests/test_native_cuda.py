@@ -60,6 +60,85 @@ def test_without_a_gpu_a_launch_is_an_error_status_and_nothing_more(plan):
         assert native.graph_attention_backward_cuda(*graph, *[256] * 12, plan, 256, 1 << 40, 0, 0) == 6
 
 
+# ---- attention of packed sequences, and the decoder's block
+
+
+def attention(batch: int = 16, queries: int = 240, key_sequences: int = 16, keys: int = 1600, heads: int = 2, dim: int = 150,
+              dtype: int = 0, index_bits: int = 32, cu_query: int = 256, key_of: int = 0, stride: int = 300,
+              dropout_p: float = 0.0) -> tuple:  # fmt: skip
+    """struct case_fast_attention with addresses that are never followed."""
+    lists = (cu_query, 256, key_of, 0)
+    return (batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, 0, *lists, *[stride] * 3, 0.1, dropout_p, 0)
+
+
+BACKWARD = (*[256] * 6, 256, 300, 256, 300, 256, 300)  # arrays, then gradients with their strides
+
+
+def test_workspace_of_attention_is_a_number_a_row_and_head():
+    size = native.packed_attention_workspace_cuda
+    assert size(*attention(), False) == 0
+    assert size(*attention(dropout_p=0.1), False) == 256, "the longest sequence of keys"
+    assert 4 * 240 * 2 <= size(*attention(), True) <= 4 * 240 * 2 + 256
+    assert size(*attention(dtype=1), True) > 1.7 * size(*attention(), True)
+
+
+@pytest.mark.parametrize("change", [{"dim": 257}, {"dim": 0}, {"heads": 0}, {"queries": 2**31}, {"keys": 2**31}, {"batch": -1},
+                                    {"dtype": 4}, {"index_bits": 16}, {"dropout_p": 1.5}, {"key_sequences": 15},
+                                    {"cu_query": 0}])  # fmt: skip
+def test_attention_that_the_kernels_do_not_take_is_refused_before_any_launch(change):
+    call = attention(**change)
+    assert native.packed_attention_workspace_cuda(*call, True) == 0
+    assert native.packed_attention_forward_cuda(*call, *[256] * 5, 0, 256, 1 << 40, 0, 0) == 4
+    assert native.packed_attention_backward_cuda(*call, *BACKWARD, 256, 1 << 40, 0, 0) == 4
+
+
+def test_attention_without_an_array_a_plan_or_room_is_refused():
+    forward, backward = native.packed_attention_forward_cuda, native.packed_attention_backward_cuda
+    assert forward(*attention(), 0, *[256] * 4, 0, 0, 0, 0, 0) == 4
+    assert forward(*attention(), *[256] * 5, 3, 0, 0, 0, 0) == 4
+    assert forward(*attention(stride=299), *[256] * 5, 0, 0, 0, 0, 0) == 4
+    assert backward(*attention(), *BACKWARD[:-2], 0, 300, 256, 1 << 40, 0, 0) == 4
+    assert backward(*attention(), *BACKWARD[:-1], 299, 256, 1 << 40, 0, 0) == 4
+    assert backward(*attention(), *BACKWARD, 256, native.packed_attention_workspace_cuda(*attention(), True) - 1, 0, 0) == 4
+    # offsets of no sequences are wrong, whatever they hold
+    assert forward(*attention(batch=0, key_sequences=0), *[256] * 5, 0, 0, 0, 0, 0) == 7
+    assert forward(*attention(batch=0, queries=0, key_sequences=0), *[256] * 5, 0, 0, 0, 0, 0) == 8
+    assert forward(*attention(key_sequences=0, keys=0, key_of=256), *[256] * 5, 0, 0, 0, 0, 0) == 9
+    assert forward(*attention(queries=0), *[256] * 5, 0, 0, 0, 0, 0) == 0, "nothing to launch"
+
+
+def block(rows: int = 16, width: int = 300, dtype: int = 0, heads: int = 2, norm_weight: int = 256, stride: int = 300) -> tuple:
+    """struct case_fast_cross_attention with two sources whose addresses are never followed."""
+    first = (16, 1600, 300, 300, 256, 0, 0, 256, 256, 256, 256, 256, 256, 1, 2)
+    second = (16, 1600, stride, 300, 256, 0, 0, 256, 256, norm_weight, 256, 256, 256, 3, 4)
+    return (16, rows, width, heads, 150, dtype, 32, 256, 1e-5, 0.0, 0.0, [first, second])
+
+
+def test_a_decoder_block_that_the_kernels_do_not_take_is_refused_before_any_launch():
+    forward = native.cross_attention_forward_cuda
+    size = native.cross_attention_workspace_cuda(*block())
+    assert 4 * 16 * 300 <= size <= 4 * 16 * 300 + 256
+    for change in ({"rows": 65536}, {"width": 4097}, {"width": 0}, {"dtype": 4}, {"heads": 0}):
+        assert native.cross_attention_workspace_cuda(*block(**change)) == 0
+        assert forward(*block(**change), 256, 256, 256, 1 << 40, 0, 0) == 4
+    assert forward(*block(), 256, 256, 256, size - 1, 0, 0) == forward(*block(), 0, 256, 256, size, 0, 0) == 4
+    assert forward(*block(norm_weight=0), 256, 256, 256, size, 0, 0) == 4 + 16, "of the second source"
+    assert forward(*block(stride=299), 256, 256, 256, size, 0, 0) == 4 + 16
+    assert forward(*block(rows=0), 256, 256, 256, size, 0, 0) == 0
+    assert native.cross_attention_drop_cuda(5, 4, 0.1, 0, 256, 0, 256, 0) == 4
+    assert native.cross_attention_drop_cuda(0, 0, 0.1, 0, 0, 0, 0, 0) == 0
+
+
+@pytest.mark.skipif(native_report().get("cuda_devices", 0) > 0, reason="there is a GPU: the addresses would be followed")
+@pytest.mark.parametrize("dtype", range(4))
+def test_without_a_gpu_launches_of_attention_are_error_statuses(dtype):
+    for plan in (1, 2):
+        assert native.packed_attention_forward_cuda(*attention(dtype=dtype), *[256] * 5, plan, 256, 1 << 40, 0, 0) == 6
+    assert native.packed_attention_backward_cuda(*attention(dtype=dtype), *BACKWARD, 256, 1 << 40, 0, 0) == 6
+    assert native.cross_attention_forward_cuda(*block(dtype=dtype), 256, 256, 256, 1 << 40, 0, 0) == 6
+    assert native.cross_attention_drop_cuda(5, dtype, 0.1, 0, 256, 0, 256, 0) == 6
+
+
 def test_the_cuda_runtime_is_linked_statically():
     needed = subprocess.run(["readelf", "-d", native.__file__], capture_output=True, text=True)
     if needed.returncode:
@@ -75,4 +154,6 @@ def test_no_hot_kernel_spills_registers():
     assert done.returncode == 0, done.stderr
     hot = [line for line in done.stdout.splitlines() if "2, 3>" in line]
     assert {line.split()[0] for line in hot} == {"sm_80", "sm_90"}
-    assert len(hot) == 2 * 3 * 8  # targets, storage types, kernels
+    of_attention = [line for line in hot if "cross_attention::" in line]
+    assert len(of_attention) == 2 * 3 * 6  # targets, storage types, kernels
+    assert len(hot) - len(of_attention) == 2 * 3 * 8

@@ -289,3 +289,28 @@ def test_a_source_says_what_it_holds():
         Source.__dataclass_fields__
     )
     assert ops.Source is Source
+
+
+# ---- what a GPU does with many rows, on the CPU: our attention between torch's layer norm and products
+
+
+@pytest.mark.parametrize("rows, keys, share", [([7, 0, 3], [[30, 2, 0], [5, 1, 8]], False), ([1, 4, 2], [[9, 3]], True),
+                                               ([], [[]], False), ([3, 2], [[0, 0], [2, 1], [4, 4]], False)])  # fmt: skip
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_composed_of_products_it_is_the_equation(native, rows, keys, share, dropout):
+    kernel = kernels(FAMILY)
+    case = make_case(rows, keys, 12, 2, 5, dtype=torch.float64, share=share, seed=2**40 + 3)
+    case = replace(case, dropout_p=dropout, output_dropout_p=dropout)
+    expected = results(case, plain=True)
+    floats = [x for name, x in case.floats().items() if name != "hidden"]
+    lists = ([s.cu_keys for s in case.sources], [s.key_of for s in case.sources])
+    arguments = (case.hidden, case.cu_hidden, floats, *lists)
+    numbers = (case.eps, case.dropout_p, case.output_dropout_p, case.seed)
+    out, saved = kernel._outputs(case.hidden, floats, True)
+    kernel._forward_composed(*arguments, *numbers, out, saved)
+    assert close(out, expected["out"], 1e-12)
+    assert identical(kernel._forward_composed(*arguments, *numbers, torch.empty_like(out), None), out)
+    found = kernel._gradients(case.hidden, floats)
+    kernel._backward_composed(case.grad_out, *arguments, saved, *numbers, found)
+    for (name, right), x in zip(list(expected.items())[1:], found, strict=True):
+        assert close(x, right, 1e-11), name

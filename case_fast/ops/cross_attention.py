@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from case_fast import equations
 from case_fast.ops import backend, common
+from case_fast.ops.common import pointer
 from case_fast.ops.packed_attention import (
     INDEX_BITS,
     MAX_DIMENSION,
     address,
+    attend,
+    attend_backward,
     check_dropout,
     check_float,
     check_key_of,
@@ -26,6 +32,7 @@ from case_fast.ops.packed_attention import (
     check_sequences,
     distinct,
     like_indices,
+    on_cuda,
     plain_gradients,
     refuse,
     row_stride,
@@ -33,6 +40,7 @@ from case_fast.ops.packed_attention import (
 )
 
 FAMILY = "cross_attention"
+FEW_ROWS, MAX_WIDTH = 256, 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
 FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
 
 
@@ -198,15 +206,18 @@ _forward_op = torch.ops.case_fast.cross_attention_forward.default
 _backward_op = torch.ops.case_fast.cross_attention_backward.default
 
 
-def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised out and saved: for each source the normalised rows (T, d), 1 / deviation (T), query and attended
-    (T, H, D), log of the softmax' divisor (T, H)."""
+def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
+    """Elements of saved. On CPU, for each source the normalised rows (T, d), 1 / deviation (T), query and attended (T, H, D),
+    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it."""
     rows, width = hidden.shape
-    size = 0
-    if keep:
-        size = sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + 1)) for key in floats[:: len(FLOATS)])
+    lse = 2 if hidden.dtype in common.HALF else 1  # it is in float32
+    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + lse)) for key in floats[:: len(FLOATS)])
+
+
+def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and saved."""
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    return out, torch.empty(size, dtype=hidden.dtype, device=hidden.device)
+    return out, torch.empty(_saved_size(hidden, floats) if keep else 0, dtype=hidden.dtype, device=hidden.device)
 
 
 def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
@@ -223,10 +234,16 @@ def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor],
         sources = _sources(floats, cu_keys, key_of)
         return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed), saved.zero_()
     hidden, cu_hidden, floats, cu_keys, key_of = _laid_out(hidden, cu_hidden, floats, cu_keys, key_of)
-    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
-    status = backend.native.cross_attention_forward(
-        *call, hidden.data_ptr(), out.data_ptr(), saved.data_ptr() if keep else 0, torch.get_num_threads()
-    )
+    numbers = (eps, dropout_p, output_dropout_p, seed)
+    if not hidden.is_cpu and (keep or hidden.shape[0] > FEW_ROWS or hidden.shape[1] > MAX_WIDTH):
+        return _forward_composed(hidden, cu_hidden, floats, cu_keys, key_of, *numbers, out, saved if keep else None), saved
+    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, *numbers)
+    if hidden.is_cpu:
+        status = backend.native.cross_attention_forward(
+            *call, hidden.data_ptr(), out.data_ptr(), saved.data_ptr() if keep else 0, torch.get_num_threads()
+        )
+    else:
+        status = on_cuda(f"{FAMILY}_forward", hidden.device, call, (), (hidden.data_ptr(), out.data_ptr()))
     if status:
         _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
     return out, saved
@@ -244,6 +261,10 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
     grad_out, saved = grad_out.contiguous(), saved.contiguous()
     hidden, cu_hidden, floats, cu_keys, key_of = _laid_out(hidden, cu_hidden, floats, cu_keys, key_of)
     found = _gradients(hidden, floats)
+    if not hidden.is_cpu:
+        numbers = (eps, dropout_p, output_dropout_p, seed)
+        _backward_composed(grad_out, hidden, cu_hidden, floats, cu_keys, key_of, saved, *numbers, found)
+        return found
     call = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
     each = len(FLOATS)
     gradients = [tuple(x.data_ptr() for x in found[at : at + each]) for at in range(1, len(found), each)]
@@ -253,6 +274,115 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
     if status:
         _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
     return found
+
+
+class _Kept(NamedTuple):
+    """What backward needs of one source, where torch's products stand around the attention."""
+
+    hidden: Tensor  # (T, d), before the layer norm
+    query: Tensor  # (T, H, D)
+    attended: Tensor  # (T, H, D)
+    lse: Tensor  # (T, H), float32 (float64 for float64)
+
+
+def _kept(saved: Tensor, rows: int, width: int, heads: int, dimension: int, sources: int) -> list[_Kept]:
+    """Views of saved: lse of all sources first, so that float32 is aligned in it; then the others, source by source."""
+    wide = saved.view(torch.float32) if saved.dtype in common.HALF else saved
+    logs = wide[: sources * rows * heads].view(sources, rows, heads)
+    inner = heads * dimension
+    rest = saved[logs.numel() * wide.element_size() // saved.element_size() :]
+    parts = rest[: sources * rows * (width + 2 * inner)].view(sources, -1).split([rows * width, rows * inner, rows * inner], 1)
+    shapes = ((rows, width), (rows, heads, dimension), (rows, heads, dimension))
+    return [
+        _Kept(*[part[place].view(shape) for part, shape in zip(parts, shapes, strict=True)], logs[place])
+        for place in range(sources)
+    ]
+
+
+def _plain(device_type: str) -> ExitStack:
+    """Inside it torch's products are neither cast nor recorded."""
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    if torch.is_autocast_enabled(device_type):
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
+
+
+def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
+                      key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int,
+                      out: Tensor, saved: Tensor | None) -> Tensor:  # fmt: skip
+    """Many rows on a GPU: torch's layer norm and products around our attention. The last source writes out."""
+    rows, width = hidden.shape
+    heads, dimension = floats[0].shape[1:]
+    count, inner = len(cu_keys), heads * dimension
+    if saved is None:
+        saved = hidden.new_empty(_saved_size(hidden, floats[: len(FLOATS)]))
+        kept = _kept(saved, rows, width, heads, dimension, 1) * count  # one place for all
+    else:
+        kept = _kept(saved, rows, width, heads, dimension, count)
+    with _plain(hidden.device.type):
+        kept[0].hidden.copy_(hidden)
+        for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
+            key, value, norm_weight, norm_bias, query_weight, output_weight = floats[place * len(FLOATS) :][: len(FLOATS)]
+            state, query, attended, lse = kept[place]
+            normed = F.layer_norm(state, (width,), norm_weight, norm_bias, eps)
+            torch.mm(normed, query_weight.t(), out=query.view(rows, inner))
+            numbers = (False, dimension**-0.5, dropout_p, equations.source_seed(seed, place, 0))
+            attend(query, key, value, (cu_hidden, cu, of, None), numbers, attended, lse)
+            added = torch.mm(attended.view(rows, inner), output_weight.t())
+            following = kept[place + 1].hidden if place + 1 < count else out
+            _drop(added, state, following, output_dropout_p, equations.source_seed(seed, place, 1))
+    return out
+
+
+def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
+                       key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float,
+                       seed: int, found: list[Tensor]) -> None:  # fmt: skip
+    """Of `_forward_composed`, into found: the gradients of hidden and of floats."""
+    rows, width = hidden.shape
+    heads, dimension = floats[0].shape[1:]
+    kept, each = _kept(saved, rows, width, heads, dimension, len(cu_keys)), len(FLOATS)
+    grad = found[0].copy_(grad_out)
+    added, grad_query = torch.empty_like(grad), torch.empty_like(kept[0].query)
+    flat = (rows, heads * dimension)
+    with _plain(hidden.device.type):
+        for place in reversed(range(len(cu_keys))):
+            key, value, norm_weight, norm_bias, query_weight, output_weight = floats[place * each :][:each]
+            grads = found[1 + place * each :][:each]
+            state, query, attended, lse = kept[place]
+            if output_dropout_p > 0:
+                _drop(grad, None, added, output_dropout_p, equations.source_seed(seed, place, 1))
+            grad_added = added if output_dropout_p > 0 else grad
+            torch.mm(grad_added.t(), attended.view(flat), out=grads[5])
+            grad_attended = torch.mm(grad_added, output_weight)
+            numbers = (False, dimension**-0.5, dropout_p, equations.source_seed(seed, place, 0))
+            offsets = (cu_hidden, cu_keys[place], key_of[place], None)
+            attend_backward(grad_attended, query, key, value, offsets, attended, lse, numbers, (grad_query, *grads[:2]))
+            normed, mean, inverse = torch.native_layer_norm(state, (width,), norm_weight, norm_bias, eps)
+            torch.mm(grad_query.view(flat).t(), normed, out=grads[4])
+            grad_normed = torch.mm(grad_query.view(flat), query_weight)
+            through, *norms = torch.ops.aten.native_layer_norm_backward(grad_normed, state, (width,), mean, inverse, norm_weight,
+                                                                        norm_bias, [True] * 3)  # fmt: skip
+            grad += through
+            for to, norm in zip(grads[2:4], norms, strict=True):
+                to.copy_(norm)
+
+
+def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: int) -> None:
+    """to = base + dropout(x), as the equation drops what a source adds."""
+    if dropout_p == 0:
+        torch.add(x, 0 if base is None else base, out=to)
+    elif x.is_cpu:
+        keep = equations.dropout_keep(x.numel(), 1, dropout_p, seed).view(x.shape)
+        torch.add(x * keep / (1 - dropout_p), 0 if base is None else base, out=to)
+    else:
+        with torch.cuda.device(x.device):
+            status = backend.native.cross_attention_drop_cuda(
+                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, x.data_ptr(), pointer(base), to.data_ptr(),
+                torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip
+        if status:
+            refuse(FAMILY, status)
 
 
 def _laid_out(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None]

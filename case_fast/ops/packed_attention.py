@@ -15,9 +15,11 @@ from torch import Tensor
 from case_fast import equations
 from case_fast.ops import backend, common
 from case_fast.ops.common import pointer
+from case_fast.ops.device_flag import device_flag, raise_pending
 
 FAMILY = "packed_attention"
 MAX_DIMENSION = 256  # of a head, in the GPU kernels
+PLAN_AUTO = 0  # enum case_fast_attention_plan of cuda.h
 INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 
@@ -259,15 +261,21 @@ def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, cu_query: Ten
         _check_contents(query, key, cu_query, cu_key, key_of, key_length)
         numbers = (causal, scale, dropout_p, seed, key_of, key_length)
         return equations.packed_attention(query, key, value, cu_query, cu_key, *numbers), lse.zero_()
-    query, key, value = rows_apart(query), rows_apart(key), rows_apart(value)
-    offsets = _contiguous(cu_query, cu_key, key_of, key_length)
-    call = _call(query, key, value, *offsets, causal, scale, dropout_p, seed)
-    status = backend.native.packed_attention_forward(
-        *call, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr(), torch.get_num_threads()
-    )
+    attend(query, key, value, (cu_query, cu_key, key_of, key_length), (causal, scale, dropout_p, seed), out, lse)
+    return out, lse
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, offsets: tuple, numbers: tuple, out: Tensor, lse: Tensor) -> None:
+    """Forward by the native module, into contiguous out and lse. offsets: cu_query to key_length; numbers: causal to seed."""
+    query, key, value, offsets = rows_apart(query), rows_apart(key), rows_apart(value), _contiguous(*offsets)
+    call = _call(query, key, value, *offsets, *numbers)
+    pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
+    if query.is_cpu:
+        status = backend.native.packed_attention_forward(*call, *pointers, torch.get_num_threads())
+    else:
+        status = on_cuda(f"{FAMILY}_forward", query.device, call, (False,), (*pointers, PLAN_AUTO))
     if status:
         _raise(status, query, key, *offsets)
-    return out, lse
 
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor,
@@ -279,18 +287,37 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
             lambda *leaves: equations.packed_attention(*leaves, cu_query, cu_key, *numbers), (query, key, value), grad_out
         )
     query, key, value = rows_apart(query), rows_apart(key), rows_apart(value)
-    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
-    offsets = _contiguous(cu_query, cu_key, key_of, key_length)
     found = _gradients(query, key, value)
-    call = _call(query, key, value, *offsets, causal, scale, dropout_p, seed)
-    pointers = (query, key, value, out, lse, grad_out)
-    status = backend.native.packed_attention_backward(
-        *call, *[x.data_ptr() for x in pointers], *[y for x in found for y in (x.data_ptr(), row_stride(x))],
-        torch.get_num_threads(),
-    )  # fmt: skip
+    attend_backward(grad_out.contiguous(), query, key, value, (cu_query, cu_key, key_of, key_length), out.contiguous(),
+                    lse.contiguous(), (causal, scale, dropout_p, seed), found)  # fmt: skip
+    return found
+
+
+def attend_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, offsets: tuple, out: Tensor, lse: Tensor,
+                    numbers: tuple, into: tuple[Tensor, ...]) -> None:  # fmt: skip
+    """Backward by the native module, as `attend`; grad_out contiguous, query, key and value as `rows_apart` makes them."""
+    offsets = _contiguous(*offsets)
+    call = _call(query, key, value, *offsets, *numbers)
+    pointers = [x.data_ptr() for x in (query, key, value, out, lse, grad_out)]
+    pointers += [y for x in into for y in (x.data_ptr(), row_stride(x))]
+    if query.is_cpu:
+        status = backend.native.packed_attention_backward(*call, *pointers, torch.get_num_threads())
+    else:
+        status = on_cuda(f"{FAMILY}_backward", query.device, call, (True,), pointers)
     if status:
         _raise(status, query, key, *offsets)
-    return found
+
+
+def on_cuda(name: str, device: torch.device, call: tuple, of_workspace: tuple, arguments: Sequence[int]) -> int:
+    """Launches a native CUDA function on torch's current stream, with its workspace; the status. Waits for nothing."""
+    raise_pending()
+    family = name.rpartition("_")[0]
+    with torch.cuda.device(device):
+        size = getattr(backend.native, f"{family}_workspace_cuda")(*call, *of_workspace)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        launch = getattr(backend.native, f"{name}_cuda")
+        return launch(*call, *arguments, workspace.data_ptr(), size, device_flag().data_ptr(),
+                      torch.cuda.current_stream().cuda_stream)  # fmt: skip
 
 
 def plain_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, ...]:

@@ -39,8 +39,12 @@ template <class T> __device__ inline T narrowed(Sum<T> x) { return x; }
 template <> __device__ inline __half narrowed<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ inline __nv_bfloat16 narrowed<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+template <class A> __device__ inline A not_a_number() { return static_cast<A>(__int_as_float(0x7FC00000)); }
+template <class A> __device__ inline A minus_infinity() { return static_cast<A>(__int_as_float(0xFF800000)); }
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }  // the number, where one is NaN
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 

@@ -62,9 +62,6 @@ struct Graph {  // passed to kernels by value
     __device__ __forceinline__ int64_t at(int64_t vertex, int head) const { return (vertex * heads + head) * dim; }
 };
 
-template <class A> __device__ inline A not_a_number() { return static_cast<A>(__int_as_float(0x7FC00000)); }
-template <class A> __device__ inline A minus_infinity() { return static_cast<A>(__int_as_float(0xFF800000)); }
-
 // The rows that `index` names (one a lane, and a vertex that exists in every lane), AHEAD at a time: use(j, rows j, j + 1, ...).
 template <class H, class Use>
 __device__ __forceinline__ void each_row(const Rows<typename H::T> &rows, int index, int count, int lane, int dim, Use use) {

@@ -1,0 +1,3 @@
+#include "cross_attention/cuda_launch.cuh"
+
+CASE_FAST_LAUNCHES(f64, double)
