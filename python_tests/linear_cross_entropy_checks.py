@@ -72,6 +72,7 @@ def make_case(rows: int, words: int, dim: int = 5, number: int = 0, dtype: torch
         row_of = equations.segment_ids(cu_target, int(cu_target[-1]))
     target = torch.randint(words, (row_of.numel(),), generator=g)
     barred = chosen(forbidden, words)
+    barred[0] = False
     barred[target] = False
     bias[barred] = -torch.inf
     grad_nll = normal(target.numel())
@@ -85,9 +86,18 @@ def make_case(rows: int, words: int, dim: int = 5, number: int = 0, dtype: torch
     return Case(*floats, target, cu_target, grad_nll, **more)
 
 
+def contiguous(arguments: dict) -> dict:
+    """torch 2.13's product in bfloat16 reads what lies between the rows of a strided (n, 1), and NaN there makes it NaN."""
+    return {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
 def of_equations(keep_bytes: int = 0, **arguments: object) -> tuple[Tensor, Tensor]:
     """equations.linear_cross_entropy, which always keeps the scores."""
-    return equations.linear_cross_entropy(**arguments)
+    return equations.linear_cross_entropy(**contiguous(arguments))
+
+
+def best_of_equations(**arguments: object) -> tuple[Tensor, Tensor]:
+    return equations.top_words(**contiguous(arguments))
 
 
 def results(case: Case, function: Callable[..., tuple] = ops.linear_cross_entropy, autocast: bool = False) -> dict[str, Tensor]:
@@ -212,7 +222,7 @@ def exact_scores(case: Case) -> Tensor:
 def best_close_to_truth(case: Case, k: int) -> float:
     """The house's rule for log-probabilities; the words are k others, in order, and as probable as the k most probable."""
     dtype = case.hidden.dtype
-    found, plain = best(case, k), best(case, k, equations.top_words)
+    found, plain = best(case, k), best(case, k, best_of_equations)
     log_probability = exact_scores(case).log_softmax(1)
     true = equations.greatest(log_probability, k)[0]
     value, word = found["log_probability"], found["word"]
@@ -320,8 +330,9 @@ POISON = (torch.nan, torch.inf, -torch.inf)
 def check_nan_isolation(size: int, device: str) -> int:
     """Row 5: NaN or Inf in one row of hidden, or in the gradient of one row's losses, leaves the bits of the other rows' nll,
     prediction and grad_hidden, and of their most probable words. grad_weight and grad_bias are sums over the rows: they are not
-    finite then, anywhere; but where the losses of that row have gradient 0, or are none, it takes no part, and the bits of both
-    stay. NaN in a word's weight or bias makes every row's losses NaN."""
+    finite then, anywhere; but where the losses of that row have gradient 0, or are none, it takes no part in the kernels, and the
+    bits of both stay (plain torch makes them NaN). NaN in a word's weight or bias makes every row's losses NaN."""
+    kernels = ops.backend_name(FAMILY, device) != "reference"
     for number in range(size):
         g = generator(number)
 
@@ -359,7 +370,7 @@ def check_nan_isolation(size: int, device: str) -> int:
         for field in ("grad_weight", "grad_bias"):
             if takes_part:
                 assert not found[field].isfinite().any(), f"{said} was hidden from {field}"
-            else:
+            elif kernels:
                 assert identical(found[field], clean[field]), f"{said} reached {field}, and has no part in it"
         if name == "hidden":
             assert not found["nll"][own].isfinite().any(), f"{said} was hidden from nll"
@@ -369,13 +380,13 @@ def check_nan_isolation(size: int, device: str) -> int:
     return size
 
 
-VARIED = [  # one row; few rows and many, at once and not; kept and not; rows without part; both index widths; the paper's step
+VARIED = [  # one row; few rows and many, at once and not; kept and not; rows without part; both index widths
     {"rows": 1, "words": 24000, "dim": 300},
     {"rows": 24, "words": 577, "dim": 33},
     {"rows": 25, "words": 577, "dim": 33, "keep_bytes": RECOMPUTE},
     {"rows": 24, "words": 1, "dim": 1, "long": 0},
-    {"rows": 480, "words": 24000, "dim": 300},
-    {"rows": 480, "words": 24000, "dim": 300, "keep_bytes": RECOMPUTE},
+    {"rows": 480, "words": 5003, "dim": 300},
+    {"rows": 480, "words": 5003, "dim": 300, "keep_bytes": RECOMPUTE},
     {"rows": 1021, "words": 389, "dim": 150, "dtype": torch.float64, "still": 0.3},
     {"rows": 1021, "words": 389, "dim": 150, "still": 0.3, "keep_bytes": RECOMPUTE},
     {"rows": 700, "words": 200, "dim": 40, "still": 0.99, "most": 3, "keep_bytes": RECOMPUTE},
