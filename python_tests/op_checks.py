@@ -69,11 +69,15 @@ def counted(family: str) -> Iterator[Counter]:
 
 @contextmanager
 def nan_filled(kernels: ModuleType) -> Iterator[None]:
-    """Every tensor that this module of ops makes for a kernel to write is full of NaN before."""
-    makers = {name: getattr(kernels, name) for name in ("_outputs", "_gradients")}
+    """Every tensor that this module of ops makes for a kernel to write is full of NaN before; of integers, of -7."""
+    makers = {name: getattr(kernels, name) for name in ("_outputs", "_gradients", "_best") if hasattr(kernels, name)}
 
     def filled(make: Callable) -> Callable:
-        return lambda *arguments: type(made := make(*arguments))(x.fill_(torch.nan) for x in made)
+        def made(*arguments: object) -> list | tuple:
+            found = make(*arguments)
+            return type(found)(x.fill_(torch.nan if x.is_floating_point() else -7) for x in found)
+
+        return made
 
     try:
         for name, make in makers.items():

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the tests import eac
 import bilinear_mim_checks
 import cross_attention_checks
 import graph_attention_checks
+import linear_cross_entropy_checks
 import packed_attention_checks
 import torch
 
@@ -36,6 +37,7 @@ FAMILIES = {
     "bilinear_mim": bilinear_mim_checks.CHECKS,
     "cross_attention": cross_attention_checks.CHECKS,
     "graph_attention": graph_attention_checks.CHECKS,
+    "linear_cross_entropy": linear_cross_entropy_checks.CHECKS,
     "packed_attention": packed_attention_checks.CHECKS,
 }
 SANITIZERS = ("address,undefined", "thread")

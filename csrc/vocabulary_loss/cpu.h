@@ -23,7 +23,7 @@ struct Scratch {
     T *word_columns;   // a block of `weight` transposed, as column panels
     T *word_rows;      // the same untransposed, as column panels
     T *left;           // a tile, or a tile transposed, as row panels
-    T *bias_sum;       // (block_words)
+    T *bias_sum;       // (2, block_words): of all rows, and of a few
 };
 
 // The rows of one call, or a part of them.

@@ -231,19 +231,24 @@ CASE_FAST_INLINE void soften(const T *z, const T *bias, T top, T log_sum, T scal
 template <class T>
 CASE_FAST_INLINE void soften_tile(const VocabularyRows<T> &a, int64_t first, int64_t count, int64_t v, int64_t words,
                                   const Scratch<T> &s) {
+    constexpr int64_t few = 32;  // rows summed by themselves: one running sum over many rows loses digits
+    T *const bias_sum = s.bias_sum + block_words;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = first + i;
         T *const out = s.tile + i * block_words;
+        for (int64_t j = 0; j < words && i % few == 0; ++j) bias_sum[j] = T(0);
         if (a.kept_scores)
             soften<T, false>(a.kept_scores + v * a.kept_rows + a.kept_row[row] * words, nullptr, a.top[row], a.log_sum[row],
-                             a.scale[row], words, out, s.bias_sum);
+                             a.scale[row], words, out, bias_sum);
         else
-            soften<T, true>(out, a.bias + v, a.top[row], a.log_sum[row], a.scale[row], words, out, s.bias_sum);
+            soften<T, true>(out, a.bias + v, a.top[row], a.log_sum[row], a.scale[row], words, out, bias_sum);
         for (int64_t m = a.target_begin[row]; m < a.target_end[row]; ++m)
             if (a.target[m] >= v && a.target[m] < v + words) {
                 out[a.target[m] - v] -= a.grad_nll[m];
-                s.bias_sum[a.target[m] - v] -= a.grad_nll[m];
+                bias_sum[a.target[m] - v] -= a.grad_nll[m];
             }
+        if (i % few == few - 1 || i == count - 1)
+            for (int64_t j = 0; j < words; ++j) s.bias_sum[j] += bias_sum[j];
     }
 }
 
@@ -307,7 +312,7 @@ Scratch<T> scratch(T *memory, int64_t dim, int64_t *elements) {
     s.word_rows = take(packed_columns<T>(dim, block_words));
     const int64_t left = packed_rows<T>(block_rows, block_words), transposed = packed_rows<T>(block_words, block_rows);
     s.left = take(left > transposed ? left : transposed);
-    s.bias_sum = take(block_words);
+    s.bias_sum = take(2 * block_words);
     *elements = used;
     return s;
 }
