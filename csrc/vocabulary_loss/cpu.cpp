@@ -232,7 +232,8 @@ int backward(const case_fast_vocabulary &c, const T *hidden, const T *weight, co
     const auto scratch = scratches<T>(workspace, c.dim, workers);
     T *const parts = workspace.take<T>(grad_hidden ? chunks * part : 0);
     T *const gathered = workspace.take<T>(count < c.rows ? part : 0);
-    T *const row_panels = workspace.take<T>(kept ? 0 : packed_rows<T>(most, c.dim));
+    const bool few = c.rows <= few_rows;  // as in forward, however many are active: scores in other bits could exceed `top`
+    T *const row_panels = workspace.take<T>(kept || few ? 0 : kernel.row_panels(most, c.dim));
     T *const column_panels = workspace.take<T>(grad_weight ? kernel.column_panels(most, c.dim) : 0);
     T *const numbers = workspace.take<T>(3 * most);
     int64_t *const offsets = workspace.take<int64_t>(2 * most);
@@ -250,7 +251,7 @@ int backward(const case_fast_vocabulary &c, const T *hidden, const T *weight, co
         a.dim = c.dim;
         a.weight = weight;
         a.bias = bias;
-        a.few = count <= few_rows;
+        a.few = few;
         a.target = targets.target;
         const int64_t *const rows = active + first;
         T *const top = numbers, *const log_sum = numbers + most, *const scale = numbers + 2 * most;
