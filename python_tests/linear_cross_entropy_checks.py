@@ -142,7 +142,7 @@ def check_opcheck(size: int, device: str) -> int:
             torch.library.opcheck(KERNELS._backward_op, (runs, case.grad_nll, *tensors, state, kept, wanted))
         ran += 4
         if device == "cpu":
-            torch.library.opcheck(KERNELS._top_op, (*case.floats().values(), min(3, case.weight.shape[0])))
+            torch.library.opcheck(KERNELS._top_op, (runs, *case.floats().values(), min(3, case.weight.shape[0])))
             ran += 1
     return ran
 
