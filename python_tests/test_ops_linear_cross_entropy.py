@@ -185,11 +185,11 @@ def test_a_backend_that_cannot_serve_is_refused(monkeypatch):
         linear_cross_entropy(**make_case(3, 4).arguments())
 
 
-@pytest.mark.parametrize("status, error", [(11, RuntimeError), (4, RuntimeError), (5, MemoryError)])
+@pytest.mark.parametrize("status, error", [(11, IndexError), (4, RuntimeError), (5, MemoryError)])
 def test_a_status_of_the_kernel_is_never_passed_over(native, monkeypatch, status, error):
     monkeypatch.setattr(backend, "native", types.SimpleNamespace(linear_cross_entropy_forward=lambda *a: status))
     case = make_case(3, 5)
-    with pytest.raises(error, match="linear_cross_entropy"):
+    with pytest.raises(error, match="linear_cross_entropy|target names what does not exist"):
         KERNELS._forward_op("native", *case.floats().values(), case.target, None, False)
 
 
@@ -204,12 +204,16 @@ def test_the_reference_is_the_equation(on_reference):
 # ---- in torch
 
 
-def test_under_autocast_half_precision_is_rounded_and_sums_are_not(runs):
+def test_under_autocast_the_cpu_computes_in_float32(runs):
     case = make_case(12, 30, dim=8)
-    found = results(case, autocast=True)
-    rounded = results(replace(case, **{name: x.bfloat16().float() for name, x in case.floats().items()}))
-    assert found["nll"].dtype == torch.float32 and close(found["nll"], rounded["nll"], 1e-5)
-    assert {found[f"grad_{name}"].dtype for name in FLOATS} == {torch.float32}
+    half = replace(case, **{name: x.bfloat16() for name, x in case.floats().items()})
+    rounded = results(half.to(torch.float32))
+    for given, expected in ((case, results(case)), (half, rounded)):
+        found = results(given, autocast=True)
+        assert found["nll"].dtype == torch.float32 and identical(found["nll"], expected["nll"])
+        for name in FLOATS:
+            grad = found[f"grad_{name}"]
+            assert grad.dtype == getattr(given, name).dtype and close(grad.float(), expected[f"grad_{name}"], 1e-2)
 
 
 @pytest.mark.slow
