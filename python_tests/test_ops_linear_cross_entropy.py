@@ -74,6 +74,18 @@ def test_row_of_the_scorecard_on_the_reference(on_reference, row):
     assert not calls
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"rows": 60, "words": 700, "dim": 150, "magnitude": 3.0},
+        {"rows": 20, "words": 700, "dim": 150, "magnitude": 3.0, "keep_bytes": RECOMPUTE},
+        {"rows": 600, "words": 40, "dim": 16, "most": 3, "keep_bytes": RECOMPUTE},
+    ],
+)
+def test_on_average_hardly_less_exact_than_plain_torch(recipe):
+    assert max(checks.mean_errors(recipe, 20).values()) < 1.5
+
+
 # ---- what the op means
 
 
@@ -88,12 +100,24 @@ def test_the_loss_and_the_best_words_are_torchs(runs):
     assert close(top["log_probability"], value, 1e-12) and torch.equal(top["word"], word)
 
 
-def test_a_bag_of_words_is_many_targets_on_one_row(runs):
-    """Eq. 8 by cu_target, against a sum over the words of each row."""
-    case = make_case(5, 12, most=6, number=3, dtype=torch.float64)
-    log_p = F.linear(case.hidden, case.weight, case.bias).log_softmax(1)
-    plain = [-log_p[row, y] for row in range(5) for y in case.target[case.cu_target[row] : case.cu_target[row + 1]]]
-    assert close(results(case)["nll"], torch.stack(plain), 1e-12)
+@pytest.mark.parametrize("keep_bytes", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_bag_of_words_is_each_row_repeated_for_each_of_its_targets(runs, rows, keep_bytes):
+    """Eq. 8; a row without targets, one with the same word twice, and one with many."""
+    sizes = [0, 2, 17] if rows == 3 else torch.randint(5, (rows,)).tolist()
+    case = make_case(rows, 60, 7, dtype=torch.float64, keep_bytes=keep_bytes)
+    row_of = torch.arange(rows).repeat_interleave(torch.tensor(sizes))
+    target = torch.randint(60, (sum(sizes),))
+    target[:2] = 5
+    leaves = [x.clone().requires_grad_() for x in case.floats().values()]
+    cu_target = torch.tensor([0, *itertools.accumulate(sizes)])
+    nll, prediction = linear_cross_entropy(*leaves, target, keep_bytes, cu_target)
+    alone, predicted = linear_cross_entropy(leaves[0][row_of], *leaves[1:], target, keep_bytes)
+    plain = F.cross_entropy(F.linear(leaves[0][row_of], *leaves[1:]), target, reduction="none")
+    assert close(nll, plain, 1e-12) and close(alone, plain, 1e-12) and torch.equal(prediction[row_of], predicted)
+    found, expected = torch.autograd.grad(nll.mean(), leaves), torch.autograd.grad(plain.mean(), leaves)
+    assert all(close(a, b, 1e-12) for a, b in zip(found, expected, strict=True))
+    assert rows > 3 or not found[0][0].any()
 
 
 def test_both_decoder_losses_are_one_weighting_of_the_nll(runs):
@@ -112,26 +136,92 @@ def test_both_decoder_losses_are_one_weighting_of_the_nll(runs):
     assert close(*grads, 1e-12)
 
 
-def test_the_lowest_of_equal_words_comes_first(runs):
-    for rows in (3, 40):  # few, and many
-        hidden, weight, bias = torch.ones(rows, 4), torch.ones(500, 4), torch.zeros(500)
-        bias[[7, 300, 499]] = 2.0
-        assert linear_cross_entropy(hidden, weight, bias, torch.zeros(rows, dtype=torch.int64))[1].tolist() == [7] * rows
-        assert top_words(hidden, weight, bias, 4)[1].tolist() == [[7, 300, 499, 0]] * rows
+@pytest.mark.parametrize("rows", [1, 24, 25, 300])
+def test_of_equal_scores_the_lowest_word_is_predicted(runs, rows):
+    """Within a vector, a block of 192 words, and across what threads share."""
+    words, hidden = 1000, torch.zeros(rows, 3)
+    for equal in ([0, 1], [7, 8, 15, 16], [190, 191, 192, 193], [5, 999], [400, 700], [998, 999], range(words)):
+        bias = torch.zeros(words)
+        bias[list(equal)] = 1.5
+        target = torch.zeros(rows, dtype=torch.int64)
+        assert (linear_cross_entropy(hidden, torch.ones(words, 3), bias, target)[1] == min(equal)).all()
+        for k in (1, 2, 4, len(list(equal))):
+            value, word = top_words(hidden, torch.ones(words, 3), bias, k)
+            order = [*equal, *(v for v in range(words) if v not in equal)][:k]
+            assert (word == torch.tensor(order)).all() and (value[:, 1:] <= value[:, :-1]).all()
 
 
-def test_a_bias_of_minus_infinity_forbids_a_word(runs):
-    case = make_case(30, 60, dim=9, forbidden=0.5, dtype=torch.float64)
-    barred = case.bias == -torch.inf
-    allowed = (~barred).nonzero().flatten()
-    new_place = torch.cumsum(~barred, 0) - 1
-    found, plain = results(case), make_case(30, 60, dim=9, dtype=torch.float64)
-    plain = replace(case, weight=case.weight[allowed], bias=case.bias[allowed], target=new_place[case.target])
-    without = results(plain)
-    assert close(found["nll"], without["nll"], 1e-12) and close(found["grad_hidden"], without["grad_hidden"], 1e-12)
-    assert not found["grad_weight"][barred].any() and not found["grad_bias"][barred].any()
-    assert torch.equal(found["prediction"], allowed[without["prediction"]])
-    assert best(case, 60)["log_probability"].isneginf().sum(1).tolist() == [int(barred.sum())] * 30
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_bias_of_minus_infinity_forbids_a_word(runs, rows):
+    case = make_case(rows, 400, 9, dtype=torch.float64)
+    free = torch.arange(400) % 3 == 1
+    bias = case.bias.masked_fill(~free, -math.inf)
+    target = free.nonzero().squeeze(1)[torch.randint(int(free.sum()), (rows,))]
+    leaves = [x.clone().requires_grad_() for x in (case.hidden, case.weight, bias)]
+    nll, prediction = linear_cross_entropy(*leaves, target)
+    among = [x.clone().requires_grad_() for x in (case.hidden, case.weight[free], bias[free])]
+    expected = F.cross_entropy(F.linear(*among), target // 3, reduction="none")
+    assert close(nll, expected, 1e-12) and free[prediction].all()
+    found, plain = torch.autograd.grad(nll.sum(), leaves), torch.autograd.grad(expected.sum(), among)
+    assert close(found[0], plain[0], 1e-12) and close(found[1][free], plain[1], 1e-12) and close(found[2][free], plain[2], 1e-12)
+    assert not found[1][~free].any() and not found[2][~free].any()
+    value, word = top_words(case.hidden, case.weight, bias, 200)
+    assert free[word[:, :133]].all() and (value[:, 133:] == -math.inf).all()
+    assert torch.equal(word[:, 133:], (~free).nonzero().squeeze(1)[:67].expand(rows, -1))
+    forbidden = target - 1
+    nll, _ = linear_cross_entropy(case.hidden, case.weight, bias, forbidden)
+    assert (nll == math.inf).all()
+
+
+@pytest.mark.parametrize(
+    "rows, words, k", [(1, 24000, 1), (1, 24000, 5), (16, 5000, 5), (80, 3000, 50), (3, 100, 100), (2, 1, 1)]
+)
+def test_top_words_are_the_topk_of_log_softmax(runs, rows, words, k):
+    case = make_case(rows, words, 40, dtype=torch.float64, magnitude=2.0)
+    value, word = top_words(**case.floats(), k=k)
+    expected = F.log_softmax(F.linear(*case.floats().values()), dim=1).topk(k)
+    assert close(value, expected.values, 1e-12) and torch.equal(word, expected.indices)
+    predicted = linear_cross_entropy(**case.arguments())[1]
+    assert torch.equal(word[:, 0], predicted)
+
+
+def test_top_words_of_a_row_do_not_depend_on_the_others(native):
+    case = make_case(1000, 300, 33)
+    together = best(case, 4)
+    for row in (0, 1, 95, 96, 959, 960, 999):
+        alone = top_words(case.hidden[row : row + 1], case.weight, case.bias, 4)
+        assert identical(together["log_probability"][row], alone[0][0]) and torch.equal(together["word"][row], alone[1][0])
+
+
+def test_of_one_word_the_loss_is_exactly_zero(runs):
+    for keep_bytes in (KEEP, RECOMPUTE):
+        found = results(make_case(30, 1, keep_bytes=keep_bytes))
+        assert not found["nll"].any() and not found["prediction"].any()
+        assert not any(found[f"grad_{name}"].any() for name in FLOATS)
+
+
+@pytest.mark.parametrize("magnitude", [1e3, 1e6, 1e12])
+@pytest.mark.parametrize("rows, still", [(10, 0.0), (60, 0.0), (60, 0.9)])
+@pytest.mark.parametrize("keep_bytes", [KEEP, RECOMPUTE])
+def test_gradients_of_huge_scores_stay_of_the_size_of_grad_nll(native, magnitude, rows, still, keep_bytes):
+    """Scores computed again by another kernel than before would differ by more than 1, and their exponentials overflow."""
+    case = make_case(rows, 400, 300, 3, magnitude=magnitude, still=still, keep_bytes=keep_bytes)
+    found = results(case)
+    assert found["nll"].isfinite().all() and (found["nll"] >= 0).all()
+    most = 2 * case.grad_nll.abs().sum()
+    assert found["grad_bias"].abs().max() <= most and found["grad_hidden"].abs().max() <= most * case.weight.abs().max()
+
+
+def test_rows_without_a_gradient_take_no_part(native):
+    """What they cost is not paid, and what they hold is not read: NaN there stays there."""
+    case = make_case(60, 300, 20)
+    still = torch.arange(60) % 3 > 0
+    hidden, gradient = case.hidden.clone(), case.grad_nll.masked_fill(still, 0)
+    hidden[still] = math.nan
+    found = results(replace(case, hidden=hidden, grad_nll=gradient))
+    alone = results(replace(case, hidden=case.hidden[~still], target=case.target[~still], grad_nll=gradient[~still]))
+    assert not found["grad_hidden"][still].any() and close(found["grad_hidden"][~still], alone["grad_hidden"], 1e-6)
+    assert close(found["grad_weight"], alone["grad_weight"], 1e-6) and close(found["grad_bias"], alone["grad_bias"], 1e-6)
 
 
 # ---- what is kept, and what runs
@@ -201,6 +291,28 @@ def test_the_reference_is_the_equation(on_reference):
         assert identical(ours, plain)
 
 
+def test_target_and_cu_target_may_be_of_two_widths(runs):
+    case = make_case(9, 20, most=3)
+    expected = results(case)
+    for target, cu_target in ((torch.int32, torch.int64), (torch.int64, torch.int32), (torch.int32, torch.int32)):
+        found = results(replace(case, target=case.target.to(target), cu_target=case.cu_target.to(cu_target)))
+        assert all(identical(x, expected[name]) for name, x in found.items())
+
+
+@pytest.mark.parametrize("keep_bytes", [KEEP, RECOMPUTE])
+def test_every_subset_of_inputs_may_want_a_gradient(keep_bytes):
+    case = make_case(30, 20, dtype=torch.float64, keep_bytes=keep_bytes)
+    all_of_them = results(case)
+    for wanted in itertools.product([False, True], repeat=3):
+        leaves = {name: x.clone().requires_grad_(w) for (name, x), w in zip(case.floats().items(), wanted, strict=True)}
+        nll, _ = linear_cross_entropy(**(case.arguments() | leaves))
+        assert nll.requires_grad == any(wanted) and torch.equal(nll, all_of_them["nll"])
+        if any(wanted):
+            nll.backward(case.grad_nll)
+        for (name, leaf), w in zip(leaves.items(), wanted, strict=True):
+            assert torch.equal(leaf.grad, all_of_them[f"grad_{name}"]) if w else leaf.grad is None
+
+
 # ---- in torch
 
 
@@ -214,6 +326,17 @@ def test_under_autocast_the_cpu_computes_in_float32(runs):
         for name in FLOATS:
             grad = found[f"grad_{name}"]
             assert grad.dtype == getattr(given, name).dtype and close(grad.float(), expected[f"grad_{name}"], 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_on_cpu(runs, dtype):
+    case = make_case(20, 40, dtype=dtype)
+    found, exact = results(case), results(case.to(torch.float32))
+    for name, x in found.items():
+        expected = {"nll": torch.float32, "prediction": torch.int64}.get(name, dtype)
+        assert x.dtype == expected and identical(x, exact[name].to(expected))
+    value, word = best(case, 3).values()
+    assert value.dtype == torch.float32 and torch.equal(word, best(case.to(torch.float32), 3)["word"])
 
 
 @pytest.mark.slow
@@ -240,6 +363,48 @@ def test_no_second_derivative(native):
     (grad,) = torch.autograd.grad(nll.sum(), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="linear_cross_entropy has no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_compiles_for_any_number_of_rows(runs, most):
+    """One graph of symbolic sizes, scores kept and not."""
+    torch._dynamo.reset()
+    backend_of_it = "aot_eager" if runs == "native" else "eager"
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True, backend=backend_of_it)
+    for place, (rows, words) in enumerate([(9, 50), (12, 20), (30, 70)]):
+        case = make_case(rows, words, number=place, most=most, keep_bytes=(KEEP, RECOMPUTE)[place % 2])
+        expected, found = results(case), results(case, compiled)
+        assert all(close(x, expected[name], 1e-5) for name, x in found.items())
+
+
+@pytest.mark.slow
+def test_compiled_code_calls_the_kernel_and_raises_its_errors(native):
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    arguments = make_case(9, 4).arguments()
+    with counted() as calls:
+        nll, _ = compiled(**arguments)
+    assert calls[f"{FAMILY}_forward"] == 1 and close(nll, linear_cross_entropy(**arguments)[0], 1e-6)
+    with pytest.raises(IndexError, match="^target holds 4 at place 0"):
+        compiled(**(arguments | {"target": torch.full_like(arguments["target"], 4)}))
+
+
+def test_backward_may_run_twice_and_of_expanded_gradients(runs):
+    case = make_case(9, 20, dtype=torch.float64)
+    hidden = case.hidden.clone().requires_grad_()
+    nll, _ = linear_cross_entropy(**(case.arguments() | {"hidden": hidden}))
+    first, again = (torch.autograd.grad(nll.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first, results(replace(case, grad_nll=torch.ones_like(case.grad_nll)))["grad_hidden"])
+
+
+def test_an_input_changed_before_backward_is_noticed(native):
+    case = make_case(6, 20)
+    doubled = case.hidden.requires_grad_() * 2
+    nll, _ = linear_cross_entropy(**(case.arguments() | {"hidden": doubled}))
+    doubled.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        nll.sum().backward()
 
 
 # ---- errors: each names the argument, before any kernel runs
@@ -280,3 +445,40 @@ def test_a_bad_argument_is_named(runs, change, error, message):
 def test_a_bad_number_of_words_is_named(runs, k, error):
     with pytest.raises(error, match="k must be"):
         top_words(torch.zeros(4, 5), torch.zeros(6, 5), torch.zeros(6), k)
+
+
+BASE = make_case(6, 20)
+OF_BOTH = [  # what the message begins with, changed arguments, error; of linear_cross_entropy and of top_words
+    ("hidden", {"hidden": BASE.hidden[0]}, ValueError),
+    ("hidden", {"hidden": BASE.hidden.to(torch.float8_e4m3fn)}, TypeError),
+    ("weight", {"weight": BASE.weight[0]}, ValueError),
+    ("weight", {"weight": BASE.weight[:, 1:]}, ValueError),
+    ("weight", {"weight": BASE.weight.double()}, TypeError),
+    ("weight", {"weight": BASE.weight.to("meta")}, ValueError),
+    ("weight", {"weight": BASE.weight[:0], "bias": BASE.bias[:0]}, ValueError),
+    ("bias", {"bias": BASE.bias[1:]}, ValueError),
+    ("bias", {"bias": BASE.bias[:, None]}, ValueError),
+    ("bias", {"bias": BASE.bias.half()}, TypeError),
+]
+OF_TARGETS = [
+    ("target", {"target": BASE.target[:, None]}, ValueError),
+    ("target", {"target": BASE.target.short()}, TypeError),
+    ("target", {"target": BASE.target.to("meta")}, ValueError),
+    ("target", {"target": (BASE.target - 20).int()}, IndexError),
+    ("cu_target", {"cu_target": torch.arange(7)[:, None]}, ValueError),
+    ("cu_target", {"cu_target": torch.arange(7.0)}, TypeError),
+    ("cu_target", {"cu_target": torch.arange(7, device="meta")}, ValueError),
+    ("keep_bytes", {"keep_bytes": True}, TypeError),
+]
+
+
+@pytest.mark.parametrize("name, change, error", OF_BOTH + OF_TARGETS)
+def test_every_other_bad_argument_is_named(runs, name, change, error):
+    with pytest.raises(error, match=f"^{name} "):
+        linear_cross_entropy(**(BASE.arguments() | change))
+
+
+@pytest.mark.parametrize("name, change, error", OF_BOTH)
+def test_a_bad_argument_of_top_words_is_named(runs, name, change, error):
+    with pytest.raises(error, match=f"^{name} "):
+        top_words(**(BASE.floats() | {"k": 2} | change))

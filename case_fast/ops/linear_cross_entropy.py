@@ -50,7 +50,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
         ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call.
 
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. A row whose targets all
-    have gradient 0 takes no part in backward. No second derivative but on the reference backend.
+    have gradient 0 takes no part in backward. NaN or Inf in a row of hidden stays out of the other rows' nll, prediction and
+    grad_hidden; the gradients of weight and bias, sums over all rows that take part, are NaN then. No second derivative but on
+    the reference backend.
     """
     device = hidden.device.type
     compute, differs = common.compute_dtype(hidden)
