@@ -162,6 +162,60 @@ def nested(case: ReplyCase) -> Work:
     return Work(attend, case.inputs, case.grad_out)
 
 
+# ---- packed
+
+
+def varlen(case: ReplyCase, compiled: bool = False) -> Work:
+    """torch's own attention of packed sequences (FlashAttention)."""
+    if not case.hidden.is_cuda:
+        raise Unfit("runs on CUDA alone")
+    if case.hidden.dtype not in (torch.float16, torch.bfloat16):
+        raise Unfit("computes in float16 and bfloat16 alone")
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as why:
+        raise Unfit("is not in this torch") from why
+    return _varlen(case, varlen_attn, compiled)
+
+
+def _varlen(case: ReplyCase, attention: Callable[..., Tensor], compiled: bool = False) -> Work:
+    """Heads of the next multiple of 8 numbers, as that attention wants them: the others are 0, in the weights too."""
+    heads, true = case.sources[0].key.shape[1:]
+    full = -(-true // 8) * 8
+    scale = true**-0.5
+
+    def wider(x: Tensor) -> Tensor:
+        """(..., full) of (..., true)."""
+        return F.pad(x, (0, full - true))
+
+    leaves = [case.hidden]
+    for s in case.sources:
+        query_weight = wider(s.query_weight.unflatten(0, (heads, true)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        output_weight = wider(s.output_weight.unflatten(1, (heads, true))).flatten(1)
+        leaves += [wider(s.key), wider(s.value), s.norm_weight, s.norm_bias, query_weight.contiguous(), output_weight]
+    cu_query, longest = case.cu_hidden.int(), int(case.cu_hidden.diff().max())
+    keys = [(s.cu_keys.int(), max(1, int(s.cu_keys.diff().max()))) for s in case.sources]
+
+    def attend(hidden: Tensor, *floats: Tensor) -> Tensor:
+        for place, (cu_keys, most) in enumerate(keys):
+            key, value, norm_weight, norm_bias, query_weight, output_weight = floats[6 * place : 6 * place + 6]
+            query = F.linear(F.layer_norm(hidden, hidden.shape[-1:], norm_weight, norm_bias), query_weight)
+            attended = attention(query.unflatten(1, (heads, full)), key, value, cu_query, cu_keys, longest, most, scale=scale)
+            hidden = hidden + F.linear(attended.flatten(1), output_weight)
+        return hidden
+
+    def pack(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = list(results[:2])
+        for at in range(2, len(results), len(FLOATS)):
+            key, value, norm_weight, norm_bias, query_weight, output_weight = results[at : at + len(FLOATS)]
+            query_weight = query_weight.unflatten(0, (heads, full))[:, :true].flatten(0, 1)
+            output_weight = output_weight.unflatten(1, (heads, full))[..., :true].flatten(1)
+            found += [key[..., :true], value[..., :true], norm_weight, norm_bias, query_weight, output_weight]
+        return tuple(found)
+
+    return Work(torch.compile(attend, dynamic=False) if compiled else attend, tuple(leaves), case.grad_out, pack)
+
+
 PEERS: dict[str, Callable[[ReplyCase], Work]] = {
     OURS: ours,
     "equations.py, eager": equation,
@@ -171,5 +225,7 @@ PEERS: dict[str, Callable[[ReplyCase], Work]] = {
     "padded, torch.compile": compiled(_plain),
     "padded, scaled_dot_product_attention, torch.compile": compiled(_fused),
     "nested tensors, scaled_dot_product_attention": nested,
+    "packed, torch.nn.attention.varlen": varlen,
+    "packed, torch.nn.attention.varlen, torch.compile": lambda case: varlen(case, compiled=True),
 }
 QUICK = [name for name in PEERS if "torch.compile" not in name]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import cross_attention_peers as peers
 from benchmarks.cross_attention import FAMILY, truth
 from benchmarks.measure import MODES, Unfit
 from benchmarks.replies import case_of, make_case
+from case_fast import equations
 from case_fast.errors import ConfigError
 
 RAGGED = make_case("small", "training", [3, 1, 7], [[4, 2, 9], [1, 5, 3], [2, 2, 2]], width=12, heads=2)
@@ -28,6 +30,22 @@ def test_peers_are_right(peer, case):
             pytest.skip(str(why))
         assert work.check(mode, expected) <= 1
         assert len(work.run(mode)) == (1 if mode == MODES[0] else 1 + len(case.inputs))
+
+
+@pytest.mark.parametrize("case", [RAGGED, WITHOUT, STEP, BEAMS], ids=lambda case: case.what)
+def test_the_layout_of_torchs_packed_attention(case):
+    """Its attention runs on CUDA alone; here ours stands in for it."""
+
+    def attention(query, key, value, cu_query, cu_keys, longest, most, scale):
+        assert query.shape[-1] == key.shape[-1] == 8 and cu_query.dtype == cu_keys.dtype == torch.int32
+        assert longest == cu_query.diff().max() and most == max(1, cu_keys.diff().max())
+        return equations.packed_attention(query, key, value, cu_query, cu_keys, scale=scale)
+
+    with pytest.raises(Unfit, match="runs on CUDA alone"):
+        peers.varlen(case)
+    work = peers._varlen(case, attention)
+    for mode in case.modes:
+        assert work.check(mode, truth(case)) <= 1
 
 
 def test_a_step_is_not_trained_and_words_of_training_are_counted():
