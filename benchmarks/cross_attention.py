@@ -34,6 +34,6 @@ FAMILY = Family(
     quick=QUICK,
     sizes=["step1", "step16", "step128", "beams16x5", *(f"keys{n}" for n in (0, 16, 64, 256, 512)),
            *(f"rows{4**n}" for n in range(2, 7)), "ragged"],
-    quick_sizes=["step4", "rows64"],
-    axis="words of replies of about 16 words, three sources of about 100 keys each",
+    quick_sizes=["step4", "rows16", "rows64"],
+    axis="words of replies of about 16 words",
 )  # fmt: skip
