@@ -30,7 +30,7 @@ const T *dense_panels(const T *matrix, int64_t rows, int64_t d, bool transposed,
     return panels;
 }
 
-// Scores with a bounded number of rows: what a call of `dense_scores` needs, and keeps for the next.
+// The scores of draws, by products of some rows of a at a time with all of b.
 template <class T>
 class DenseScores {
 public:

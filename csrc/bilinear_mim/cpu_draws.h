@@ -80,6 +80,15 @@ struct Draws {
     }
 };
 
+// Calls body(i, first + i) for each pair, on several threads.
+template <class T, class Body>
+void each_pair_of(const Draws<T> &draws, int threads, Body body) {
+    const Chunks blocks(draws.last - draws.first, 32);
+    each_task(threads, blocks.number, [&](int64_t, int64_t block) {
+        for (int64_t i = blocks.begin(block); i < blocks.begin(block + 1); ++i) body(i, draws.first + i);
+    });
+}
+
 // Calls body(p, e) for each draw of one side, in order; e is its place in the lists.
 template <class T, class Body>
 void each_draw(const Draws<T> &draws, const char *any, Body body) {

@@ -35,12 +35,7 @@ void sampled_forward(const Sizes<T> &s, const int64_t *positive, uint64_t seed, 
         const DenseScores<T> scores(s, a, b, workspace, threads);
         for (draws.first = 0; draws.first < s.pairs; draws.first = draws.last) {
             draws.last = std::min(s.pairs, draws.first + s.at_once);
-            const Chunks blocks(draws.last - draws.first, 32);
-            const auto each_pair = [&](auto body) {
-                each_task(threads, blocks.number, [&](int64_t, int64_t block) {
-                    for (int64_t i = blocks.begin(block); i < blocks.begin(block + 1); ++i) body(i, draws.first + i);
-                });
-            };
+            const auto each_pair = [&](auto body) { each_pair_of(draws, threads, body); };
             each_pair([&](int64_t, int64_t p) { draws.draw(sampler, p); });
             scores.find(draws, positive, threads);
             each_pair([&](int64_t i, int64_t p) {
@@ -94,12 +89,7 @@ void sampled_backward(const Sizes<T> &s, const int64_t *positive, uint64_t seed,
 
     for (draws.first = 0; draws.first < std::max<int64_t>(s.pairs, 1); draws.first = draws.last) {
         const int64_t first = draws.first, last = draws.last = std::min(s.pairs, first + s.at_once);
-        const Chunks blocks(last - first, 32);
-        const auto each_pair = [&](auto body) {
-            each_task(threads, blocks.number, [&](int64_t, int64_t block) {
-                for (int64_t i = blocks.begin(block); i < blocks.begin(block + 1); ++i) body(i, first + i);
-            });
-        };
+        const auto each_pair = [&](auto body) { each_pair_of(draws, threads, body); };
         const auto score_draws = [&](int64_t i, int64_t p) {  // unless `scores` will
             draws.draw(sampler, p);
             T *const z_y = draws.z_y + i * k, *const z_x = draws.z_x + i * k;
