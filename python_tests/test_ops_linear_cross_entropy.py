@@ -230,14 +230,14 @@ def test_rows_without_a_gradient_take_no_part(native):
 def test_keep_bytes_is_the_most_that_is_kept(native):
     rows, words = 30, 17
     kept = []
-    original = KERNELS._forward_op
+    original = KERNELS._forward
 
     def noted(*arguments):
         kept.append(arguments[-1])
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KERNELS, "_forward_op", noted)
+        patch.setattr(KERNELS, "_forward", noted)
         for dtype, keep_bytes in itertools.product((torch.float32, torch.float64), (0, 4 * rows * words - 1, 4 * rows * words,
                                                                                    8 * rows * words)):  # fmt: skip
             results(make_case(rows, words, dtype=dtype, keep_bytes=keep_bytes))

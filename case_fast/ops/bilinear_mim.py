@@ -6,6 +6,8 @@ kernel. The registered ops `case_fast::bilinear_mim_forward` and `_backward` cal
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
     numbers = (num_negatives, seed, score, deterministic or torch.are_deterministic_algorithms_enabled())
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (weight is not None and weight.requires_grad)):
         return _BilinearMIM.apply(runs, x, y, weight, positive, *numbers)
-    return _forward_op(runs, x, y, weight, positive, *numbers)[:3]
+    return common.call(_forward_op, _forward, runs, x, y, weight, positive, *numbers)[:3]
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -208,9 +210,10 @@ def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int |
     return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, pointer(positive), seed
 
 
-def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
-    """positive as the native kernels take it."""
-    return torch.arange(x.shape[0], device=x.device) if positive is None else positive.long()
+@functools.lru_cache(maxsize=8)
+def _one_to_one(pairs: int) -> Tensor:
+    """positive where x_p and y_p belong together. Only read."""
+    return torch.arange(pairs)
 
 
 def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
@@ -220,7 +223,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
         from case_fast.ops import bilinear_mim_triton as triton
 
         return triton.forward(x, y, weight, positive, num_negatives, seed, score, deterministic)
-    positive = _int64(positive, x)
+    positive = _one_to_one(x.shape[0]) if positive is None else positive.long()
     found = _outputs(runs, x, y, weight, num_negatives, score)
     status = backend.native.bilinear_mim_forward(
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
@@ -234,9 +237,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
 def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None,
               positive: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool
               ) -> list[Tensor]:  # fmt: skip
-    grad_side_y, grad_side_x, x, y, weight, positive, saved = _contiguous(
-        grad_side_y, grad_side_x, x, y, weight, positive, saved
-    )
+    grad_side_y, grad_side_x, x, y, weight, positive, saved = _contiguous(grad_side_y, grad_side_x, x, y, weight, positive, saved)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
@@ -244,7 +245,7 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
             grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score, deterministic
         )
         return [gradient for gradient in found if gradient is not None]
-    positive = _int64(positive, x)
+    positive = _one_to_one(x.shape[0]) if positive is None else positive.long()
     found = _gradients(x, y, weight)
     status = backend.native.bilinear_mim_backward(
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight), saved.data_ptr(),
@@ -287,7 +288,7 @@ class _BilinearMIM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, runs, x, y, weight, positive, *numbers):
-        side_y, side_x, logit, saved = _forward_op(runs, x, y, weight, positive, *numbers)
+        side_y, side_x, logit, saved = common.call(_forward_op, _forward, runs, x, y, weight, positive, *numbers)
         ctx.save_for_backward(x, y, weight, positive, saved)
         ctx.runs, ctx.numbers = runs, numbers
         ctx.mark_non_differentiable(logit)
@@ -296,7 +297,7 @@ class _BilinearMIM(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_side_y, grad_side_x, _):
         def call(*tensors):
-            return _backward_op(ctx.runs, *tensors, *ctx.numbers)
+            return common.call(_backward_op, _backward, ctx.runs, *tensors, *ctx.numbers)
 
         found = common.gradients(FAMILY, call, (grad_side_y, grad_side_x, *ctx.saved_tensors))
         grad_x, grad_y, grad_weight = *found, *[None] * (3 - len(found))

@@ -34,9 +34,37 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
 
 
+def restored(out: Tensor, given: torch.dtype) -> Tensor:
+    """A result in the dtype that the caller gave; under autocast as it is."""
+    return out if out.dtype == given or torch.is_autocast_enabled(out.device.type) else out.to(given)
+
+
 def pointer(x: Tensor | None) -> int:
     """Its address; 0 stands for an absent one."""
     return 0 if x is None else x.data_ptr()
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, str, int, float, bool, type(None)}
+_PLAIN_OR_LIST = _PLAIN | {list}
+
+
+def call(op: Callable, implementation: Callable, *arguments):
+    """``op(*arguments)``, a registered op of this package that runs ``implementation``: straight where nothing watches, since the
+    dispatcher's way from Python to Python can take longer than a step of decoding. Compilers, dispatch modes (fake tensors,
+    tracing, counting), transforms of torch.func and subclasses of Tensor see the op.
+    """
+    watched = (
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None or not _are_plain(arguments)
+    )  # fmt: skip
+    return (op if watched else implementation)(*arguments)
+
+
+def _are_plain(arguments: tuple | list) -> bool:
+    types = set(map(type, arguments))
+    if types <= _PLAIN:
+        return True
+    return types <= _PLAIN_OR_LIST and all(_are_plain(x) for x in arguments if type(x) is list)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -49,9 +77,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"case_fast.ops.{ctx.family} has no second derivative; with CASE_FAST_BACKEND=reference it has"
-        )
+        raise NotImplementedError(f"case_fast.ops.{ctx.family} has no second derivative; with CASE_FAST_BACKEND=reference it has")
 
 
 def gradients(family: str, backward: Callable[..., list[Tensor]], tensors: tuple[Tensor | None, ...]) -> list[Tensor]:

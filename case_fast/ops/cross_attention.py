@@ -129,8 +129,8 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
         hidden, cu_hidden, *tensors = distinct(tensors) if compiling else tensors
         out = _CrossAttention.apply(runs, hidden, cu_hidden, *numbers, len(sources), *tensors)
     else:
-        out = _forward_op(runs, hidden, cu_hidden, floats, cu_keys, key_of, *numbers, False)[0]
-    return out if torch.is_autocast_enabled(device_type) else out.to(given)
+        out = common.call(_forward_op, _forward, runs, hidden, cu_hidden, floats, cu_keys, key_of, *numbers, False)[0]
+    return common.restored(out, given)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -253,6 +253,7 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
               key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float, seed: int
               ) -> list[Tensor]:  # fmt: skip
     if runs == "reference":
+
         def plain(hidden: Tensor, *floats: Tensor) -> Tensor:
             sources = _sources(floats, cu_keys, key_of)
             return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed)
@@ -446,7 +447,7 @@ class _CrossAttention(torch.autograd.Function):
     def forward(ctx, runs, hidden, cu_hidden, eps, dropout_p, output_dropout_p, seed, sources, *tensors):
         floats, cu_keys, key_of = _parted(tensors, sources)
         ctx.runs, ctx.numbers, ctx.sources = runs, (eps, dropout_p, output_dropout_p, seed), sources
-        out, saved = _forward_op(runs, hidden, cu_hidden, floats, cu_keys, key_of, *ctx.numbers, True)
+        out, saved = common.call(_forward_op, _forward, runs, hidden, cu_hidden, floats, cu_keys, key_of, *ctx.numbers, True)
         ctx.save_for_backward(saved, hidden, cu_hidden, *tensors)
         return out
 
@@ -455,7 +456,9 @@ class _CrossAttention(torch.autograd.Function):
         runs, numbers, sources = ctx.runs, ctx.numbers, ctx.sources
 
         def backward(grad_out, saved, hidden, cu_hidden, *tensors):
-            return _backward_op(runs, grad_out, hidden, cu_hidden, *_parted(tensors, sources), saved, *numbers)
+            return common.call(
+                _backward_op, _backward, runs, grad_out, hidden, cu_hidden, *_parted(tensors, sources), saved, *numbers
+            )
 
         grad_hidden, *grads = common.gradients(FAMILY, backward, (grad_out, *ctx.saved_tensors))
         return None, grad_hidden, *[None] * 6, *grads, *[None] * (2 * sources)

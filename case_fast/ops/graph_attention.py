@@ -88,8 +88,8 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     ):  # fmt: skip
         out = _GraphAttention.apply(runs, *arguments)
     else:
-        out = _forward_op(runs, *arguments)[0]
-    return out if torch.is_autocast_enabled(device_type) else out.to(given)
+        out = common.call(_forward_op, _forward, runs, *arguments)[0]
+    return common.restored(out, given)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -311,7 +311,7 @@ class _GraphAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, runs, query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed):
         tensors = (query, key, value, indptr, indices, relation, relation_query, relation_key)
-        out, weights = _forward_op(runs, *tensors, scale, dropout_p, seed)
+        out, weights = common.call(_forward_op, _forward, runs, *tensors, scale, dropout_p, seed)
         ctx.save_for_backward(*tensors, weights)
         ctx.runs, ctx.numbers = runs, (scale, dropout_p, seed)
         return out
@@ -319,7 +319,7 @@ class _GraphAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         def call(*tensors):
-            return _backward_op(ctx.runs, *tensors, *ctx.numbers)
+            return common.call(_backward_op, _backward, ctx.runs, *tensors, *ctx.numbers)
 
         found = common.gradients(FAMILY, call, (grad_out, *ctx.saved_tensors))
         query, key, value, relation_query, relation_key = *found, *[None] * (5 - len(found))

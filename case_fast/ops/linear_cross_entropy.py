@@ -77,7 +77,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
         keep = hidden.shape[0] * weight.shape[0] * _full(hidden).itemsize <= keep_bytes
         return _LinearCrossEntropy.apply(runs, hidden, weight, bias, target, cu_target, keep)
-    return _forward_op(runs, hidden, weight, bias, target, cu_target, False)[:2]
+    return common.call(_forward_op, _forward, runs, hidden, weight, bias, target, cu_target, False)[:2]
 
 
 def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
     with torch.no_grad(), torch.autocast(device, enabled=False):
         runs = backend.choose(FAMILY, device)
         if runs == "native" or runs == "triton" and k <= MOST_BEST and weight.shape[0] <= MOST_WORDS_OF_BEST:
-            return _top_op(runs, hidden, weight, bias, k)
+            return common.call(_top_op, _top_words, runs, hidden, weight, bias, k)
         return equations.top_words(hidden, weight, bias, k)
 
 
@@ -320,7 +320,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, runs, hidden, weight, bias, target, cu_target, keep):
-        nll, prediction, state, kept = _forward_op(runs, hidden, weight, bias, target, cu_target, keep)
+        nll, prediction, state, kept = common.call(_forward_op, _forward, runs, hidden, weight, bias, target, cu_target, keep)
         ctx.save_for_backward(hidden, weight, bias, target, cu_target, state, kept)
         ctx.runs = runs
         ctx.mark_non_differentiable(prediction)
@@ -331,7 +331,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[1:4])
 
         def call(*tensors):
-            return _backward_op(ctx.runs, *tensors, wanted)
+            return common.call(_backward_op, _backward, ctx.runs, *tensors, wanted)
 
         found = iter(common.gradients(FAMILY, call, (grad_nll, *ctx.saved_tensors)))
         return None, *[next(found) if w else None for w in wanted], None, None, None

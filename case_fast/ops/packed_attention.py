@@ -88,8 +88,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out = _PackedAttention.apply(runs, *(distinct(tensors) if compiling else tensors), *numbers)
     else:
-        out = _forward_op(runs, *tensors, *numbers)[0]
-    return out if torch.is_autocast_enabled(device_type) else out.to(given)
+        out = common.call(_forward_op, _forward, runs, *tensors, *numbers)[0]
+    return common.restored(out, given)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -380,7 +380,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, runs, query, key, value, cu_query, cu_key, key_of, key_length, causal, scale, dropout_p, seed):
         tensors, numbers = (query, key, value, cu_query, cu_key, key_of, key_length), (causal, scale, dropout_p, seed)
-        out, lse = _forward_op(runs, *tensors, *numbers)
+        out, lse = common.call(_forward_op, _forward, runs, *tensors, *numbers)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.runs, ctx.numbers = runs, numbers
         return out
@@ -388,5 +388,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         runs, numbers = ctx.runs, ctx.numbers
-        found = common.gradients(FAMILY, lambda *x: _backward_op(runs, *x, *numbers), (grad_out, *ctx.saved_tensors))
+        found = common.gradients(
+            FAMILY, lambda *x: common.call(_backward_op, _backward, runs, *x, *numbers), (grad_out, *ctx.saved_tensors)
+        )
         return None, *found, *[None] * 8
