@@ -142,3 +142,23 @@ def test_a_module_of_another_version_is_not_used():
     stand_in += "import case_fast; case_fast._native = sys.modules['case_fast._native'] = m\n"
     done = run(stand_in + CHOOSE + "print(native_report())")
     assert "'available': False" in done.stdout and "it is version 0.0.1" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_computes_where_openmp_has_threads():
+    """OpenMP's threads, which the kernels share with torch, do not follow a fork; torch's own loops hang there."""
+    pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    done = run("""
+import os, signal, torch
+from case_fast.ops import bilinear_mim
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, weight = torch.randn(512, 64), torch.randn(64, 64) / 64
+loss = bilinear_mim(x, x, weight)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    os._exit(0 if torch.equal(bilinear_mim(x, x, weight), loss) else 1)
+print("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+""", CASE_FAST_BACKEND="native")  # fmt: skip
+    assert done.stdout.split() == ["child", "0"]

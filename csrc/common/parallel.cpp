@@ -1,5 +1,6 @@
 #include "common/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -66,11 +67,15 @@ struct Pool {
 
 // Never freed: its detached workers sleep until the process ends. A forked child has no workers and starts a pool of its own.
 std::atomic<Pool *> pool{nullptr};
+std::atomic<bool> forked{false};
 thread_local bool within = false;
 
+const int watches_forks = pthread_atfork(nullptr, nullptr, [] {
+    pool.store(nullptr);
+    forked.store(true);
+});
+
 Pool *the_pool() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-    (void)registered;
     Pool *now = pool.load(std::memory_order_acquire);
     if (now) return now;
     Pool *fresh = new (std::nothrow) Pool;
@@ -79,11 +84,39 @@ Pool *the_pool() {
     return now;
 }
 
+// The OpenMP team that torch works with, where there is one in this process: its threads spin for milliseconds after each of
+// torch's loops, and threads of our own would have to share the cores with them. Not in a forked child, which OpenMP's threads
+// do not follow.
+using Team = void (*)(void (*)(void *), void *, unsigned, unsigned);  // body, its argument, threads, flags
+Team openmp_team() {
+    static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
+struct Shared {
+    void (*run)(void *, int64_t);
+    void *context;
+    int64_t tasks;
+    std::atomic<int64_t> next;
+};
+
+void drain(void *shared) {
+    Shared &s = *static_cast<Shared *>(shared);
+    within = true;
+    for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) s.run(s.context, task);
+    within = false;
+}
+
 }  // namespace
 
 void case_fast_parallel(int threads, int64_t tasks, void (*run)(void *, int64_t), void *context) {
     const int helpers = int(std::min<int64_t>({int64_t(threads) - 1, tasks - 1, max_workers}));
-    Pool *const p = helpers > 0 && !within ? the_pool() : nullptr;
+    const bool shares = helpers > 0 && !within;
+    if (const Team team = shares ? openmp_team() : nullptr) {
+        Shared shared = {run, context, tasks, {0}};
+        return team(&drain, &shared, unsigned(threads), 0);  // all of them: a smaller team would end the threads it leaves out
+    }
+    Pool *const p = shares ? the_pool() : nullptr;
     std::unique_lock<std::mutex> busy;
     if (p) busy = std::unique_lock<std::mutex>(p->busy, std::try_to_lock);
     if (!busy.owns_lock()) {
