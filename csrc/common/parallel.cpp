@@ -2,10 +2,12 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <strings.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -85,11 +87,15 @@ Pool *the_pool() {
 }
 
 // The OpenMP team that torch works with, where there is one in this process: its threads spin for milliseconds after each of
-// torch's loops, and threads of our own would have to share the cores with them. Not in a forked child, which OpenMP's threads
-// do not follow.
+// torch's loops, and threads of our own would have to share the cores with them. Not where they sleep instead, since ours wake
+// sooner; and not in a forked child, which OpenMP's threads do not follow.
 using Team = void (*)(void (*)(void *), void *, unsigned, unsigned);  // body, its argument, threads, flags
+Team find_openmp_team() {
+    const char *const policy = std::getenv("OMP_WAIT_POLICY");
+    return policy && strcasecmp(policy, "passive") == 0 ? nullptr : reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
 Team openmp_team() {
-    static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const Team found = find_openmp_team();
     return forked.load(std::memory_order_relaxed) ? nullptr : found;
 }
 

@@ -1,4 +1,4 @@
-// Threads that stay, for loops of a few microseconds: those of torch's OpenMP where they are, else of our own.
+// Threads that stay, for loops of a few microseconds: those of torch's OpenMP where they spin, else of our own.
 #pragma once
 
 #include <cstdint>
