@@ -53,7 +53,7 @@ def check_sanitizers(size: int, device: str) -> int:
         steps = [
             [*configure, f"-DCASE_FAST_SANITIZE={sanitizer}", "-DCASE_FAST_CUDA=OFF"],
             [cmake, "--build", str(folder)],
-            ["ctest", "--test-dir", str(folder), "--output-on-failure"],
+            ["ctest", "--test-dir", str(folder), "--output-on-failure", "--parallel", str(os.cpu_count() or 1)],
         ]
         for step in steps:
             done = subprocess.run(step, cwd=ROOT, capture_output=True, text=True)
