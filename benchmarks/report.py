@@ -164,7 +164,7 @@ def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: 
     rows = {(row["peer"], row["mode"], case["size"]): row for case in placed for row in case["rows"]}
     timed = dict.fromkeys(peer for (peer, *_), row in rows.items() if "median_ms" in row)
     peers = sorted(timed, key=lambda peer: peer != OURS)  # ours first
-    yardsticks = {peer for (peer, *_), row in rows.items() if "yardstick" in row}
+    yardsticks = list(dict.fromkeys(peer for (peer, *_), row in rows.items() if "yardstick" in row))
     figure = Figure(figsize=(4 * len(panels), 5.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (mode, field, unit, label) in zip(axes, panels, strict=True):
@@ -174,7 +174,7 @@ def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: 
             if field == "extra_bytes":
                 points = [(x, max(y, _FLOOR)) for x, y in points]
             if peer in yardsticks:
-                look = {"color": "grey", "linestyle": "--", "linewidth": 1.5}
+                look = {"color": "black", "linestyle": ("--", ":")[yardsticks.index(peer) % 2], "linewidth": 1.2}
             elif peer == OURS:
                 look = {"color": "black", "linewidth": 2.5, "zorder": 3, "marker": "o"}
             else:
