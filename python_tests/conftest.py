@@ -37,3 +37,23 @@ def real_data() -> Path:
     if not (REAL_DATA / "empatheticdialogues").is_dir():
         pytest.skip(f"no real data at {REAL_DATA} (CASE_FAST_REAL_DATA gives another folder)")
     return REAL_DATA
+
+
+@pytest.fixture
+def native():
+    """The native module; the test is skipped where it was left out."""
+    return pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+
+
+@pytest.fixture
+def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
+
+
+@pytest.fixture(params=["native", "reference"])
+def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend in turn."""
+    if request.param == "native":
+        request.getfixturevalue("native")
+    monkeypatch.setenv("CASE_FAST_BACKEND", request.param)
+    return request.param

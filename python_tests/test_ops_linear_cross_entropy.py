@@ -33,23 +33,9 @@ def counted():
 
 
 @pytest.fixture
-def native():
-    found = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
-    assert hasattr(found, f"{FAMILY}_forward") and hasattr(found, "top_words")
-    return found
-
-
-@pytest.fixture
-def on_reference(monkeypatch):
-    monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
-
-
-@pytest.fixture(params=["native", "reference"])
-def runs(request, monkeypatch) -> str:
-    if request.param == "native":
-        request.getfixturevalue("native")
-    monkeypatch.setenv("CASE_FAST_BACKEND", request.param)
-    return request.param
+def native(native):
+    assert hasattr(native, f"{FAMILY}_forward") and hasattr(native, "top_words")
+    return native
 
 
 @pytest.mark.parametrize("row", SHARE)

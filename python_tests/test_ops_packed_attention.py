@@ -21,24 +21,6 @@ from case_fast.ops import backend, packed_attention
 SHARE = {1: 5, 2: len(checks.SHAPES), 3: 250, 4: 250, 5: 100, 6: 1, 11: 1}  # cases of each row; all of them: scorecard.py
 
 
-@pytest.fixture
-def native():
-    return pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
-
-
-@pytest.fixture
-def on_reference(monkeypatch):
-    monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
-
-
-@pytest.fixture(params=["native", "reference"])
-def runs(request, monkeypatch) -> str:
-    if request.param == "native":
-        request.getfixturevalue("native")
-    monkeypatch.setenv("CASE_FAST_BACKEND", request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("row", SHARE)
 def test_row_of_the_scorecard(native, row):
     check, full = checks.CHECKS[row]

@@ -216,6 +216,11 @@ def _one_to_one(pairs: int) -> Tensor:
     return torch.arange(pairs)
 
 
+def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
+    """positive as the native kernels take it."""
+    return _one_to_one(x.shape[0]) if positive is None else positive.long()
+
+
 def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
              seed: int, score: str, deterministic: bool) -> tuple[Tensor, ...]:  # fmt: skip
     x, y, weight, positive = _contiguous(x, y, weight, positive)
@@ -223,7 +228,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
         from case_fast.ops import bilinear_mim_triton as triton
 
         return triton.forward(x, y, weight, positive, num_negatives, seed, score, deterministic)
-    positive = _one_to_one(x.shape[0]) if positive is None else positive.long()
+    positive = _int64(positive, x)
     found = _outputs(runs, x, y, weight, num_negatives, score)
     status = backend.native.bilinear_mim_forward(
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
@@ -245,7 +250,7 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
             grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score, deterministic
         )
         return [gradient for gradient in found if gradient is not None]
-    positive = _one_to_one(x.shape[0]) if positive is None else positive.long()
+    positive = _int64(positive, x)
     found = _gradients(x, y, weight)
     status = backend.native.bilinear_mim_backward(
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight), saved.data_ptr(),

@@ -253,7 +253,6 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
               key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float, seed: int
               ) -> list[Tensor]:  # fmt: skip
     if runs == "reference":
-
         def plain(hidden: Tensor, *floats: Tensor) -> Tensor:
             sources = _sources(floats, cu_keys, key_of)
             return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed)

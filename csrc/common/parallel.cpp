@@ -26,13 +26,8 @@ inline void pause_briefly() {
 #endif
 }
 
-struct Pool {
-    std::mutex busy;  // held by the caller whose tasks run
-    std::mutex mutex;
-    std::condition_variable wake;
-    std::atomic<uint64_t> calls{0};  // changes with each call; what workers spin on
-    std::atomic<int> inside{0};      // workers at work on the present call
-    int workers = 0, wanted = 0;     // started; still welcome in the present call
+// The tasks of one call.
+struct Loop {
     void (*run)(void *, int64_t) = nullptr;
     void *context = nullptr;
     int64_t tasks = 0;
@@ -41,6 +36,16 @@ struct Pool {
     void drain() {
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(context, task);
     }
+};
+
+struct Pool {
+    std::mutex busy;  // held by the caller whose tasks run
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::atomic<uint64_t> calls{0};  // changes with each call; what workers spin on
+    std::atomic<int> inside{0};      // workers at work on the present call
+    int workers = 0, wanted = 0;     // started; still welcome in the present call
+    Loop loop;                       // of the present call
 
     void work() {
         uint64_t seen = 0;
@@ -54,7 +59,7 @@ struct Pool {
                 --wanted;
                 inside.fetch_add(1, std::memory_order_relaxed);
             }
-            drain();
+            loop.drain();
             inside.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -99,17 +104,9 @@ Team openmp_team() {
     return forked.load(std::memory_order_relaxed) ? nullptr : found;
 }
 
-struct Shared {
-    void (*run)(void *, int64_t);
-    void *context;
-    int64_t tasks;
-    std::atomic<int64_t> next;
-};
-
-void drain(void *shared) {
-    Shared &s = *static_cast<Shared *>(shared);
+void drain(void *loop) {
     within = true;
-    for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) s.run(s.context, task);
+    static_cast<Loop *>(loop)->drain();
     within = false;
 }
 
@@ -119,8 +116,8 @@ void case_fast_parallel(int threads, int64_t tasks, void (*run)(void *, int64_t)
     const int helpers = int(std::min<int64_t>({int64_t(threads) - 1, tasks - 1, max_workers}));
     const bool shares = helpers > 0 && !within;
     if (const Team team = shares ? openmp_team() : nullptr) {
-        Shared shared = {run, context, tasks, {0}};
-        return team(&drain, &shared, unsigned(threads), 0);  // all of them: a smaller team would end the threads it leaves out
+        Loop loop = {run, context, tasks, {0}};
+        return team(&drain, &loop, unsigned(threads), 0);  // all of them: a smaller team would end the threads it leaves out
     }
     Pool *const p = shares ? the_pool() : nullptr;
     std::unique_lock<std::mutex> busy;
@@ -132,17 +129,15 @@ void case_fast_parallel(int threads, int64_t tasks, void (*run)(void *, int64_t)
     p->grow(helpers);
     {
         std::lock_guard<std::mutex> lock(p->mutex);
-        p->run = run;
-        p->context = context;
-        p->tasks = tasks;
-        p->next.store(0, std::memory_order_relaxed);
+        p->loop.run = run;
+        p->loop.context = context;
+        p->loop.tasks = tasks;
+        p->loop.next.store(0, std::memory_order_relaxed);
         p->wanted = helpers;
         p->calls.fetch_add(1, std::memory_order_relaxed);
     }
     helpers == 1 && p->workers == 1 ? p->wake.notify_one() : p->wake.notify_all();
-    within = true;
-    p->drain();
-    within = false;
+    drain(&p->loop);
     {
         std::lock_guard<std::mutex> lock(p->mutex);
         p->wanted = 0;  // who has not come by now finds nothing to do
