@@ -12,6 +12,7 @@ from attention_checks import kernels, mean_errors, results
 from cross_attention_checks import FAMILY, make_case
 from helpers import close
 from op_checks import counted, identical
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from case_fast import equations, ops
 from case_fast.errors import ConfigError
@@ -269,6 +270,92 @@ def test_compiled_code_calls_the_kernel_and_raises_its_errors(native):
     assert calls[f"{FAMILY}_forward"] == 1 and torch.equal(out, cross_attention(**arguments))
     with pytest.raises(IndexError, match="^cu_hidden falls from 9 to 7 at place 2"):
         compiled(**(arguments | {"cu_hidden": torch.tensor([0, 9, 7])}))
+
+
+# ---- steps with sources that earlier calls know
+
+
+@pytest.fixture
+def steps(native, monkeypatch):
+    """A case whose sources are known, and the results of the calls that go the short way."""
+    case, short, step = make_case([1, 2, 1], [[5, 0, 3], [2, 9, 1]]), [], kernels(FAMILY)._step
+
+    def counted_step(*arguments):
+        short.append(step(*arguments))
+        return short[-1]
+
+    monkeypatch.setattr(kernels(FAMILY), "_step", counted_step)
+    with torch.no_grad():
+        for _ in range(3):
+            cross_attention(**case.arguments())
+        assert [x is None for x in short] == [True, True, False]
+        short.clear()
+        yield case, short
+
+
+def test_a_step_with_known_sources_gives_what_they_hold_now(steps):
+    case, short = steps
+    for change in (lambda x: x.mul_(1.5), lambda x: setattr(x, "data", x * 2), lambda x: x.set_(x * 0.5)):
+        for x in case.floats().values():
+            change(x)
+            expected = cross_attention(**replace(case, sources=[replace(s) for s in case.sources]).arguments())
+            short.clear()
+            assert torch.equal(cross_attention(**case.arguments()), expected)
+            assert torch.equal(cross_attention(**case.arguments()), expected)
+            assert short[1] is not None  # the first may have found tensors that lie elsewhere now
+
+
+def test_a_step_may_have_other_rows_and_other_sources(steps):
+    case, short = steps
+    other = make_case([2, 2, 3], [[1, 2, 3]], number=1)
+    for sources in (case.sources, case.sources[:1], [*case.sources, *other.sources], case.sources[::-1]):
+        changed = replace(case, hidden=other.hidden, cu_hidden=other.cu_hidden, sources=sources)
+        expected = cross_attention(**replace(changed, sources=[replace(s) for s in sources]).arguments())
+        assert torch.equal(cross_attention(**changed.arguments()), expected)
+    assert sum(x is not None for x in short) == 3
+
+
+@pytest.mark.parametrize("change, error", [
+    (lambda a: a | {"hidden": a["hidden"].double()}, TypeError), (lambda a: a | {"hidden": a["hidden"][:, :-1]}, ValueError),
+    (lambda a: a | {"hidden": a["hidden"][0]}, ValueError), (lambda a: a | {"cu_hidden": a["cu_hidden"][:-1]}, ValueError),
+    (lambda a: a | {"cu_hidden": a["cu_hidden"] * 2}, IndexError), (lambda a: a | {"eps": -1.0}, ValueError),
+    (lambda a: a | {"sources": []}, ValueError), (lambda a: a | {"sources": [*a["sources"], 3]}, TypeError),
+    (lambda a: a | {"eps": float("nan")}, ValueError),
+    (lambda a: a["sources"][0].cu_keys.copy_(torch.tensor([0, 9, 2, 8])) is None or a, IndexError),
+])  # fmt: skip
+def test_a_step_refuses_what_a_first_call_refuses(steps, change, error):
+    case, short = steps
+    with pytest.raises(error):
+        cross_attention(**change(case.arguments()))
+    assert all(x is None for x in short)
+
+
+def test_freed_memory_is_never_read(steps):
+    case, short = steps
+    case.sources[0].key.untyped_storage().resize_(0)  # as sharding of weights does
+    with pytest.raises((ValueError, RuntimeError)):
+        cross_attention(**case.arguments())
+    assert short == [None]
+
+
+def test_only_what_runs_the_kernel_on_the_cpu_goes_the_short_way(steps):
+    case, short = steps
+    arguments = case.arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        cross_attention(**arguments)
+    cross_attention(**(arguments | {"dropout_p": 0.5}))
+    with torch.enable_grad():
+        cross_attention(**(arguments | {"hidden": case.hidden.clone().requires_grad_()}))
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op)
+            return op(*args, **(kwargs or {}))
+
+    with Watching():
+        cross_attention(**arguments)
+    assert kernels(FAMILY)._forward_op in seen and short == [None, None]
 
 
 def test_a_source_says_what_it_holds():

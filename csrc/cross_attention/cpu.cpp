@@ -26,6 +26,7 @@
 namespace {
 
 constexpr int64_t most_rows = 60;        // of a task: a multiple of all tiles
+constexpr int64_t few_rows = 4;          // of a thread: a tile of rows shares each weight that is read
 constexpr int64_t least_work = 1 << 18;  // products that are worth another thread
 
 const CrossAttentionKernels &kernels() {
@@ -329,67 +330,143 @@ ElementDropout output_dropout(const case_fast_cross_attention &c, const case_fas
 }
 
 template <class T>
-int block_forward(const case_fast_cross_attention &c, const case_fast_source *sources, const void *hidden, void *out, void *saved, int threads) {
+struct BlockForward {
+    const case_fast_cross_attention &c;
+    const case_fast_source *sources;
+    const T *hidden;
+    T *out, *saved;  // saved: NULL where nothing is to be kept
+    int threads;
     const AttentionKernels<T> &kernel = kernels_of<T>();
     const int64_t width = c.width, row = int64_t(c.heads) * c.dim;
-    std::vector<Attention<T>> attentions;
-    std::vector<std::vector<Owned>> segments;
-    std::vector<int64_t> costs(size_t(c.rows), 1 + int64_t(c.sources) * width);  // of a row, in keys
-    int64_t attention_size = 0;
-    for (int i = 0; i < c.sources; ++i) {
-        attentions.push_back(describe<T>(c, sources[i]));
-        segments.push_back(segments_of(keys_of(c, sources[i]), c.cu_hidden, c.batch, false));
-        for (const Segment &s : segments.back()) {
-            attention_size = std::max(attention_size, attention_workspace(most_rows, s.keys, false));
-            for (int64_t r = s.row; r < s.row + s.rows; ++r) costs[size_t(r)] += 2 * s.keys;
+    const int64_t aligned_width = (width + 15) / 16 * 16, aligned_row = (row + 15) / 16 * 16;
+    std::vector<Attention<T>> attentions = {};
+    std::vector<std::vector<Owned>> segments = {};
+    int64_t attention_size = 0;  // elements of workspace
+
+    void describe_sources() {
+        for (int i = 0; i < c.sources; ++i) {
+            attentions.push_back(describe<T>(c, sources[i]));
+            segments.push_back(segments_of(keys_of(c, sources[i]), c.cu_hidden, c.batch, false));
+            for (const Segment &s : segments.back()) attention_size = std::max(attention_size, attention_workspace(most_rows, s.keys, false));
         }
     }
-    int64_t parts = (c.rows + most_rows - 1) / most_rows;
-    if (threads > 1) parts = std::max(parts, std::min(c.rows / 4, int64_t(threads) * (c.rows >= 64 * int64_t(threads) ? 4 : 1)));
-    parts = std::max<int64_t>(parts, 1);
-    const auto bounds = even_ranges(costs, parts);
-    int64_t most = 1;
-    for (size_t i = 0; i + 1 < bounds.size(); ++i) most = std::max(most, bounds[i + 1] - bounds[i]);
+    // What is kept of a source from row `begin` on. Where nothing is to be kept, queries and attended rows lie in `memory`.
+    Saved<T> kept_of(int source, int64_t begin, T *memory, int64_t rows) const {
+        if (!saved) return {nullptr, nullptr, memory, memory + rows * aligned_row, nullptr};
+        Saved<T> kept = saved_of(c, saved, source);
+        kept.normalised += begin * width;
+        kept.inverse_deviation += begin;
+        kept.query += begin * row;
+        kept.attended += begin * row;
+        kept.lse += begin * c.heads;
+        return kept;
+    }
+    void normalise(int source, int64_t rows, const T *state, T *normed, const Saved<T> &kept) const {
+        const case_fast_source &s = sources[source];
+        kernel.normalise(rows, width, state, static_cast<const T *>(s.norm_weight), static_cast<const T *>(s.norm_bias), c.eps, normed,
+                         kept.normalised, kept.inverse_deviation);
+    }
+    Attention<T> attention_of(int source, int64_t begin, const Saved<T> &kept) const {
+        Attention<T> a = attentions[size_t(source)];
+        a.query = kept.query;
+        a.out = kept.attended;
+        a.lse = kept.lse;
+        a.first = begin;
+        return a;
+    }
 
-    Workspace workspace;
-    const int64_t aligned_width = (width + 15) / 16 * 16, aligned_row = (row + 15) / 16 * 16;
-    Slots<T> slots(workspace, threads, attention_size + most * (2 * aligned_width + 2 * aligned_row));
-    case_fast_parallel(threads, parts, [&](int64_t part) {
-        const int64_t begin = bounds[size_t(part)], rows = bounds[size_t(part) + 1] - begin;
-        if (rows == 0) return;
-        slots.with([&](T *memory) {
-            T *const weights = memory, *const normed = weights + attention_size, *const projected = normed + rows * aligned_width;
-            T *const state = static_cast<T *>(out) + begin * width;
-            std::memcpy(state, static_cast<const T *>(hidden) + begin * width, size_t(rows * width) * sizeof(T));
-            for (int i = 0; i < c.sources; ++i) {
-                const case_fast_source &s = sources[i];
-                Saved<T> kept = {nullptr, nullptr, projected + rows * aligned_width, projected + rows * (aligned_width + aligned_row), nullptr};
-                if (saved) {
-                    kept = saved_of(c, static_cast<T *>(saved), i);
-                    kept.normalised += begin * width;
-                    kept.inverse_deviation += begin;
-                    kept.query += begin * row;
-                    kept.attended += begin * row;
-                    kept.lse += begin * c.heads;
+    // Each thread takes its rows through all sources, without waiting for another.
+    void by_rows() const {
+        std::vector<int64_t> costs(size_t(c.rows), 1 + int64_t(c.sources) * width);  // of a row, in keys
+        for (const auto &all : segments)
+            for (const Segment &s : all)
+                for (int64_t r = s.row; r < s.row + s.rows; ++r) costs[size_t(r)] += 2 * s.keys;
+        int64_t parts = (c.rows + most_rows - 1) / most_rows;
+        if (threads > 1) parts = std::max(parts, std::min(c.rows / few_rows, int64_t(threads) * (c.rows >= 64 * int64_t(threads) ? 4 : 1)));
+        parts = std::max<int64_t>(parts, 1);
+        const auto bounds = even_ranges(costs, parts);
+        int64_t most = 1;
+        for (size_t i = 0; i + 1 < bounds.size(); ++i) most = std::max(most, bounds[i + 1] - bounds[i]);
+
+        Workspace workspace;
+        Slots<T> slots(workspace, threads, attention_size + most * (2 * aligned_width + 2 * aligned_row));
+        case_fast_parallel(threads, parts, [&](int64_t part) {
+            const int64_t begin = bounds[size_t(part)], rows = bounds[size_t(part) + 1] - begin;
+            if (rows == 0) return;
+            slots.with([&](T *memory) {
+                T *const weights = memory, *const normed = weights + attention_size, *const projected = normed + rows * aligned_width;
+                T *const state = out + begin * width;
+                std::memcpy(state, hidden + begin * width, size_t(rows * width) * sizeof(T));
+                for (int i = 0; i < c.sources; ++i) {
+                    const case_fast_source &s = sources[i];
+                    const Saved<T> kept = kept_of(i, begin, projected + rows * aligned_width, rows);
+                    normalise(i, rows, state, normed, kept);
+                    kernel.multiply_transposed(rows, row, width, normed, width, static_cast<const T *>(s.query_weight), width, kept.query, row);
+                    const Attention<T> a = attention_of(i, begin, kept);
+                    each_part(segments[size_t(i)], begin, begin + rows, [&](Segment segment) {
+                        segment.row -= begin;
+                        for (int head = 0; head < c.heads; ++head) kernel.forward(a, segment, head, weights);
+                    });
+                    kernel.multiply_transposed(rows, width, row, kept.attended, row, static_cast<const T *>(s.output_weight), row, projected,
+                                               width);
+                    kernel.drop(output_dropout(c, s), begin * width, rows * width, projected, state, true);
                 }
-                kernel.normalise(rows, width, state, static_cast<const T *>(s.norm_weight), static_cast<const T *>(s.norm_bias), c.eps, normed,
-                                 kept.normalised, kept.inverse_deviation);
-                kernel.multiply_transposed(rows, row, width, normed, width, static_cast<const T *>(s.query_weight), width, kept.query, row);
-                Attention<T> a = attentions[size_t(i)];
-                a.query = kept.query;
-                a.out = kept.attended;
-                a.lse = kept.lse;
-                a.first = begin;
-                each_part(segments[size_t(i)], begin, begin + rows, [&](Segment segment) {
-                    segment.row -= begin;
-                    for (int head = 0; head < c.heads; ++head) kernel.forward(a, segment, head, weights);
-                });
-                kernel.multiply_transposed(rows, width, row, kept.attended, row, static_cast<const T *>(s.output_weight), row, projected,
-                                           width);
-                kernel.drop(output_dropout(c, s), begin * width, rows * width, projected, state, true);
-            }
+            });
         });
-    });
+    }
+
+    // Fewer rows than make work for all threads: each has its columns of the products and its share of the keys, and waits for the
+    // others in between.
+    void by_columns() const {
+        Workspace workspace;
+        const int64_t rows = c.rows, heads = c.heads;
+        T *const shared = workspace.take<T>(2 * rows * aligned_row);
+        Slots<T> slots(workspace, threads, std::max(attention_size, rows * aligned_width));
+        const auto column = [this](int64_t part, int64_t columns) { return std::min((columns * part / threads + 7) / 8 * 8, columns); };
+        std::memcpy(out, hidden, size_t(rows * width) * sizeof(T));
+        for (int i = 0; i < c.sources; ++i) {
+            const case_fast_source &s = sources[i];
+            const Saved<T> kept = kept_of(i, 0, shared, rows);
+            case_fast_parallel(threads, threads, [&](int64_t part) {
+                slots.with([&](T *normed) {
+                    const int64_t begin = column(part, row), columns = column(part + 1, row) - begin;
+                    normalise(i, rows, out, normed, part == 0 ? kept : Saved<T>{});
+                    kernel.multiply_transposed(rows, columns, width, normed, width, static_cast<const T *>(s.query_weight) + begin * width, width,
+                                               kept.query + begin, row);
+                });
+            });
+            const Attention<T> a = attention_of(i, 0, kept);
+            const auto &all = segments[size_t(i)];
+            std::vector<int64_t> costs;
+            for (const Segment &segment : all) costs.insert(costs.end(), size_t(heads), 8 + segment.keys + segment.rows);
+            const auto bounds = even_ranges(costs, threads);
+            case_fast_parallel(threads, threads, [&](int64_t part) {
+                slots.with([&](T *weights) {
+                    for (int64_t task = bounds[size_t(part)]; task < bounds[size_t(part) + 1]; ++task)
+                        kernel.forward(a, all[size_t(task / heads)], int(task % heads), weights);
+                });
+            });
+            case_fast_parallel(threads, threads, [&](int64_t part) {
+                slots.with([&](T *projected) {
+                    const int64_t begin = column(part, width), columns = column(part + 1, width) - begin;
+                    kernel.multiply_transposed(rows, columns, row, kept.attended, row, static_cast<const T *>(s.output_weight) + begin * row, row,
+                                               projected, columns);
+                    for (int64_t r = 0; r < rows; ++r)
+                        kernel.drop(output_dropout(c, s), r * width + begin, columns, projected + r * columns, out + r * width + begin, true);
+                });
+            });
+        }
+    }
+};
+
+template <class T>
+int block_forward(const case_fast_cross_attention &c, const case_fast_source *sources, const void *hidden, void *out, void *saved, int threads) {
+    BlockForward<T> block = {c, sources, static_cast<const T *>(hidden), static_cast<T *>(out), static_cast<T *>(saved), threads};
+    block.describe_sources();
+    if (c.rows > 0 && c.rows < few_rows * threads && threads > 1)
+        block.by_columns();
+    else
+        block.by_rows();
     return CASE_FAST_OK;
 }
 
