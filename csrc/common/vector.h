@@ -37,6 +37,19 @@ struct Constant {
     static constexpr int value = n;
 };
 
+// body(Constant<n>) for the n in 1 .. most that equals `count`
+template <int most, class Body>
+CASE_FAST_INLINE void with_constant(int64_t count, Body body) {
+    if constexpr (most == 1)
+        body(Constant<1>{});
+    else if (count == most)
+        body(Constant<most>{});
+    else
+        with_constant<most - 1>(count, body);
+}
+
+CASE_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The first `count` lanes of a vector, 0 <= count < width: the end of a row.
 template <class T>
 struct Tail {

@@ -5,13 +5,12 @@
 // Either way a score's bits depend on its row and word alone.
 #pragma once
 
+#include "common/dots.h"
 #include "common/gemm.h"
 #include "common/vector.h"
 #include "vocabulary_loss/cpu.h"
 
 namespace {
-
-CASE_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 CASE_FAST_INLINE T greatest(Vector<T> x) {
@@ -27,81 +26,12 @@ CASE_FAST_INLINE T greatest(Vector<T> x) {
 
 // ---- scores
 
-#if CASE_FAST_VECTOR_BYTES == 64
-constexpr int dot_rows = 6;  // 24 of 32 registers hold sums
-#else
-constexpr int dot_rows = 2;  // 8 of 16
-#endif
-constexpr int dot_words = 4;
-
-// out[i][j] = hidden_i . weight_j of `rows` rows and dot_words words, of which `words` are written.
-template <class T, int rows>
-CASE_FAST_INLINE void dot_tile(const T *hidden, const T *const weight[dot_words], int64_t dim, T *out, int64_t stride, int64_t words) {
-    constexpr int width = Lanes<T>::width;
-    Vector<T> sum[rows][dot_words] = {};
-    const auto step = [&](auto read) __attribute__((always_inline)) {
-        Vector<T> w[dot_words];
-#pragma GCC unroll 16
-        for (int j = 0; j < dot_words; ++j) w[j] = read(weight[j]);
-#pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i) {
-            const Vector<T> h = read(hidden + i * dim);
-#pragma GCC unroll 16
-            for (int j = 0; j < dot_words; ++j) sum[i][j] += h * w[j];
-        }
-    };
-    int64_t k = 0;
-    for (; k + width <= dim; k += width) step([k](const T *from) __attribute__((always_inline)) { return load(from + k); });
-    if (k < dim) {
-        const Tail<T> tail = make_tail<T>(int(dim - k));
-        step([k, tail](const T *from) __attribute__((always_inline)) { return load(from + k, tail); });
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-        if (words == dot_words) {
-            sums(sum[i], out + i * stride);
-        } else {
-            T edge[dot_words];
-            sums(sum[i], edge);
-            for (int64_t j = 0; j < words; ++j) out[i * stride + j] = edge[j];
-        }
-    }
-}
-
-template <class T>
-void dots(const T *hidden, const T *weight, int64_t dim, int64_t rows, int64_t words, T *out, int64_t stride) {
-    constexpr int64_t near_words = 16;  // rows of weight that stay in the first cache while the rows of hidden go by
-    for (int64_t near = 0; near < words; near += near_words) {
-        const int64_t last = least(near + near_words, words);
-        for (int64_t i = 0; i < rows;) {
-            const int64_t left = rows - i;
-            const auto all = [&](auto count) __attribute__((always_inline)) {
-                constexpr int n = decltype(count)::value;
-                for (int64_t v = near; v < last; v += dot_words) {
-                    const T *row[dot_words];
-                    for (int64_t j = 0; j < dot_words; ++j) row[j] = weight + least(v + j, last - 1) * dim;
-                    dot_tile<T, n>(hidden + i * dim, row, dim, out + i * stride + v, stride, least(last - v, dot_words));
-                }
-                i += n;
-            };
-            if (left >= dot_rows)
-                all(Constant<dot_rows>{});
-            else if (dot_rows > 4 && left >= 4)
-                all(Constant<4>{});
-            else if (left >= 2)
-                all(Constant<2>{});
-            else
-                all(Constant<1>{});
-        }
-    }
-}
-
 // Scores, without bias, of rows [first, first + count) and words [begin, begin + words). Where not few, `first` begins a panel.
 template <class T>
 CASE_FAST_INLINE void products(const VocabularyRows<T> &a, int64_t first, int64_t count, int64_t begin, int64_t words, T *tile,
                                int64_t stride, const Scratch<T> &s) {
     if (a.few)
-        dots(a.hidden + first * a.dim, a.weight + begin * a.dim, a.dim, count, words, tile, stride);
+        multiply_transposed(count, words, a.dim, a.hidden + first * a.dim, a.dim, a.weight + begin * a.dim, a.dim, tile, stride);
     else
         multiply(a.hidden_rows + first * a.dim, s.word_columns, count, words, a.dim, tile, stride, false);
 }
@@ -260,6 +190,8 @@ void backward(const VocabularyRows<T> &a, int64_t begin, int64_t end, T *grad_hi
         if (!a.kept_scores) pack_words(a, v, words, s);
         if (grad_hidden) pack_columns(a.weight + v * dim, dim, 1, words, dim, s.word_rows);
         for (int64_t i = 0; i < words; ++i) s.bias_sum[i] = T(0);
+        if (a.grad_weight)  // written panel by panel below, which the core does not foresee: each store would wait for its line
+            for (int64_t i = 0; i < words * dim; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(a.grad_weight + v * dim + i, 1, 2);
         for (int64_t first = 0; first < a.rows; first += block_rows) {
             const int64_t count = least(block_rows, a.rows - first);
             if (!a.kept_scores) products(a, first, count, v, words, s.tile, block_words, s);
