@@ -1,8 +1,8 @@
 // Attention and the cross-attention block on the CPU: checks, the division into tasks, threads. The arithmetic is in cpu_rows.h.
 //
 // Forward: tasks are ranges of query rows; of the block too, where one thread takes its rows through all sources without
-// waiting for another. Backward: the gradients of a key sequence and head are one task's, so that no sum depends on threads;
-// of the block's weights, each element is one sum over all rows.
+// waiting for another, unless rows are too few for that. Backward: the gradients of a key sequence and head are one task's, so
+// that no sum depends on threads; of the block's weights, each element is one sum over all rows.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -423,6 +423,12 @@ struct BlockForward {
         T *const shared = workspace.take<T>(2 * rows * aligned_row);
         Slots<T> slots(workspace, threads, std::max(attention_size, rows * aligned_width));
         const auto column = [this](int64_t part, int64_t columns) { return std::min((columns * part / threads + 7) / 8 * 8, columns); };
+        std::vector<std::vector<int64_t>> shares;  // of a source's segments and heads, for each thread
+        for (const auto &all : segments) {
+            std::vector<int64_t> costs;
+            for (const Segment &segment : all) costs.insert(costs.end(), size_t(heads), 8 + segment.keys + segment.rows);
+            shares.push_back(even_ranges(costs, threads));
+        }
         std::memcpy(out, hidden, size_t(rows * width) * sizeof(T));
         for (int i = 0; i < c.sources; ++i) {
             const case_fast_source &s = sources[i];
@@ -436,14 +442,11 @@ struct BlockForward {
                 });
             });
             const Attention<T> a = attention_of(i, 0, kept);
-            const auto &all = segments[size_t(i)];
-            std::vector<int64_t> costs;
-            for (const Segment &segment : all) costs.insert(costs.end(), size_t(heads), 8 + segment.keys + segment.rows);
-            const auto bounds = even_ranges(costs, threads);
+            const auto &share = shares[size_t(i)];
             case_fast_parallel(threads, threads, [&](int64_t part) {
                 slots.with([&](T *weights) {
-                    for (int64_t task = bounds[size_t(part)]; task < bounds[size_t(part) + 1]; ++task)
-                        kernel.forward(a, all[size_t(task / heads)], int(task % heads), weights);
+                    for (int64_t task = share[size_t(part)]; task < share[size_t(part) + 1]; ++task)
+                        kernel.forward(a, segments[size_t(i)][size_t(task / heads)], int(task % heads), weights);
                 });
             });
             case_fast_parallel(threads, threads, [&](int64_t part) {

@@ -1,9 +1,8 @@
 // The kernels of attention and of the cross-attention block, for the instruction set of the including file. See cpu.h.
 //
-// All products are of two kinds, and both read their operands as they lie: dots of rows (scores, projections by a weight as
-// torch keeps it), whose sums run along vectors and are folded at the end; and sums of rows (weights times values, and most
-// gradients), whose sums run across vectors. Each element is summed in an order that depends on its depth alone: bits do not
-// depend on where in a tile, a block or a thread's share an element lies.
+// All products are of two kinds, and both read their operands as they lie: dots of rows (scores, projections; common/dots.h), and
+// sums of rows (weights times values, and most gradients), whose sums run across vectors. In both an element's bits depend on the
+// depth alone.
 #pragma once
 
 #include "common/dots.h"
