@@ -59,7 +59,11 @@ def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:
 @torch.compiler.assume_constant_result
 def choose(family: str, device: str, beyond: str = "") -> str:
     """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is."""
-    return _choose(family, device, beyond, os.environ.get("CASE_FAST_BACKEND", ""))
+    return _choose(family, device, beyond, said_by_user())
+
+
+def said_by_user() -> str:
+    return os.environ.get("CASE_FAST_BACKEND", "")
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from case_fast.ops.packed_attention import (
     INDEX_BITS,
     MAX_DIMENSION,
     address,
+    are_rows_apart,
     attend,
     attend_backward,
     check_dropout,
@@ -64,8 +65,8 @@ _SEEN = _Known((), (0, 0), (), [], [], ())  # of a source that was in one call
 @dataclass(frozen=True)
 class Source:
     """What a decoder attends to, and the weights it attends by. Make one for a reply, not one for each word: the first call
-    checks it and chooses the backend, later ones only see that its tensors lie where they lay. Between calls their values may
-    change, their shapes may not.
+    checks it, later ones only see that its tensors lie where they lay. Between calls their values may change, their shapes and
+    strides may not.
 
     Attributes:
         key, value: (Tk, H, D), projected already: once a reply, whatever its length. Any strides.
@@ -120,8 +121,8 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
     but on the reference backend.
     """
-    stepped = None if dropout_p or output_dropout_p or torch.is_grad_enabled() else _step(hidden, cu_hidden, sources, eps)
-    if stepped is not None:
+    keeps_all = dropout_p == 0 and output_dropout_p == 0 and type(seed) is int and 0 <= seed < 2**63
+    if keeps_all and not torch.is_grad_enabled() and (stepped := _step(hidden, cu_hidden, sources, eps)) is not None:
         return stepped
     device_type, given = hidden.device.type, hidden.dtype
     compute, differs = common.compute_dtype(hidden)
@@ -154,7 +155,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
         out = _CrossAttention.apply(runs, hidden, cu_hidden, *numbers, len(sources), *tensors)
     else:
         out = common.call(_forward_op, _forward, runs, hidden, cu_hidden, floats, cu_keys, key_of, *numbers, False)[0]
-        if (runs, device_type, differs) == ("native", "cpu", False) and hidden.shape[0] <= FEW_ROWS:
+        if (runs, device_type, differs, compiling) == ("native", "cpu", False, False):
             _know(hidden, given_cu, sources)
     return common.restored(out, given)
 
@@ -163,20 +164,20 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
 
 
 def _depends_on(hidden: Tensor, cu_hidden: Tensor) -> tuple:
-    return hidden.shape[1], hidden.dtype, cu_hidden.shape, cu_hidden.dtype
+    return hidden.shape[1], hidden.dtype, cu_hidden.shape, cu_hidden.dtype, backend.said_by_user()
 
 
 def _know(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None:
     """Keeps what a call on the CPU that went well has found out about each source, for `_step`."""
     for source in sources:
         tensors = tuple(x for x in (*source.floats(), source.cu_keys, source.key_of) if x is not None)
-        if common.watched((hidden, cu_hidden, *tensors)):
+        if common.watched((hidden, cu_hidden, *tensors)) or hidden.shape[0] > FEW_ROWS:  # many rows are no step
             return
         if source._known is None:  # it may be made anew for every call, and what is found out now never asked for
             object.__setattr__(source, "_known", _SEEN)
             continue
         key, value, *others = tensors
-        as_read = rows_apart(key) is key and rows_apart(value) is value and all(x.is_contiguous() for x in others)
+        as_read = are_rows_apart(key) and are_rows_apart(value) and all(x.is_contiguous() for x in others)
         if as_read and all(x.dtype == cu_hidden.dtype for x in (source.cu_keys, source.key_of) if x is not None):
             members = _source_members(source.floats(), source.cu_keys, source.key_of, cu_hidden, 0, 0)
             known = _Known(_depends_on(hidden, cu_hidden), key.shape[1:], tensors, [x.data_ptr() for x in tensors],

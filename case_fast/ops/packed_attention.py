@@ -234,13 +234,17 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
-def rows_apart(x: Tensor) -> Tensor:
-    """(T, H, D) whose rows are dense, wherever each row lies: what the kernels read without a copy."""
+def are_rows_apart(x: Tensor) -> bool:
+    """Whether the rows of (T, H, D) are dense, wherever each row lies: what the kernels read without a copy."""
     if x.is_contiguous():
-        return x
+        return True
     heads, dimension = x.shape[1:]
     dense = (x.stride(2) == 1 or dimension == 1) and (x.stride(1) == dimension or heads == 1)
-    return x if dense and (x.stride(0) >= heads * dimension or x.shape[0] <= 1) else x.contiguous()
+    return dense and (x.stride(0) >= heads * dimension or x.shape[0] <= 1)
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    return x if are_rows_apart(x) else x.contiguous()
 
 
 def address(key_of: Tensor | None, cu_query: Tensor) -> int:

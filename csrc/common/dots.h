@@ -91,6 +91,7 @@ CASE_FAST_INLINE void dot_columns_of(int64_t columns, int64_t depth, const T *a,
     for (; j < columns; ++j) dot_tile<T, rows, 1>(depth, a, a_stride, b + j * b_stride, b_stride, c + j, c_stride);
 }
 
+// c (rows, columns) = a (rows, depth) b (columns, depth)^T, depth above 0.
 template <class T>
 void multiply_transposed(int64_t rows, int64_t columns, int64_t depth, const T *a, int64_t a_stride, const T *b, int64_t b_stride, T *c,
                          int64_t c_stride) {

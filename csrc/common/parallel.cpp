@@ -68,6 +68,7 @@ struct Pool {
         try {
             for (; workers < count; ++workers) std::thread(&Pool::work, this).detach();
         } catch (const std::system_error &) {
+        } catch (const std::bad_alloc &) {
         }
     }
 };

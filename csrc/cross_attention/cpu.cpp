@@ -26,7 +26,7 @@
 namespace {
 
 constexpr int64_t most_rows = 60;        // of a task: a multiple of all tiles
-constexpr int64_t few_rows = 4;          // of a thread: a tile of rows shares each weight that is read
+constexpr int64_t few_rows = 4;          // of a task of the block: a tile of rows shares each weight that is read
 constexpr int64_t least_work = 1 << 18;  // products that are worth another thread
 
 const CrossAttentionKernels &kernels() {
@@ -415,8 +415,8 @@ struct BlockForward {
         });
     }
 
-    // Fewer rows than make work for all threads: each has its columns of the products and its share of the keys, and waits for the
-    // others in between.
+    // Rows too few for two tasks: each thread has its columns of the products and its share of the keys, and waits for the others
+    // in between.
     void by_columns() const {
         Workspace workspace;
         const int64_t rows = c.rows, heads = c.heads;
@@ -466,7 +466,8 @@ template <class T>
 int block_forward(const case_fast_cross_attention &c, const case_fast_source *sources, const void *hidden, void *out, void *saved, int threads) {
     BlockForward<T> block = {c, sources, static_cast<const T *>(hidden), static_cast<T *>(out), static_cast<T *>(saved), threads};
     block.describe_sources();
-    if (c.rows > 0 && c.rows < few_rows * threads && threads > 1)
+    const bool one_task = c.rows < 2 * few_rows;  // by rows
+    if (threads > 1 && one_task && 2 * c.rows * c.sources * c.heads * c.dim * c.width >= least_work)
         block.by_columns();
     else
         block.by_rows();

@@ -576,7 +576,7 @@ void compare_block(const BlockSetting &b, const List<Layout> &layouts, const Lis
     }
     check_close(got.grad_hidden, grad, "grad_hidden", 4);
 
-    for (int threads : {2, 3}) {
+    for (int threads : {2, 3, 40}) {  // 40: more than there are columns in a tile
         auto again = call.run(threads, T(threads));
         CHECK(again == got);
         auto decoding = call.blank(T(0));
@@ -612,6 +612,8 @@ void test_block(const char *level) {
     both(3, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 12, 33, 19, 0.0);       // decoding
     both(2, {0, 70, 71, 150}, 9, 21, 10, 0.3);                      // several tasks
     both(1, {0, 3, 8}, 100, 300, 150, 0.1);
+    both(3, {0, 1, 2, 3}, 12, 150, 150, 0.0);                       // columns are shared out: decoding
+    both(2, {0, 0, 4, 7}, 9, 203, 150, 0.2);
     std::printf("%s: %d cases of the block\n", level, cases);
 }
 
