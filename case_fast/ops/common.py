@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._functorch import peek_interpreter_stack as _transform
-from torch.compiler import is_compiling
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # enum case_fast_dtype
@@ -61,7 +60,7 @@ def call(op: Callable, implementation: Callable, *arguments):
 
 def watched(arguments: tuple) -> bool:
     """Whether anything but the op itself would see a call with these arguments."""
-    return is_compiling() or _dispatch_modes() > 0 or _transform() is not None or not _are_plain(arguments)
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _transform() is not None or not _are_plain(arguments)
 
 
 def _are_plain(arguments: tuple | list) -> bool:
