@@ -52,7 +52,7 @@ def small() -> None:
         weight = leaves[2] if len(leaves) > 2 else None
         with backend("triton"):
             loss = ops.bilinear_mim(*leaves[:2], weight, case.positive, case.negatives, 5, "none", score,
-                                    deterministic=deterministic)  # fmt: skip
+                                    deterministic=deterministic)
             torch.autograd.grad(loss, leaves, case.grad_out)
 
 

@@ -36,4 +36,4 @@ FAMILY = Family(
            *(f"rows{4**n}" for n in range(2, 7)), "ragged"],
     quick_sizes=["step4", "rows16", "rows64"],
     axis="words of replies of about 16 words",
-)  # fmt: skip
+)

@@ -39,7 +39,7 @@ def device() -> str:
     """The GPU's name. Exits with a sentence where there is none, or the native module cannot use it."""
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.sh needs an NVIDIA GPU: torch sees none"
-                 + (" (this torch is built without CUDA)" if torch.version.cuda is None else ""))  # fmt: skip
+                 + (" (this torch is built without CUDA)" if torch.version.cuda is None else ""))
     return torch.cuda.get_device_name()
 
 

@@ -33,7 +33,7 @@ CASE_FAST_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace >"$PARTS/build.txt" 2
 "$PYTHON" -m benchmarks.kernel_resources --json >"$PARTS/resources.json" || failed=1
 
 note "tests against float64"
-timeout 300 "$PYTHON" -m pytest --noconftest -p no:cacheprovider python_tests/test_gpu_*.py -q --junitxml="$PARTS/tests.xml" 2>&1 |
+timeout 300 "$PYTHON" -m pytest --noconftest -p no:cacheprovider python_tests/ops/test_gpu_*.py -q --junitxml="$PARTS/tests.xml" 2>&1 |
   tail -30 || failed=1
 
 note "compute-sanitizer on small inputs"

@@ -32,7 +32,7 @@ def _by_rows(case: GraphCase, dtype: torch.dtype) -> list[Tensor]:
         edges = slice(int(indptr[0]), int(indptr[-1]))
         relation = None if case.relation is None else case.relation[edges]
         out = equations.graph_attention(query[rows], *others[:2], indptr - indptr[0], case.graphs.indices[edges], relation,
-                                        *others[2:])  # fmt: skip
+                                        *others[2:])
         out.backward(case.grad_out[rows].to(dtype))
         outs.append(out.detach())
     return [torch.cat(outs), *(x.grad for x in leaves)]

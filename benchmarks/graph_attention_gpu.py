@@ -43,7 +43,7 @@ def small() -> None:
                 with kernels(name, plan):
                     leaves = [x.detach().requires_grad_() for x in case.inputs]
                     out = ops.graph_attention(*leaves[:3], case.graphs.indptr, case.graphs.indices, case.relation, *leaves[3:],
-                                              dropout_p=0.1, seed=5)  # fmt: skip
+                                              dropout_p=0.1, seed=5)
                     torch.autograd.grad(out, leaves, case.grad_out)
 
 
@@ -58,4 +58,4 @@ ON_GPU = OnGpu(
            "dense products, edge bias, torch.compile", "FlexAttention, torch.compile"],
     sizes=["paper", "1e5"],
     small=small,
-)  # fmt: skip
+)

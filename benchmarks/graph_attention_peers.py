@@ -57,7 +57,7 @@ def gather_scatter(case: GraphCase, compiled: bool = False) -> Work:
 
 
 def _gather_scatter(row: Tensor, neighbour: Tensor, relation: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-                    relation_query: Tensor | None = None, relation_key: Tensor | None = None) -> Tensor:  # fmt: skip
+                    relation_query: Tensor | None = None, relation_key: Tensor | None = None) -> Tensor:
     vertices, heads, dimension = query.shape
     query = query * dimension**-0.5
     score = (query.index_select(0, row) * key.index_select(0, neighbour)).sum(-1)
@@ -175,7 +175,7 @@ def dense_products(case: GraphCase, compiled: bool = False) -> Work:
 
 
 def _dense_relations(of_row: Tensor, of_column: Tensor, cells: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                     relation_query: Tensor, relation_key: Tensor) -> Tensor:  # fmt: skip
+                     relation_query: Tensor, relation_key: Tensor) -> Tensor:
     heads, graphs, width, dimension = query.shape
     query = query * dimension**-0.5
     relation_query = (relation_query * dimension**-0.5).permute(1, 2, 0)  # (H, D, R)

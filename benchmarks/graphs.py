@@ -82,7 +82,7 @@ def random_graphs(count: int, vertices: int, edges: int, generator: torch.Genera
 
 
 def make_case(name: str, what: str, graphs: Graphs, relations: int | None = RELATIONS, heads: int = HEADS, seed: int = 0,
-              dimension: int = DIMENSION, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GraphCase:  # fmt: skip
+              dimension: int = DIMENSION, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GraphCase:
     """Normal queries, keys, values and relations over these graphs; the same numbers for one seed on every device."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -131,7 +131,7 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, 
         return make_case(name, what, graphs, relations, device=device, dtype=dtype)
     if not re.fullmatch(r"[1-9]\d*(e\d)?", name) or not 8 <= float(name) <= 1e7:
         raise ConfigError(f"size {name!r} is unknown; one of paper, {', '.join(REAL_KINDS)}, "
-                          "graphs x vertices such as 1190x84, or a number of vertices, 8 to 1e7")  # fmt: skip
+                          "graphs x vertices such as 1190x84, or a number of vertices, 8 to 1e7")
     vertices = int(float(name))
     graphs = random_graphs(1, vertices, 4 * vertices, torch.Generator().manual_seed(0))
     return make_case(name, f"one graph of {vertices:,} vertices, 4 edges a vertex", graphs, device=device, dtype=dtype)

@@ -54,7 +54,7 @@ def held_out(model: CASE, batches: list[Any]) -> dict[str, float]:
 
 
 def train(store: Store, config: CASEConfig, size: int, steps: int, rate: float, every: int, batches: list[Any], device: str,
-          seed: int, console: Console) -> dict[str, Any]:  # fmt: skip
+          seed: int, console: Console) -> dict[str, Any]:
     """One model; a record every ``every`` steps."""
     torch.manual_seed(seed)
     model = CASE(config).to(device)
@@ -71,7 +71,7 @@ def train(store: Store, config: CASEConfig, size: int, steps: int, rate: float, 
             measuring += time.monotonic() - before
             console.print(f"  {config.mim_score}, batch {size}, step {step} of {steps}: "
                           + ", ".join(f"{k} {v:.4g}" for k, v in records[-1].items() if k not in ("step", "examples")),
-                          highlight=False)  # fmt: skip
+                          highlight=False)
         if step == steps:
             break
         while order.numel() < size:
@@ -91,7 +91,7 @@ def plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     rows = {"coarse_above_chance": f"coarse loss less chance,\n{CANDIDATES} candidates", "own_first": "own affection first",
-            "emotion_accuracy": "emotion accuracy"}  # fmt: skip
+            "emotion_accuracy": "emotion accuracy"}
     scores = list(dict.fromkeys(run["score"] for run in runs))
     figure = Figure(figsize=(6 * len(scores), 9), layout="constrained")
     axes = figure.subplots(len(rows), len(scores), squeeze=False)
@@ -101,7 +101,7 @@ def plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
             for run in runs:
                 if run["score"] == score:
                     axis.plot([r["step"] for r in run["records"]], [r[field] for r in run["records"]], marker=".",
-                              label=f"batch {run['batch']}")  # fmt: skip
+                              label=f"batch {run['batch']}")
             axis.set(xlabel="steps", ylabel=label if column == 0 else "", title=score if row == 0 else "", xscale="symlog")
             if field == "coarse_above_chance":
                 axis.set_yscale("symlog", linthresh=1e-4)
@@ -115,14 +115,14 @@ def plot(runs: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def table(runs: list[dict[str, Any]]) -> str:
     heads = ("score", "batch", "steps", "examples", "coarse loss less chance", "own affection first", "saturated",
-             "emotion accuracy", "s a step")  # fmt: skip
+             "emotion accuracy", "s a step")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for run in runs:
         for record in (run["records"][0], run["records"][len(run["records"]) // 2], run["records"][-1]):
             saturated = f"{record['saturated']:.2f}" if "saturated" in record else "none"
             lines.append(f"| {run['score']} | {run['batch']} | {record['step']} | {record['examples']:,} "
                          f"| {record['coarse_above_chance']:+.4f} | {record['own_first']:.4f} | {saturated} "
-                         f"| {record['emotion_accuracy']:.3f} | {run['seconds'] / run['steps']:.2f} |")  # fmt: skip
+                         f"| {record['emotion_accuracy']:.3f} | {run['seconds'] / run['steps']:.2f} |")
     return "\n".join(lines)
 
 
@@ -154,10 +154,10 @@ def main() -> None:
     for score in given.scores:
         for size in sorted(given.batches):
             config = CASEConfig(len(store.featurizer.vocabulary), d_model=given.width, ffn=given.width, mim_score=score,
-                                seed=given.seed)  # fmt: skip
+                                seed=given.seed)
             steps = min(given.most_steps, given.steps * max(given.batches) // size)
             runs.append(done.get((score, size)) or train(store, config, size, steps, given.rate, max(1, steps // 8), batches,
-                                                         given.device, given.seed, console))  # fmt: skip
+                                                         given.device, given.seed, console))
             found = {"environment": environment("bilinear_mim"), "settings": settings, "runs": runs}
             write_text(given.out / "large_batches.json", json.dumps(found, indent=1))
             plot(runs, given.out / "large_batches.png", f"d = {given.width}, Adam {given.rate:g}, EmpatheticDialogues")

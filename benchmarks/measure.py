@@ -196,7 +196,7 @@ def busy() -> float | None:
 
 
 def take_turns(ready: dict[str, tuple[Work | Yardstick, Timing, float]], mode: str, rounds: int, budget: float,
-               tell: Callable[[int, int], None] = lambda done, total: None) -> float | None:  # fmt: skip
+               tell: Callable[[int, int], None] = lambda done, total: None) -> float | None:
     """Fill the timings: in each round each in turn, calls for about 10 ms to warm up (below 0.2 s), then as many timed.
 
     Interleaved, so that what else the machine does hits all alike. Fewer rounds (at least 5) where they would take more than

@@ -60,7 +60,7 @@ def measure(family: str, case: str, wanted: list[tuple[str, str, int]]) -> list[
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run([sys.executable, "-m", "benchmarks.memory"], input=request, capture_output=True, text=True,
-                          env=environment)  # fmt: skip
+                          env=environment)
     answers = {json.loads(line)["place"]: json.loads(line)["bytes"] for line in done.stdout.splitlines() if line[:1] == "{"}
     return [answers.get(place) for place in range(len(wanted))]
 

@@ -55,7 +55,7 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     shape = re.fullmatch(r"([1-9]\d{0,5})(?:([x:])([1-9]\d{0,5}))?", NAMED.get(name, name))
     if not shape:
         raise ConfigError(f"size {name!r} is unknown; one of {', '.join(NAMED)}, a number of pairs such as 8192, "
-                          "pairs x rows of y such as 1280x64, or pairs:negatives such as 1280:64")  # fmt: skip
+                          "pairs x rows of y such as 1280x64, or pairs:negatives such as 1280:64")
     pairs, second = int(shape[1]), int(shape[3] or 0)
     rows, negatives = (second, None) if shape[2] == "x" else (pairs, second or None)
     if rows > pairs:

@@ -59,7 +59,7 @@ class ReplyCase(Case):
 
 
 def make_case(name: str, what: str, rows: list[int], keys: list[list[int]], steps: bool = False, device: str = "cpu",
-              dtype: torch.dtype = torch.float32, width: int = WIDTH, heads: int = HEADS) -> ReplyCase:  # fmt: skip
+              dtype: torch.dtype = torch.float32, width: int = WIDTH, heads: int = HEADS) -> ReplyCase:
     """Replies of so many ``rows`` and, for each source, so many ``keys`` for each of them."""
     g = torch.Generator().manual_seed(len(rows))
 
@@ -75,7 +75,7 @@ def make_case(name: str, what: str, rows: list[int], keys: list[list[int]], step
     for rows_of_it, (key, value), lengths in zip(memory, projections, keys, strict=True):
         split = [(rows_of_it @ weight.T).unflatten(1, (heads, -1)).contiguous() for weight in (key, value)]
         sources.append(Source(*split, offsets(lengths), 1 + normal(width, scale=0.1), normal(width, scale=0.1),
-                              normal(width, width, scale=width**-0.5), normal(width, width, scale=width**-0.5)))  # fmt: skip
+                              normal(width, width, scale=width**-0.5), normal(width, width, scale=width**-0.5)))
     total = sum(rows)
     return ReplyCase(name, what, normal(total, width), offsets(rows), sources, memory, projections, normal(total, width), steps)
 

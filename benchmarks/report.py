@@ -39,7 +39,7 @@ def environment(family: str) -> dict[str, Any]:
         "versions": found,
         "backend": backend_name(family, "cpu"),
         "native": native_report(),
-    }  # fmt: skip
+    }
 
 
 def _commit() -> str:
@@ -82,7 +82,7 @@ def summary(case: dict[str, Any]) -> list[dict[str, Any]]:
         best = min(timed.values(), key=lambda row: row["median_ms"])
         lines.append({"case": case["name"], "mode": mode, "ours_ms": mine["median_ms"], "best_peer": best["peer"],
                       "best_peer_ms": best["median_ms"], "ratio": best["median_ms"] / mine["median_ms"],
-                      "in_yardsticks": {row["peer"]: mine["median_ms"] / row["median_ms"] for row in yardsticks}})  # fmt: skip
+                      "in_yardsticks": {row["peer"]: mine["median_ms"] / row["median_ms"] for row in yardsticks}})
     return lines
 
 
@@ -131,13 +131,13 @@ def markdown(family: str, found: dict[str, Any], cases: list[dict[str, Any]]) ->
     summaries = [line for case in cases for line in summary(case)]
     yardsticks = list(dict.fromkeys(name for line in summaries for name in line["in_yardsticks"]))
     heads = ["case", "", f"{OURS}, ms", "best peer, ms", f"peer / {OURS}", "the best peer",
-             *(f"{OURS} / {name}" for name in yardsticks)]  # fmt: skip
+             *(f"{OURS} / {name}" for name in yardsticks)]
     lines += [_row(heads), "|---" * len(heads) + "|"]
     for line in summaries:
         times = [line["in_yardsticks"].get(name) for name in yardsticks]
         lines.append(_row([line["case"], line["mode"], _number(line["ours_ms"]), _number(line["best_peer_ms"]),
                            f"**{line['ratio']:.1f}**", line["best_peer"],
-                           *("" if x is None else f"{x:.2f}" for x in times)]))  # fmt: skip
+                           *("" if x is None else f"{x:.2f}" for x in times)]))
     for case in cases:
         lines += ["", f"## {case['name']}: {case['what']}", "", ", ".join(f"{k} = {n:,}" for k, n in case["shape"].items())]
         for mode in case["modes"]:
@@ -170,7 +170,7 @@ def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: 
     for axis, (mode, field, unit, label) in zip(axes, panels, strict=True):
         for place, peer in enumerate(peers):
             points = [(size, row[field] / unit) for (name, of, size), row in rows.items()
-                      if (name, of) == (peer, mode) and row.get(field) is not None]  # fmt: skip
+                      if (name, of) == (peer, mode) and row.get(field) is not None]
             if field == "extra_bytes":
                 points = [(x, max(y, _FLOOR)) for x, y in points]
             if peer in yardsticks:
@@ -187,7 +187,7 @@ def plot(family: str, found: dict[str, Any], cases: list[dict[str, Any]], path: 
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     machine = found["machine"]
     figure.suptitle(f"{family}: {machine['cpu']}, {machine['cores']} cores, torch {found['versions']['torch']}, "
-                    f"commit {found['commit'].split()[0]}, {found['date'][:10]}", fontsize=10)  # fmt: skip
+                    f"commit {found['commit'].split()[0]}, {found['date'][:10]}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -196,7 +196,7 @@ def write(family: str, found: dict[str, Any], cases: list[dict[str, Any]], out: 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{family}.{ending}" for ending in ("json", "md", "png")]
     results = {"benchmark": family, "environment": found, "memory": memory.HOW, "cases": cases,
-               "summary": [line for case in cases for line in summary(case)]}  # fmt: skip
+               "summary": [line for case in cases for line in summary(case)]}
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
     paths[1].write_text(markdown(family, found, cases))
     plot(family, found, cases, paths[2])

@@ -52,7 +52,7 @@ def family_of(name: str) -> Family:
 
 
 def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: int = 30, budget: float = 30.0,
-        tell: Callable[[str, int, int], None] = lambda *_: None) -> Iterator[dict[str, Any]]:  # fmt: skip
+        tell: Callable[[str, int, int], None] = lambda *_: None) -> Iterator[dict[str, Any]]:
     """Measure each size and yield {"name", "what", "shape", ..., "rows": a dict for each peer and mode}.
 
     Args:
@@ -75,7 +75,7 @@ def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: 
 
 
 def _measure(family: Family, case: Case, peers: Peers, counts: list[int], rounds: int, budget: float,
-             tell: Callable[[str, int, int], None]) -> dict[str, Any]:  # fmt: skip
+             tell: Callable[[str, int, int], None]) -> dict[str, Any]:
     tell(f"{case.name}: float64", 0, 1)
     torch.set_num_threads(counts[-1])
     expected = family.truth(case)
@@ -104,7 +104,7 @@ def _measure(family: Family, case: Case, peers: Peers, counts: list[int], rounds
                 if name == OURS:
                     raise WrongResult(f"{case.name}, {mode}: {name}: {why}") from why
         others[mode] = take_turns(ready, mode, rounds, budget,
-                                  lambda done, total, mode=mode: tell(f"{case.name}, {mode}", done, total))  # fmt: skip
+                                  lambda done, total, mode=mode: tell(f"{case.name}, {mode}", done, total))
         timings |= {(name, mode): timing for name, (_, timing, _) in ready.items()}
         del ready, work  # each may hold gigabytes
     tell(f"{case.name}: memory", 0, 1)
@@ -116,9 +116,9 @@ def _measure(family: Family, case: Case, peers: Peers, counts: list[int], rounds
         low, high = timing.quartiles
         rows[key] |= {"threads": timing.threads, "median_ms": 1e3 * timing.median, "quartiles_ms": [1e3 * low, 1e3 * high],
                       "fastest_ms": 1e3 * min(timing.samples), "rounds": len(timing.samples),
-                      "error_over_limit": timing.error}  # fmt: skip
+                      "error_over_limit": timing.error}
     return {"name": case.name, "what": case.what, "shape": case.shape, "size": case.size, "axis": family.axis,
-            "modes": case.modes, "cores_busy_with_others": others, "rows": list(rows.values())}  # fmt: skip
+            "modes": case.modes, "cores_busy_with_others": others, "rows": list(rows.values())}
 
 
 def _said(work: Work) -> dict[str, Any]:

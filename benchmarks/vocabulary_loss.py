@@ -74,4 +74,4 @@ FAMILY = Family(
     quick_sizes=["16x24000", "64x24000", "30x2000:recomputed", "16x2000:bow", "16x2000:top5"],
     axis="rows, 24,000 words",
     op="linear_cross_entropy",
-)  # fmt: skip
+)

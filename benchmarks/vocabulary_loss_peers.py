@@ -135,7 +135,7 @@ def of_torch(case: WordCase) -> Work:
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         counts = ((GENERATION + DIVERSITY * case.word_weight) / rows).to(hidden.dtype)
         return F.linear_cross_entropy(hidden, weight, case.target, linear_bias=bias, weight=counts, reduction="sum",
-                                      options=options)  # fmt: skip
+                                      options=options)
 
     return _work(case, loss)
 

@@ -80,7 +80,7 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, 
     best = re.fullmatch(r"top([1-9]\d{0,3})", how)
     if not shape or not (how in KEEP or best) or best and int(best[1]) > int(shape[2]):
         raise ConfigError(f"size {name!r} is unknown; rows x words of the vocabulary, such as 480x24000, perhaps with :kept, "
-                          f":recomputed, :bow or :top5; or one of {', '.join(NAMED)}")  # fmt: skip
+                          f":recomputed, :bow or :top5; or one of {', '.join(NAMED)}")
     rows, words = int(shape[1]), int(shape[2])
     generator = torch.Generator().manual_seed(0)
 
@@ -106,4 +106,4 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, 
         what += f", ours with the scores {how}"
     tensors = (x.to(device, dtype) for x in (hidden, weight, bias))
     return WordCase(name, what, *tensors, target.to(device), None if cu_target is None else cu_target.to(device),
-                    word_weight.to(device), KEEP.get(how, 0), int(best[1]) if best else None, how)  # fmt: skip
+                    word_weight.to(device), KEEP.get(how, 0), int(best[1]) if best else None, how)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test holds the two list
     from case_fast.data import Store, open_store  # noqa: F401
     from case_fast.errors import CaseFastError  # noqa: F401
     from case_fast.models import CASE, CASEConfig, CASEOutput  # noqa: F401
-    from case_fast.respond import Reply, load  # noqa: F401
+    from case_fast.serving import Reply, load  # noqa: F401
 
 _HOME = {
     "CASE": "models",
@@ -25,8 +25,8 @@ _HOME = {
     "open_store": "data",
     "Store": "data",
     "Batch": "batch",
-    "load": "respond",
-    "Reply": "respond",
+    "load": "serving",
+    "Reply": "serving",
     "CaseFastError": "errors",
 }
 __all__ = ["ops", *_HOME]

@@ -20,7 +20,7 @@ def families() -> list[str]:
 
 
 def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None], budget: float = 30.0
-          ) -> tuple[list[dict[str, Any]], list[Path]]:  # fmt: skip
+          ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Measure a family of kernels against its peers, about ``budget`` seconds a case and mode besides compiling and checking,
     and write JSON, Markdown and a picture into ``out``.
 
@@ -34,7 +34,7 @@ def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Calla
     known = families()
     if not known:
         raise ConfigError("the benchmarks are not installed with the package; run case-fast bench in a checkout of case_fast, "
-                          "installed by pip install -e '.[bench]'")  # fmt: skip
+                          "installed by pip install -e '.[bench]'")
     if family not in known:
         raise ConfigError(f"there is no benchmark of {family!r}; one of {', '.join(known)}")
     if not budget > 0:

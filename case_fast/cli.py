@@ -84,7 +84,7 @@ def _chat_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("run", type=str, help="folder that train made")
     parser.add_argument("--knowledge", type=str | None, default=None,
-                        help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")  # fmt: skip
+                        help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
     parser.add_class_arguments(GenerationConfig)
@@ -118,7 +118,7 @@ def _bench_arguments(parser: ArgumentParser) -> None:
 @contextmanager
 def _bar(console: Console) -> Iterator[Progress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+               TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
@@ -156,7 +156,7 @@ def _prepared(store: Any, console: Console) -> None:
     counts = store.manifest["counts"]
     examples = ", ".join(f"{split} {count:,}" for split, count in counts["examples"].items())
     console.print(f"{store.path}: {examples} examples; {counts['vocabulary']:,} words, {counts['distinct_texts']:,} knowledge "
-                  f"texts; {store.manifest['seconds']} s", highlight=False)  # fmt: skip
+                  f"texts; {store.manifest['seconds']} s", highlight=False)
 
 
 def _inspect(args: Namespace, console: Console) -> None:
@@ -180,23 +180,23 @@ def _train(args: Namespace, console: Console) -> None:
 
     train(open_store(args.data), Path(args.out), TrainConfig(**_fields(args, TrainConfig)), console=console, resume=args.resume)
     console.print(f"\nNext: case-fast evaluate {args.out} --data {args.data} --split test\n      case-fast chat {args.out}",
-                  highlight=False)  # fmt: skip
+                  highlight=False)
 
 
 def _evaluate(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
 
     run_evaluation(args.run, args.data, args.split, args.limit, args.batch_size, args.device,
-                   GenerationConfig(**_fields(args, GenerationConfig)), console)  # fmt: skip
+                   GenerationConfig(**_fields(args, GenerationConfig)), console)
 
 
 def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_size: int, device: str, generation: Any,
-                   console: Console) -> Any:  # fmt: skip
+                   console: Console) -> Any:
     """Measure a run on a split and write RUN/evaluation/SPLIT."""
     from case_fast.data import open_store
     from case_fast.evaluation import evaluate
     from case_fast.generation import generate_all
-    from case_fast.respond import load_model
+    from case_fast.serving.responder import load_model
 
     store = open_store(data)
     model, chosen = load_model(run, device)
@@ -212,12 +212,12 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
         return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
-                        device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))  # fmt: skip
+                        device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 
 def _chat(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
-    from case_fast.respond import chat, load
+    from case_fast.serving import chat, load
 
     responder = load(args.run, device=args.device, knowledge=args.knowledge)
     chat(responder, console, GenerationConfig(**_fields(args, GenerationConfig)), show=args.why)
@@ -231,7 +231,7 @@ def _report(args: Namespace, console: Console) -> None:
 
 def _merge_cache(args: Namespace, console: Console) -> None:
     from case_fast.knowledge import InferenceCache
-    from case_fast.reading import require_file
+    from case_fast.text_files import require_file
 
     for path in args.caches:
         require_file(path, "cache of inferences")
@@ -245,7 +245,7 @@ def _demo(args: Namespace, console: Console) -> None:
     from case_fast.data.prepare import PrepareSettings, prepare
     from case_fast.evaluation import write_report
     from case_fast.generation import GenerationConfig
-    from case_fast.respond import load
+    from case_fast.serving import load
     from case_fast.training import PRESETS, TrainConfig, train
 
     started = time.monotonic()
@@ -263,14 +263,14 @@ def _demo(args: Namespace, console: Console) -> None:
     console.rule("4  five replies, beam search")
     responder = load(run)
     for said in ("I failed my exam. I studied so hard.", "My dog died last night.", "I got a new job today!",
-                 "I heard a strange noise and I was home alone.", "My best friend threw a surprise party for me."):  # fmt: skip
+                 "I heard a strange noise and I was home alone.", "My best friend threw a surprise party for me."):
         reply = responder.respond(said, GenerationConfig(strategy="beam"))
         console.print(f"[cyan]speaker [/cyan] {escape(said)}", highlight=False)
         console.print(f"[green]reply   [/green] {escape(reply.text)} [dim]({reply.emotion})[/dim]", highlight=False)
     console.rule("5  report")
     console.print(f"{write_report(run)}\n", highlight=False)
     console.print(f"Done in {time.monotonic() - started:.0f} s. A toy model on a toy corpus: it shows that everything works, "
-                  f"not how well CASE answers.\nTalk to it: case-fast chat {run}\n", highlight=False)  # fmt: skip
+                  f"not how well CASE answers.\nTalk to it: case-fast chat {run}\n", highlight=False)
     console.print(_REAL_DATA, highlight=False, soft_wrap=True)
 
 
@@ -290,7 +290,7 @@ def _bench(args: Namespace, console: Console) -> None:
     for line in lines:
         costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
-                      f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}", highlight=False, soft_wrap=True)  # fmt: skip
+                      f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}", highlight=False, soft_wrap=True)
     for path in paths:
         console.print(f"{path}", highlight=False, soft_wrap=True)
 
@@ -308,7 +308,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
     "merge-cache": ("Add the inferences of other caches to one.", _merge_cache_arguments, _merge_cache),
     "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", _demo_arguments, _demo),
     "bench": ("Kernels against their peers, in a checkout: time and memory, checked before timed.", _bench_arguments, _bench),
-}  # fmt: skip
+}
 
 
 def _preset(words: Sequence[str]) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"[red]error:[/red] there is no command {escape(name)}. {hint}", highlight=False)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=errors, show_path=False, show_time=False)])  # fmt: skip
+                        handlers=[RichHandler(console=errors, show_path=False, show_time=False)])
     logging.getLogger("case_fast").setLevel(logging.INFO)
     description, arguments, run = _COMMANDS[name]
     try:

@@ -85,7 +85,7 @@ def emotion_intensity(valence: Tensor, arousal: Tensor) -> Tensor:
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
                     relation_key: Tensor | None = None, scale: float | None = None,
-                    dropout_p: float = 0.0, seed: int = 0) -> Tensor:  # fmt: skip
+                    dropout_p: float = 0.0, seed: int = 0) -> Tensor:
     """Eq. 1-2: relation-enhanced multi-head attention of each vertex over its neighbours.
 
     score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r]), softmax over the neighbours of i. Without
@@ -200,7 +200,7 @@ def mim_negatives(positive: Tensor, rows_of_y: int, num_negatives: int | None = 
 
 
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num_negatives: int | None = None, seed: int = 0,
-              score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+              score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:
     """Both bracketed sums of Eq. 9 / 11 with a score S, each as log(sum over its set of exp S) - S(positive).
 
     "bilinear_sigmoid": S = sigmoid(z) with z = x^T W y; as 0 < S < 1, its sums need no maximum. "dot": S = z = x . y.
@@ -241,7 +241,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num
         sum_y, sum_x = exponential.sum(1), take(exponential.sum(0), positive)
     else:
         sum_y, sum_x = (torch.sigmoid(z).exp().masked_fill(absent, 0).sum(1)
-                        for z, absent in ((z_y, absent_y), (z_x, absent_x)))  # fmt: skip
+                        for z, absent in ((z_y, absent_y), (z_x, absent_x)))
     relative = torch.exp(-torch.sigmoid(logit))
     return torch.log1p(sum_y * relative), torch.log1p(sum_x * relative), logit
 
@@ -257,7 +257,7 @@ def _log_sum(z: Tensor, absent: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-                 seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:  # fmt: skip
+                 seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:
     """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12) or a dot product.
 
     loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] ), c = positive[p].
@@ -393,7 +393,7 @@ def fuse_context(context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor,
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
                      scale: float | None = None, dropout_p: float = 0.0, seed: int = 0, key_of: Tensor | None = None,
-                     key_length: Tensor | None = None) -> Tensor:  # fmt: skip
+                     key_length: Tensor | None = None) -> Tensor:
     """Multi-head attention of packed sequences: each query of sequence s attends to the keys of s (Vaswani et al., 2017).
 
     Plain torch: sequences are padded to the next power of two of their own length, never to their batch mates', so a
@@ -443,7 +443,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
             number = q_index[:, :, None] * longest + torch.arange(1 << log_k, device=query.device)
             keep = dropout_keep(number, query.shape[1], dropout_p, seed).permute(0, 3, 1, 2)
         attended = _padded_attention(take(query, q_index).transpose(1, 2), take(key, k_index).transpose(1, 2),
-                                     take(value, k_index).transpose(1, 2), seen | ~some, scale, keep, dropout_p)  # fmt: skip
+                                     take(value, k_index).transpose(1, 2), seen | ~some, scale, keep, dropout_p)
         attended = torch.where(some, attended, 0)
         parts.append(take(attended.transpose(1, 2).flatten(0, 1), q_real.flatten().nonzero().squeeze(1)))
     out = take(torch.cat(parts), torch.argsort(torch.cat(rows)))
@@ -459,7 +459,7 @@ def _padded(start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, keep: Tensor | None,
-                      dropout_p: float) -> Tensor:  # fmt: skip
+                      dropout_p: float) -> Tensor:
     """(n, H, queries, D); ``mask`` (n, 1, 1 or queries, keys) holds what is seen, ``keep`` what dropout leaves."""
     score = full_precision(query @ key.transpose(2, 3)) * scale
     weight = score.masked_fill(~mask, -math.inf).softmax(-1).to(value.dtype)
@@ -467,7 +467,7 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 
 def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], eps: float = 1e-5, dropout_p: float = 0.0,
-                    output_dropout_p: float = 0.0, seed: int = 0) -> Tensor:  # fmt: skip
+                    output_dropout_p: float = 0.0, seed: int = 0) -> Tensor:
     """The decoder's attention to its sources in turn, pre-LN, without biases: for each source
 
     hidden <- hidden + dropout( attention( layer_norm(hidden) W_query^T, key, value ) W_output^T )
@@ -487,7 +487,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], e
         normed = F.layer_norm(hidden, (width,), source.norm_weight, source.norm_bias, eps)
         query = F.linear(normed, source.query_weight).unflatten(-1, source.key.shape[1:])
         attended = packed_attention(query, source.key, source.value, cu_hidden, source.cu_keys, dropout_p=dropout_p,
-                                    seed=source_seed(seed, place, 0), key_of=source.key_of)  # fmt: skip
+                                    seed=source_seed(seed, place, 0), key_of=source.key_of)
         added = F.linear(attended.flatten(-2), source.output_weight)
         if output_dropout_p > 0:
             keep = dropout_keep(rows * width, 1, output_dropout_p, source_seed(seed, place, 1), hidden.device)
@@ -503,7 +503,7 @@ def source_seed(seed: int, place: int, part: int) -> int:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None = None
-                         ) -> tuple[Tensor, Tensor]:  # fmt: skip
+                         ) -> tuple[Tensor, Tensor]:
     """Eq. 8 and 19 before their sums: -log P(y | row) of each target word, P = softmax(weight hidden + bias).
 
     Args:
@@ -561,7 +561,7 @@ def diversity_loss(nll: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 def total_loss(alignment: Tensor, emotion: Tensor, generation: Tensor, diversity: Tensor,
-               gammas: tuple[float, float, float, float]) -> Tensor:  # fmt: skip
+               gammas: tuple[float, float, float, float]) -> Tensor:
     """L = g1 L_align + g2 L_emo + g3 L_gen + g4 L_div."""
     g1, g2, g3, g4 = gammas
     return g1 * alignment + g2 * emotion + g3 * generation + g4 * diversity

@@ -90,7 +90,7 @@ class Generated:
 
 
 def generate(model: CASE, batch: Batch, config: GenerationConfig, first_index: int | Sequence[int] = 0,
-             reading: Reading | None = None) -> list[Generated]:  # fmt: skip
+             reading: Reading | None = None) -> list[Generated]:
     """One reply for each dialogue of ``batch``; its own reply and emotion are not looked at.
 
     Among equal scores the lowest word id wins, and of hypotheses the one that ranked higher before.
@@ -115,7 +115,7 @@ def generate(model: CASE, batch: Batch, config: GenerationConfig, first_index: i
 
 def generate_all(model: CASE, store: Store, split: str, indices: Sequence[int] | None = None,
                  config: GenerationConfig | None = None, batch_size: int = 16, device: torch.device | str | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> list[Generated]:  # fmt: skip
+                 progress: Callable[[int, int], None] | None = None) -> list[Generated]:
     """Replies to the examples ``indices`` (None: all) of a store's split, in their order.
 
     Dialogues of like length share a batch. A sample depends on the example's index in the split alone.

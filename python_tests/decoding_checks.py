@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the tests import each other by bare names
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # what tests share is imported by bare names
 
 from helpers import as_double
 
@@ -39,7 +39,7 @@ from case_fast.models.mode import evaluating
 GAP, SHARE = 1e-4, 0.005
 STRATEGIES = {"greedy": GenerationConfig(), "beam 5": GenerationConfig("beam", beams=5)}
 WAYS = {"fused, cached": ("", True), "fused, uncached": ("", False), "plain, cached": ("reference", True),
-        "plain, uncached": ("reference", False)}  # fmt: skip
+        "plain, uncached": ("reference", False)}
 PAIRS = [("fused, cached", "fused, uncached"), ("plain, cached", "plain, uncached"), ("fused, cached", "plain, cached")]
 
 Words = tuple[int, ...]
@@ -157,7 +157,7 @@ def score(model: CASE, batch: Batch, dialogue: int, words: Words, config: Genera
 
 
 def deciding_gap(exact: Callable[[Words], float], found: tuple[Generated, Generated],
-                 traces: tuple[dict[int, set[Words]], dict[int, set[Words]]], config: GenerationConfig) -> float:  # fmt: skip
+                 traces: tuple[dict[int, set[Words]], dict[int, set[Words]]], config: GenerationConfig) -> float:
     """How far apart in score those lie between which the two searches decided differently, at the first such decision."""
     for length in range(1, min(map(len, traces))):
         one, other = ({said[1:] for said in trace[length]} for trace in traces)  # without BOS
@@ -184,7 +184,7 @@ class Tally:
 
 
 def compare(model: CASE, batches: Sequence[Batch], config: GenerationConfig, tell: Callable[[int], None] = lambda done: None
-            ) -> dict[tuple[str, str], Tally]:  # fmt: skip
+            ) -> dict[tuple[str, str], Tally]:
     """For each pair of ways, how many replies differ and by what gap."""
     tallies = {pair: Tally() for pair in PAIRS}
     double = copy.deepcopy(model).double()
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, size = order[: options.contexts].tolist(), options.batch_size
     batches = [store.batch(options.split, chosen[at : at + size]) for at in range(0, len(chosen), size)]
     print(f"{len(chosen)} contexts of {options.split}, batches of {size}; replies may differ only where the deciding scores lie "
-          f"within {GAP:g}, and in at most {SHARE:.1%}\n")  # fmt: skip
+          f"within {GAP:g}, and in at most {SHARE:.1%}\n")
     print("| strategy | ways | contexts | distinct | equal | near ties | violations | largest gap | |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---|")
     held = True
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             wrong = sum(not gap < GAP for gap in tally.gaps)
             cells = (name, f"{one} = {other}", tally.contexts, len(tally.distinct), tally.contexts - tally.different,
                      tally.different - wrong, wrong, f"{max(tally.gaps, default=0):.2g}",
-                     "holds" if tally.holds else "BROKEN")  # fmt: skip
+                     "holds" if tally.holds else "BROKEN")
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return int(not held)
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the tests import each other by bare names
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # what tests share is imported by bare names
 
 import bilinear_mim_checks
 import cross_attention_checks
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine = {
         "backend": ops.backend_name(options.family, options.device), "native": ops.native_report().get("simd", "absent"),
         "torch": torch.__version__, "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count(),
-    }  # fmt: skip
+    }
     print(" | ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"\n| {'row':>3} | {'check':<14} | {'cases':>7} | {'failures':>8} | {'seconds':>8} |\n|---:|---|---:|---:|---:|")
     results = []

@@ -18,13 +18,14 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
-BASE = {"", "errors", "reading", "files", "batch"}  # "" stands for the package itself: its version
+BASE = {"", "errors", "text_files", "files", "batch", "html"}  # "" stands for the package itself: its version
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
-    "reading": set(),
+    "text_files": set(),
     "files": set(),
     "batch": set(),
+    "html": set(),
     "equations": set(),
     "ops": {"equations", "_native"},
     "models": {"ops", "equations"},
@@ -33,18 +34,18 @@ MAY_IMPORT = {
     "training": {"models", "data"},
     "generation": {"models", "data"},
     "evaluation": {"models", "data"},
-    "respond": {"models", "data", "knowledge", "generation"},
+    "serving": {"models", "data", "knowledge", "generation"},
     "bench": set(),  # finds the benchmarks of a checkout, which import what they like
 }
 # What these parts may import from outside the standard library.
-OUTSIDE = {part: set() for part in ("", "errors", "reading", "files")}
+OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files")}
 OUTSIDE |= {"batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 ALL = {"cli", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 
 
 def part_of(path: Path) -> str:
-    """ "data" for case_fast/data/batch.py, "errors" for case_fast/errors.py, "" for case_fast/__init__.py."""
+    """ "data" for case_fast/data/pack.py, "errors" for case_fast/errors.py, "" for case_fast/__init__.py."""
     first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     return "" if first == "__init__" else first
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from case_fast.data.vocabulary import Vocabulary
 from case_fast.errors import DataError
-from case_fast.reading import ReadReport, read_lines
+from case_fast.text_files import ReadReport, read_lines
 
 _FIRST_ROWS = 100  # they decide the dimension: one row alone may be cut short, or its word may hold blanks
 

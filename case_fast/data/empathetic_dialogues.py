@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from case_fast.data.text import normalize_space
 from case_fast.errors import DataError
-from case_fast.reading import ReadReport, read_lines
+from case_fast.text_files import ReadReport, read_lines
 
 SPLITS = ("train", "valid", "test")
 EMOTIONS = (
@@ -21,7 +21,7 @@ EMOTIONS = (
     "devastated", "disappointed", "disgusted", "embarrassed", "excited", "faithful", "furious", "grateful", "guilty",
     "hopeful", "impressed", "jealous", "joyful", "lonely", "nostalgic", "prepared", "proud", "sad", "sentimental",
     "surprised", "terrified", "trusting",
-)  # fmt: skip
+)
 EMOTION_IDS = {emotion: index for index, emotion in enumerate(EMOTIONS)}
 COLUMNS = ("conv_id", "utterance_idx", "context", "prompt", "speaker_idx", "utterance", "selfeval", "tags")
 _AFTER = "after a missing or malformed turn of its conversation"
@@ -61,7 +61,7 @@ def _open_split(source: Path, split: str) -> Iterator[tuple[str, BinaryIO | None
         candidates = [p for p in (source / f"{split}.csv", source / f"{split}.csv.gz") if p.is_file()]
         if not candidates:
             raise DataError(source / f"{split}.csv", "file of the split not found",
-                            "Give the folder (or .tar.gz) that holds train.csv, valid.csv and test.csv")  # fmt: skip
+                            "Give the folder (or .tar.gz) that holds train.csv, valid.csv and test.csv")
         yield str(candidates[0]), None
     elif not source.is_file():
         raise DataError(source, "dialogues not found", "Give the folder (or .tar.gz) of the EmpatheticDialogues release")
@@ -189,4 +189,4 @@ def listener_turns(conversations: list[Conversation]) -> Iterator[DialogueExampl
         for position, turn in enumerate(conversation.turns):
             if not turn.by_speaker:  # never turn 1, whose author is the speaker
                 yield DialogueExample(f"{conversation.id}#{position + 1}", conversation.turns[:position], turn.text,
-                                      conversation.emotion, conversation.situation)  # fmt: skip
+                                      conversation.emotion, conversation.situation)

@@ -19,7 +19,7 @@ from case_fast.data.text import is_word, normalize_space, split_sentences, token
 from case_fast.data.vocabulary import CLS, LISTENER, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION
-from case_fast.reading import read_json
+from case_fast.text_files import read_json
 
 Inferences = Mapping[str, Mapping[str, Sequence[str]]]  # sub-utterance -> relation -> texts, best first
 
@@ -44,7 +44,7 @@ class FeatureSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("max_context", 1), ("inferences_per_relation", 1), ("concepts_per_token", 1),
-                            ("concepts_per_dialogue", 0)):  # fmt: skip
+                            ("concepts_per_dialogue", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -136,12 +136,12 @@ class Featurizer:
     """
 
     def __init__(self, vocabulary: Vocabulary, concepts: Mapping[str, Sequence[str]], intensity: Mapping[str, float],
-                 settings: FeatureSettings | None = None):  # fmt: skip
+                 settings: FeatureSettings | None = None):
         self.vocabulary, self.concepts, self.intensity = vocabulary, concepts, intensity
         self.settings = settings or FeatureSettings()
 
     def example(self, context: Sequence[Turn], inferences: Inferences, texts: TextTable, response: str = "",
-                emotion: str | None = None, **source: str) -> Example:  # fmt: skip
+                emotion: str | None = None, **source: str) -> Example:
         """The example of a dialogue; ``inferences`` are those of its `prompts`.
 
         Raises:
@@ -181,7 +181,7 @@ class Featurizer:
             truncated=truncated,
             source={**source, "emotion": emotion, "context": [turn.text for turn in context],
                     "by_speaker": [turn.by_speaker for turn in context], "response": response},
-        )  # fmt: skip
+        )
 
     def _knowledge(self, subs: list[str], inferences: Inferences, texts: TextTable) -> tuple[np.ndarray, np.ndarray]:
         knowledge, reactions = [], []

@@ -24,7 +24,7 @@ from case_fast.data.vocabulary import UNK, Vocabulary
 from case_fast.errors import ConfigError, DataError, Interrupted
 from case_fast.files import whole_folder
 from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache, VADLexicon, open_source, read_concepts
-from case_fast.reading import ReadReport, read_json, require_file
+from case_fast.text_files import ReadReport, read_json, require_file
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -106,7 +106,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         stages.report(report.summary())
 
     paths = {part: bundled(part) if getattr(settings, part) == "bundled" else Path(getattr(settings, part))
-             for part in ("dialogues", "conceptnet", "lexicon")}  # fmt: skip
+             for part in ("dialogues", "conceptnet", "lexicon")}
     # what is read late is looked for now: hours of inference may lie between
     require_file(paths["lexicon"], "lexicon")
     require_file(paths["conceptnet"], "ConceptNet assertions file")
@@ -143,7 +143,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         concepts, report = read_concepts(
             paths["conceptnet"], vocabulary, intensity, STOP_WORDS, settings.features.concepts_per_token,
             settings.features.minimum_intensity, progress=progress,
-        )  # fmt: skip
+        )
         noted(report)
     featurizer = Featurizer(vocabulary, concepts, intensity, settings.features)
     vectors = None
@@ -165,7 +165,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
             writer = writers[split] = SplitWriter()
             for item in listener_turns(dialogues[split]):
                 writer.add(featurizer.example(item.context, inferences, texts, item.response, item.emotion,
-                                              id=item.id, situation=item.situation))  # fmt: skip
+                                              id=item.id, situation=item.situation))
                 done += 1
                 if progress and done % 200 == 0:
                     progress(done, total)
@@ -189,7 +189,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
             "sources": [report.as_dict() for report in reports],
             "bundled": settings.dialogues == "bundled",
             "seconds": round(time.monotonic() - started, 1),
-        })  # fmt: skip
+        })
     return open_store(out)
 
 
@@ -208,7 +208,7 @@ def _check_place(out: Path, cache: Path) -> None:
         raise ConfigError(f"--out {out} is there and is no store; give another folder, so that nothing is lost")
     if others := sorted(path.name for path in out.iterdir() if path.name not in own):
         raise ConfigError(f"--out {out} is a store that would be replaced, but {', '.join(others[:3])} in it is no part of it; "
-                          "move that elsewhere or give another folder")  # fmt: skip
+                          "move that elsewhere or give another folder")
 
 
 def _absolute(spec: str) -> str:
@@ -236,7 +236,7 @@ def _count_words(train: list[Conversation], inferences: Inferences) -> Counter[s
 
 
 def _statistics(writers: dict[str, SplitWriter], texts: TextTable, vocabulary: Vocabulary,
-                distinct_prompts: int) -> dict[str, Any]:  # fmt: skip
+                distinct_prompts: int) -> dict[str, Any]:
     def size(name: str) -> dict[str, int]:
         return {split: len(w.ragged.data[name]) for split, w in writers.items()}
 

@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from case_fast.batch import Batch
-from case_fast.data.batch import make_batch
 from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS
 from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
+from case_fast.data.pack import make_batch
 from case_fast.errors import DataError
 from case_fast.files import sha256, write_json
-from case_fast.reading import read_json, require_file, require_folder
+from case_fast.text_files import read_json, require_file, require_folder
 
 KIND = "case_fast store"
 FORMAT = f"{KIND} 1"
@@ -44,7 +44,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "cognition_degree": _INT, "cognition_indices": _INT, "cognition_relation": _BYTE,
     "concept_degree": _INT, "concept_indices": _INT, "concept_relation": _BYTE,
     "source": _BYTE,
-}  # fmt: skip
+}
 _SCALARS = ("emotion", "truncated")
 _GRAPHS = ("cognition", "concept")
 
@@ -269,7 +269,7 @@ def open_store(path: str | Path) -> Store:
 
 
 def write_store(folder: Path, featurizer: Featurizer, texts: TextTable, splits: dict[str, SplitWriter],
-                embeddings: tuple[np.ndarray, np.ndarray] | None, manifest: dict[str, Any]) -> None:  # fmt: skip
+                embeddings: tuple[np.ndarray, np.ndarray] | None, manifest: dict[str, Any]) -> None:
     """Write every part of a store into ``folder``, the manifest last."""
     featurizer.save(folder)
     write_texts(texts, folder / "texts.safetensors")

@@ -18,7 +18,7 @@ CONTRACTIONS: dict[str, str] = {
     "here's": "here is", "what's": "what is", "who's": "who is", "where's": "where is", "how's": "how is",
     "when's": "when is", "why's": "why is", "everything's": "everything is", "something's": "something is",
     "nothing's": "nothing is", "everyone's": "everyone is",
-}  # fmt: skip
+}
 _ENDINGS = {"n't": " not", "'re": " are", "'ll": " will", "'ve": " have", "'m": " am", "'d": " would"}
 _QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u00b4": "'", "`": "'", "\u201c": '"', "\u201d": '"', "\u2026": "..."})
 _IRREGULAR = re.compile(r"(?<![\w'])(" + "|".join(map(re.escape, sorted(CONTRACTIONS, key=len, reverse=True))) + r")(?!\w)")

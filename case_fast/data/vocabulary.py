@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from case_fast.errors import DataError
-from case_fast.reading import read_json
+from case_fast.text_files import read_json
 
 SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>", "<cls>", "<sep>", "<speaker>", "<listener>")
 PAD, UNK, BOS, EOS, CLS, SEP, SPEAKER, LISTENER = range(len(SPECIALS))

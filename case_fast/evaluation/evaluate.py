@@ -103,7 +103,7 @@ def _typed(values: Mapping[str, Any], **kinds: Any) -> None:
 def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: Generate, limit: int | None = None,
              batch_size: int = 32, device: torch.device | str = "cpu", console: Console | None = None,
              progress: Callable[[int, int], None] | None = None, settings: Mapping[str, Any] | None = None,
-             ) -> Evaluation:  # fmt: skip
+             ) -> Evaluation:
     """Evaluate ``model`` on the first ``limit`` examples of a split (all when None) and write the files of this module.
 
     Args:
@@ -148,7 +148,7 @@ def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: G
         m.distinct_n(replies, 1, decoding), m.distinct_n(replies, 2, decoding),
         m.emotion_accuracy(scores, labels, 1), m.emotion_accuracy(scores, labels, TOP),
         m.distinct_replies(replies, decoding), m.reply_words(replies, decoding), m.unknown_rate(references, UNK),
-    ]  # fmt: skip
+    ]
     evaluation = Evaluation(split, len(indices), size, found, bool(store.manifest.get("bundled")), {
         "settings": {**settings, "limit": limit, "batch_size": batch_size, "device": str(device)},
         "model": {"class": type(model).__name__, "config": dataclasses.asdict(model.config),
@@ -158,7 +158,7 @@ def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: G
                    "empty_replies": sum(not reply for reply in replies)},
         "seconds": {"references": round(read - started, 3), "replies": round(answered - read, 3)},
         "versions": {"case_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }, out)  # fmt: skip
+    }, out)
     write_text(out / "predictions.jsonl", "".join(_predictions(store, split, indices, nll, scores, ranking, replies)))
     counts = m.emotion_confusion(labels, ranking[:, 0].tolist(), len(EMOTIONS))
     title = f"Emotion accuracy {evaluation['acc_1'].text} (n = {evaluation['acc_1'].count:,} examples of {split})"
@@ -184,13 +184,13 @@ def _check(model: CASE, store: Store, split: str, limit: int | None) -> int:
     ):
         if ours != theirs:
             raise ConfigError(f"the model knows {ours:,} {what}, the store {store.path} has {theirs:,}: "
-                              "evaluate on the store that the model was trained on")  # fmt: skip
+                              "evaluate on the store that the model was trained on")
     return size
 
 
 def _read_references(model: CASE, store: Store, split: str, indices: Sequence[int], batch_size: int,
                      device: torch.device | str, told: Callable[[int], None],
-                     ) -> tuple[list[list[float]], np.ndarray, list[int]]:  # fmt: skip
+                     ) -> tuple[list[list[float]], np.ndarray, list[int]]:
     """Teacher forcing: -log P of each target token by example, log-probabilities (n, emotions), labels.
 
     Without the losses that only training needs: they take most of a forward pass.
@@ -224,7 +224,7 @@ def _decoding(settings: Mapping[str, Any]) -> str:
 
 
 def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence[Sequence[float]], scores: np.ndarray,
-                 ranking: np.ndarray, replies: Sequence[Sequence[int]]) -> Iterator[str]:  # fmt: skip
+                 ranking: np.ndarray, replies: Sequence[Sequence[int]]) -> Iterator[str]:
     vocabulary = store.featurizer.vocabulary
     for place, index in enumerate(indices):
         example = store.example(split, index)
@@ -242,7 +242,7 @@ def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence
             "reply": detokenize(vocabulary.decode(replies[place])),
             "nll": _number(math.fsum(nll[place])),
             "tokens": len(nll[place]),
-        }, ensure_ascii=False) + "\n"  # fmt: skip
+        }, ensure_ascii=False) + "\n"
 
 
 def _number(value: float) -> float | None:
@@ -278,7 +278,7 @@ def markdown(evaluation: Evaluation) -> str:
     paper = evaluation.paper
     lines = [f"# {heading(evaluation)}", "",
              "| Metric | Value |" + (" Paper |" if paper else "") + " Better | n | Signature |",
-             "|---|---:|" + ("---:|" if paper else "") + "---|---:|---|"]  # fmt: skip
+             "|---|---:|" + ("---:|" if paper else "") + "---|---:|---|"]
     for metric in evaluation.metrics:
         value = metric.text + (f" ({metric.reason})" if metric.reason else "")
         theirs = f" {format_value(paper.get(metric.name)) if metric.name in paper else ''} |" if paper else ""

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 _SVG_COLOURS = {
     "#010101": "currentColor", "#020202": "var(--grid)", "#030303": "var(--accent)", "#040404": "var(--faint)",
     "#050505": "var(--second)",
-}  # fmt: skip
+}
 _INK, _GRID, _ACCENT, _FAINT, _SECOND = _SVG_COLOURS
 _STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.unicode_minus": False}
 
@@ -49,7 +49,7 @@ def confusion_png(counts: np.ndarray, names: Sequence[str], title: str, path: Pa
         share = shares[row, column]
         if share >= 0.045:
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6.5,
-                      color="white" if share > 0.55 else "#1b2a3a")  # fmt: skip
+                      color="white" if share > 0.55 else "#1b2a3a")
     for place in ticks:  # right predictions lie in the frames
         corner = (place - 0.5, place - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#9a6700", linewidth=0.9, zorder=3))
@@ -104,7 +104,7 @@ def _thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.nda
     blocks = np.array_split(np.arange(len(x)), points)
     finite = [block[np.isfinite(y[block])] for block in blocks]
     return (np.array([x[block].mean() for block in blocks]),
-            np.array([y[block].mean() if len(block) else np.nan for block in finite]))  # fmt: skip
+            np.array([y[block].mean() if len(block) else np.nan for block in finite]))
 
 
 def curve_svg(curve: Curve, name: str) -> str:
@@ -135,7 +135,7 @@ def curve_svg(curve: Curve, name: str) -> str:
             value, label = curve.level
             axes.axhline(value, color=_SECOND, linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                          textcoords="offset points", ha="right", va="bottom", color=_SECOND, fontsize=8)  # fmt: skip
+                          textcoords="offset points", ha="right", va="bottom", color=_SECOND, fontsize=8)
         if curve.marked is not None:
             at, value, label = curve.marked
             axes.plot([at], [value], marker="o", color=_SECOND, markersize=6, linestyle="none")
@@ -143,7 +143,7 @@ def curve_svg(curve: Curve, name: str) -> str:
             align = "right" if at > (low + high) / 2 else "left"
             away = -13 if value <= np.nanmin(y) else 7  # on the side of the curve where it is not
             axes.annotate(label, (at, value), xytext=(0, away), textcoords="offset points", ha=align, color=_SECOND,
-                          fontsize=8.5)  # fmt: skip
+                          fontsize=8.5)
             axes.margins(y=0.2)
         stream = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

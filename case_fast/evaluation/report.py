@@ -17,20 +17,20 @@ from case_fast import __version__
 from case_fast.evaluation.evaluate import PAPER_NOTE, Evaluation, heading
 from case_fast.evaluation.figures import Curve, curve_svg
 from case_fast.evaluation.metrics import format_value
-from case_fast.evaluation.page import Html, Node, facts, page, section, tag
 from case_fast.evaluation.run import Run, lookup
 from case_fast.files import write_text
+from case_fast.html import Html, Node, facts, page, section, tag
 
 EXAMPLES = 10
 _LOSSES = {
     "loss": "Total loss", "generation": "Generation, L_gen", "diversity": "Diversity, L_div", "emotion": "Emotion, L_emo",
     "bow": "Bag of words, L_BOW", "kl": "Prior and posterior, L_KL", "coarse": "Coarse alignment, L_coarse",
     "fine": "Fine alignment, L_fine",
-}  # fmt: skip
+}
 _OTHER = {
     "lr": "Learning rate", "grad_norm": "Gradient norm", "examples_per_second": "Dialogues a second",
     "coarse_saturated": "Saturated pairs, coarse", "fine_saturated": "Saturated pairs, fine",
-}  # fmt: skip
+}
 _TOY = (
     "The dialogues are the few hundred that come with case_fast. The figures show that every part works; they say nothing on "
     "how well CASE answers, and do not belong beside the paper's."
@@ -67,7 +67,7 @@ def _page(run: Run) -> str:
         _everything(run),
         tag("footer", f"Written by case_fast {__version__} on {datetime.now():%Y-%m-%d at %H:%M}. "
                       "This page loads nothing from outside and runs no script."),
-    )  # fmt: skip
+    )
 
 
 # ---- what kind of run it is
@@ -99,7 +99,7 @@ def _tiles(run: Run) -> Node:
         evaluation = run.evaluations[0][0]
         found = {metric.name: metric for metric in evaluation.metrics}
         tiles = [(f"{found[name].title}, {evaluation.split}", found[name].text)
-                 for name in ("ppl", "acc_1", "dist_1", "dist_2") if name in found]  # fmt: skip
+                 for name in ("ppl", "acc_1", "dist_1", "dist_2") if name in found]
     elif (best := _best(run)) is not None:
         tiles = [("Best perplexity, validation", format_value(best[1])), ("at step", f"{best[0]:,}")]
     boxes = [tag("div", tag("b", value), tag("span", name, class_="muted")) for name, value in tiles]
@@ -125,7 +125,7 @@ def _missing(run: Run) -> Node:
         items.append(("The run has no log. To train:", f"case-fast train --data {store} --out {folder}"))
     elif last.get("event") == "failure":
         items.append((f"Training stopped at step {last.get('step')}: a loss or gradient was not finite. The folder failure "
-                      "says more.", None))  # fmt: skip
+                      "says more.", None))
     elif not _finished(run):
         where = f"phase {last.get('phase')} at step {last.get('step')}"
         items.append((f"Training has not ended: the log stops in {where}. To go on:", again))
@@ -170,7 +170,7 @@ def _facts(run: Run) -> Html:
         ("Examples", _listed(lookup(counts, "examples"))),
         ("Vocabulary", f"{_text(vocabulary)} words" if vocabulary else None),
         ("Versions", _listed(m.get("versions"))),
-    ]  # fmt: skip
+    ]
     return section("Run", facts(rows)) if m else Html()
 
 
@@ -214,7 +214,7 @@ def _meaning(run: Run) -> Html:
         said += _in_words(run.evaluations[0][0])
     elif (best := _best(run)) is not None:
         said.append(f"So far there are validation figures only. The best perplexity, {format_value(best[1])} at step "
-                    f"{best[0]:,}, is the best of several on the same examples, so it flatters the model.")  # fmt: skip
+                    f"{best[0]:,}, is the best of several on the same examples, so it flatters the model.")
     else:
         said.append("There is nothing to measure yet: neither a validation nor an evaluation.")
     said.append(_LIMITS)
@@ -230,14 +230,14 @@ def _in_words(evaluation: Evaluation) -> Iterator[Node]:
         yield (tag("b", f"Perplexity {found['ppl'].text}: "),
                f"at each word of the human replies of {evaluation.split} the model is as unsure as if it chose among "
                f"{found['ppl'].text} words that are equally likely. Lower is better. It depends on the vocabulary{scope}, so it "
-               f"compares only with figures over the same one{unknown}.")  # fmt: skip
+               f"compares only with figures over the same one{unknown}.")
     metric = found.get("acc_1")
     if metric is not None and 0 <= metric.value <= 1 <= metric.count:
         low, high = binomtest(round(metric.value * metric.count), metric.count).proportion_ci(method="wilson")
         top = f" It is among the first five for {100 * found['acc_5'].value:.1f} %." if "acc_5" in found else ""
         yield (tag("b", f"Emotion accuracy {metric.text}: "),
                f"the first guess among 32 emotions is right for {100 * metric.value:.1f} % of {metric.count:,} examples (95 % "
-               f"interval for this many: {100 * low:.1f} to {100 * high:.1f} %; blind guessing: about 3.1 %).{top}")  # fmt: skip
+               f"interval for this many: {100 * low:.1f} to {100 * high:.1f} %; blind guessing: about 3.1 %).{top}")
     if "dist_1" in found and "dist_2" in found:
         different = ""
         if "distinct_replies" in found:
@@ -246,7 +246,7 @@ def _in_words(evaluation: Evaluation) -> Iterator[Node]:
         yield (tag("b", "Dist-1 and Dist-2: "),
                f"{found['dist_1'].text} % of the words and {found['dist_2'].text} % of the word pairs in the replies are "
                "different ones. Both fall as replies are added, so they compare only over the same number of examples."
-               f"{different}")  # fmt: skip
+               f"{different}")
 
 
 # ---- training
@@ -283,7 +283,7 @@ def _training(run: Run) -> Node:
 def _curves(run: Run, phase: int | None, names: dict[str, str]) -> list[Curve]:
     found = [(name, *run.series("step", name, phase)) for name in names]
     return [Curve(names[name], steps, values, smooth=name != "lr")
-            for name, steps, values in found if any(value == value for value in values)]  # fmt: skip
+            for name, steps, values in found if any(value == value for value in values)]
 
 
 def _charts(name: str, curves: list[Curve]) -> Html:
@@ -297,7 +297,7 @@ def _charts(name: str, curves: list[Curve]) -> Html:
 def _evaluation(evaluation: Evaluation, predictions: list[dict[str, Any]]) -> Html:
     paper = evaluation.paper
     head = tag("tr", tag("th", "Metric and how it was computed"), tag("th", "Value", class_="n"),
-               tag("th", "Paper", class_="n") if paper else None, tag("th", "n", class_="n"))  # fmt: skip
+               tag("th", "Paper", class_="n") if paper else None, tag("th", "n", class_="n"))
     arrow = {"higher": " ↑", "lower": " ↓"}
     rows = [
         tag("tr", tag("td", metric.title + arrow.get(metric.better or "", ""), _signature(metric.signature),
@@ -306,13 +306,13 @@ def _evaluation(evaluation: Evaluation, predictions: list[dict[str, Any]]) -> Ht
             tag("td", format_value(paper[metric.name]) if metric.name in paper else "", class_="n") if paper else None,
             tag("td", f"{metric.count:,}", class_="n"))
         for metric in evaluation.metrics
-    ]  # fmt: skip
+    ]
     return section(
         heading(evaluation),
         tag("table", tag("thead", head), tag("tbody", rows)),
         tag("p", "↑ higher is better, ↓ lower is better." + (f" {PAPER_NOTE}" if paper else ""), class_="muted"),
         _confusion(evaluation), _examples(predictions),
-    )  # fmt: skip
+    )
 
 
 def _signature(signature: str) -> Html:
@@ -339,7 +339,7 @@ def _examples(predictions: list[dict[str, Any]]) -> Node:
     chosen = [predictions[round(place * (len(predictions) - 1) / max(1, count - 1))] for place in range(count)]
     note = f"{count} of {len(predictions):,}, evenly spaced through the split, not chosen by hand."
     return (tag("h3", "Replies"), tag("p", note, class_="muted"),
-            tag("div", [_example(found) for found in chosen], class_="examples"))  # fmt: skip
+            tag("div", [_example(found) for found in chosen], class_="examples"))
 
 
 def _example(found: dict[str, Any]) -> Html:
@@ -354,15 +354,15 @@ def _example(found: dict[str, Any]) -> Html:
     sure = f" {100 * probability:.0f} %" if isinstance(probability, (int, float)) else ""
     right = true == guess
     emotion = tag("p", tag("span", "emotion", class_="who"), f"{true or 'unknown'}, predicted ",
-                  tag("span", f"{guess}{sure} {'✓' if right else '✗'}", class_="good" if right else "bad"))  # fmt: skip
+                  tag("span", f"{guess}{sure} {'✓' if right else '✗'}", class_="good" if right else "bad"))
     return tag("div", turns,
                tag("p", tag("span", "reply of the model", class_="who"), str(found.get("reply") or "(empty)"), class_="reply"),
                tag("p", tag("span", "reply of the person", class_="who"), str(found.get("reference") or "(none)")),
-               emotion, class_="example")  # fmt: skip
+               emotion, class_="example")
 
 
 def _everything(run: Run) -> Node:
     found = [("Settings, config.json", run.config), ("Manifest, manifest.json", run.manifest)]
     parts = [tag("details", tag("summary", title), tag("pre", json.dumps(values, ensure_ascii=False, indent=2)))
-             for title, values in found if values]  # fmt: skip
+             for title, values in found if values]
     return section("Everything the run recorded", parts) if parts else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from case_fast.errors import CheckpointError, DataError
 from case_fast.evaluation.evaluate import Evaluation
-from case_fast.reading import ReadReport, read_lines
+from case_fast.text_files import ReadReport, read_lines
 
 Series = tuple[list[int], list[float]]
 _SPLITS = ("test", "valid", "train")  # order of the report

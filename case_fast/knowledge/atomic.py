@@ -21,7 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.events import NORMALISATION, event_terms
 from case_fast.knowledge.source import RELATIONS, check_request, clean_inferences
-from case_fast.reading import ReadReport, read_lines, require_file
+from case_fast.text_files import ReadReport, read_lines, require_file
 
 _CHUNK = 1024  # queries a sparse product: bounds its memory to some 50 MB at 24 k events
 _SIMILARITY_STEPS = 10**6  # similarities are compared in whole steps, so that the last bits of a sum decide nothing

@@ -17,7 +17,7 @@ from typing import Any
 
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import KnowledgeSource, check_request
-from case_fast.reading import require_file
+from case_fast.text_files import require_file
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x43415345  # "CASE": tells our files from other SQLite files

@@ -17,7 +17,7 @@ import torch
 
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import check_request, clean_inferences
-from case_fast.reading import require_folder
+from case_fast.text_files import require_folder
 
 _log = logging.getLogger(__name__)
 

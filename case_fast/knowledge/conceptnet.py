@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 from case_fast.errors import ConfigError, DataError
-from case_fast.reading import ReadReport, read_lines, require_file
+from case_fast.text_files import ReadReport, read_lines, require_file
 
 EXCLUDED_RELATIONS = frozenset(
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from case_fast.reading import ReadReport, read_lines
+from case_fast.text_files import ReadReport, read_lines
 
 _SIGNED_SHARE = 0.1  # v2's values lie in -1..1, so nearly every row has a negative one; in v1 (0..1) one is a mistake
 

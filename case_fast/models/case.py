@@ -204,7 +204,7 @@ class CASE(
         if phase == 1:
             for part in (self.reaction_encoder, self.reaction_fusion, self.reaction_context_encoder, self.phi_cognition,
                          self.phi_concept, self.w_coarse, self.w_fine, self.w_aff, self.w_emo, self.fusion, self.decoder,
-                         self.output):  # fmt: skip
+                         self.output):
                 for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
                     if parameter.requires_grad:
                         self._frozen.append(parameter.requires_grad_(False))
@@ -305,7 +305,7 @@ class CASE(
         offsets = (batch.cu_knowledge, batch.concept.cu_vertices, batch.cu_context)
         memories = [Memory(rows, cu) for rows, cu in zip((knowledge, concept, fused), offsets, strict=True)]
         return Reading(knowledge, concept, context, reaction, log_cognition, log_concept, r_cog, r_emo, r_aff, gate,
-                       emotion_logits, memories)  # fmt: skip
+                       emotion_logits, memories)
 
     # ---- the objective
 
@@ -326,7 +326,7 @@ class CASE(
         return self._mim(knowledge, reactions, self.w_fine, positive, k, "fine", diagnostics)
 
     def _mim(self, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, num_negatives: int | None, name: str,
-             diagnostics: dict[str, Tensor]) -> Tensor:  # fmt: skip
+             diagnostics: dict[str, Tensor]) -> Tensor:
         seed = 0
         if num_negatives is not None:
             seed = (self.config.seed << 32) + int(self.draws)
@@ -377,14 +377,14 @@ class CASE(
             "emotion": eq.emotion_loss(reading.emotion_logits, batch.emotion),
             "generation": eq.generation_loss(nll),
             "diversity": eq.diversity_loss(nll, batch.target, self._diversity_weights(prediction)),
-        }  # fmt: skip
+        }
         alignment = eq.alignment_loss(bow, kl, coarse, fine, self.config.alpha)
         loss = eq.total_loss(alignment, losses["emotion"], losses["generation"], losses["diversity"], self.config.gammas)
         return CASEOutput(
             loss, losses, hidden, nll, prediction, reading.emotion_logits,
             reading.log_prior_cognition.exp(), log_q_cognition.exp(), reading.log_prior_concept.exp(), log_q_concept.exp(),
             reading.gate, reading.r_cog, reading.r_emo, reading.r_aff, reading.reaction, diagnostics,
-        )  # fmt: skip
+        )
 
     # ---- decoding, one word at a time (case_fast.generation drives it)
 
@@ -411,7 +411,7 @@ class CASE(
         return eq.full_precision(self.output(self._decode(words, position, state)))
 
     def next_words(self, words: Tensor, position: int, state: DecoderState, k: int, never: Sequence[int] = ()
-                   ) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   ) -> tuple[Tensor, Tensor]:
         """The k most probable next words and their log-probabilities among those not in ``never``, (B * beams, k) each.
 
         The scores are those of `next_word_logits`; log-probabilities come first, the best and then the lowest word first.

@@ -98,7 +98,7 @@ class GraphEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_embedding: Tensor | None,
-                intensity: Tensor | None = None) -> Tensor:  # fmt: skip
+                intensity: Tensor | None = None) -> Tensor:
         """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm."""
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
         relation_query = relation_key = None
@@ -111,7 +111,7 @@ class GraphEncoderLayer(nn.Module):
         attended = graph_attention(
             q, k, v, indptr, indices, relation if relation_query is not None else None, relation_query, relation_key,
             dropout_p=dropout, seed=draw_seed() if dropout else 0,
-        )  # fmt: skip
+        )
         x = self.attention_norm(x + self.dropout(self.output(attended.flatten(-2))))
         x = x + self.dropout(self.ffn(x))
         return self.ffn_norm(x if intensity is None else superimpose_intensity(x, intensity))
@@ -128,7 +128,7 @@ class GraphEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None = None,
-                intensity: Tensor | None = None) -> Tensor:  # fmt: skip
+                intensity: Tensor | None = None) -> Tensor:
         for place, layer in enumerate(self.layers):
             last = place == len(self.layers) - 1
             x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None)
@@ -229,7 +229,7 @@ class DecoderLayer(nn.Module):
             Source(attention.split(attention.key(memory.rows)), attention.split(attention.value(memory.rows)), memory.cu,
                    norm.weight, norm.bias, attention.query.weight, attention.output.weight)
             for norm, attention, memory in zip(self.cross_norm, self.cross_attention, memories, strict=True)
-        ]  # fmt: skip
+        ]
 
     def step(self, x: Tensor, layer: int, state: DecoderState) -> Tensor:
         """One word for each hypothesis: x (B * beams, d) -> (B * beams, d). The first layer makes room for it."""
@@ -240,7 +240,7 @@ class DecoderLayer(nn.Module):
             state.lengthen(key)
         keys, values = state.append(layer, key, value)
         attended = packed_attention(query, keys, values, state.cu_words, state.cu_past, key_of=state.slots,
-                                    key_length=state.past_length)  # fmt: skip
+                                    key_length=state.past_length)
         x = x + attention.output(attended.flatten(1))
         x = cross_attention(x, state.cu_beams, state.sources[layer])
         return x + self.ffn(self.ffn_norm(x))

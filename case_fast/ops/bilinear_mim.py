@@ -22,7 +22,7 @@ MOST_ROWS = 2**31  # a draw is a 32-bit word times the number of rows, in 64 bit
 
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
                  seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid", validate: bool | None = None,
-                 deterministic: bool = True) -> Tensor:  # fmt: skip
+                 deterministic: bool = True) -> Tensor:
     """loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] )
 
     with c = positive[p] (CASE, Eq. 9-12, negated). Replaces, with S = sigmoid(x @ W @ y.T), own = positive[:, None] == arange(Q),
@@ -67,7 +67,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
 
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
               seed: int = 0, score: str = "bilinear_sigmoid", validate: bool | None = None, deterministic: bool = True
-              ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """The two halves of `bilinear_mim`'s loss, log(sum over a set of exp S) - S[p, c] each, whose InfoNCE bounds Eq. 20 gives.
 
     Arguments and errors: as `bilinear_mim`.
@@ -162,7 +162,7 @@ _NUMBERS = "int? num_negatives, SymInt seed, str score, bool deterministic"  # S
 _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)")
 # Gradients of x and y, and of weight where it is given.
 _library.define(f"{FAMILY}_backward(str backend, Tensor grad_side_y, Tensor grad_side_x, {_INPUTS}, Tensor saved, {_NUMBERS}) "
-                "-> Tensor[]")  # fmt: skip
+                "-> Tensor[]")
 _forward_op = torch.ops.case_fast.bilinear_mim_forward.default
 _backward_op = torch.ops.case_fast.bilinear_mim_backward.default
 
@@ -222,7 +222,7 @@ def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
-             seed: int, score: str, deterministic: bool) -> tuple[Tensor, ...]:  # fmt: skip
+             seed: int, score: str, deterministic: bool) -> tuple[Tensor, ...]:
     x, y, weight, positive = _contiguous(x, y, weight, positive)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
@@ -233,7 +233,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
     status = backend.native.bilinear_mim_forward(
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
         *[tensor.data_ptr() for tensor in found], torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if status:
         _raise(status, positive, y.shape[0])
     return found
@@ -241,7 +241,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
 
 def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None,
               positive: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool
-              ) -> list[Tensor]:  # fmt: skip
+              ) -> list[Tensor]:
     grad_side_y, grad_side_x, x, y, weight, positive, saved = _contiguous(grad_side_y, grad_side_x, x, y, weight, positive, saved)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
@@ -256,7 +256,7 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
         *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight), saved.data_ptr(),
         grad_side_y.data_ptr(), grad_side_x.data_ptr(), *[gradient.data_ptr() for gradient in found],
         *(() if weight is not None else (0,)), torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if status:
         _raise(status, positive, y.shape[0])
     return found

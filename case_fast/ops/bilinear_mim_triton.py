@@ -48,7 +48,7 @@ def _positives(positive, p, here, rows, flag):
 @triton.jit
 def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak, flag, pairs, rows,
               DOT: tl.constexpr, ATOMIC: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-              BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+              BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """One tile's sums of exp S over its rows and its columns, without the positives; and the positives' logits.
 
     row_sum, row_peak: (tiles of y, pairs); column_sum, column_peak: (tiles of x, rows). ATOMIC: (pairs,) and (rows,).
@@ -84,7 +84,7 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
 @triton.jit
 def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_peak, own_gradient, out, flag, pairs, rows,
                    first, all_rows, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """out (pairs, rows): the loss's gradient of the scores of these rows of x with rows [first, first + rows) of y.
 
     e^S S (1 - S) (row_weight_p + column_weight_q), for "dot" row_weight_p e^(S - row_peak_p) + column_weight_q e^(S -
@@ -132,13 +132,13 @@ def _draw(slot, p, n, seed, SIDE: tl.constexpr):
     zero = slot * 0
     key = seed.to(tl.uint64)
     word, _, _, _ = tl.philox_impl(slot.to(tl.uint32), (zero + p).to(tl.uint32), (zero + SIDE).to(tl.uint32),
-                                   zero.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))  # fmt: skip
+                                   zero.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
     return ((word.to(tl.uint64) * n.to(tl.uint64)) >> 32).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negatives, steps, seed: tl.uint64,
-              BLOCK: tl.constexpr):  # fmt: skip
+              BLOCK: tl.constexpr):
     """over_y, over_x (pairs, negatives): the rows drawn; -1 where there is none to draw.
 
     members: the pairs, ordered by their row of y; start (rows + 1,): where a row's members begin; steps: bits of `pairs`.
@@ -172,7 +172,7 @@ def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negat
 
 @triton.jit
 def sampled_scores(xw, y, positive, over_y, over_x, out, rows, negatives, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
-                   BLOCK_K: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, ACC: tl.constexpr):
     """out (pairs, 1 + 2 negatives): x_p W y of the positive, of the rows of y drawn, and of its own y with the rows of x drawn.
 
     -inf where there was no row to draw; NaN for a positive that is no row of y.
@@ -202,7 +202,7 @@ def sampled_scores(xw, y, positive, over_y, over_x, out, rows, negatives, DIM: t
 
 @triton.jit
 def collect_rows(order, start, other, gradient, source, out, DIM: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-                 ACC: tl.constexpr):  # fmt: skip
+                 ACC: tl.constexpr):
     """out_i: the sum of gradient_e source[other_e] over the entries e of row i: order[start_i : start_(i + 1)]."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -236,7 +236,7 @@ def saved_elements(pairs: int, rows: int, num_negatives: int | None) -> int:
 
 
 def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, seed: int,
-            score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+            score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """side_y, side_x and the positives' logits, (P,) each, and what backward needs, (saved_elements,); float32 or float64.
 
     Args:
@@ -258,7 +258,7 @@ def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None
 
 def backward(grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
              saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool = True
-             ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+             ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, y and weight (None without it), in their dtypes; the same bits every time. As `forward`."""
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(y), None if weight is None else torch.zeros_like(weight)
@@ -336,7 +336,7 @@ def _in_batch_forward(x, y, weight, positive, num_negatives, seed, score, determ
             row_sum, column_sum = saved.new_empty((grid[1], size)), saved.new_empty((grid[0], rows))
         row_peak, column_peak = (torch.empty_like(part) if dot else part for part in (row_sum, column_sum))
         sum_tiles[grid](xw[chunk], padded, pair[chunk], logit[chunk], row_sum, row_peak, column_sum, column_peak,
-                        device_flag(), size, rows, DOT=dot, ATOMIC=atomic, **shared)  # fmt: skip
+                        device_flag(), size, rows, DOT=dot, ATOMIC=atomic, **shared)
         if dot:
             sum_y[chunk], peak_y[chunk] = _added(row_sum, row_peak)
             if first:
@@ -396,7 +396,7 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
             grid = (triton.cdiv(size, shared["BLOCK_P"]), triton.cdiv(wide, shared["BLOCK_Q"]))
             gradient_tiles[grid](xw[chunk], padded[columns], pair[chunk], row_weight[chunk], peak_y[chunk],
                                  column_weight[columns], peaks[columns], own[chunk], gradient, device_flag(), size, wide, left,
-                                 rows, DOT=dot, **shared)  # fmt: skip
+                                 rows, DOT=dot, **shared)
             grad_xw += product(gradient, y[columns], saved.dtype)
             grad_y[columns] += product(gradient.T, xw[chunk, :dim], saved.dtype)
         grad_x[chunk] = _to_inputs(grad_xw, x[chunk], weight, grad_weight)
@@ -418,7 +418,7 @@ def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, se
     draw_rows[pairs,](
         pair, members, start, over_y, over_x, device_flag(), pairs, rows, num_negatives, pairs.bit_length(),
         seed & (2**64 - 1), BLOCK=min(128, triton.next_power_of_2(num_negatives)),
-    )  # fmt: skip
+    )
     return pair, over_y, over_x
 
 
@@ -436,7 +436,7 @@ def _sampled_forward(x, y, weight, positive, num_negatives, seed, score, determi
     pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed)
     z = torch.empty((pairs, 1 + 2 * num_negatives), dtype=sum_dtype(x.dtype), device=x.device)
     sampled_scores[pairs,](xw, y, pair, over_y, over_x, z, rows, num_negatives,
-                           BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **row_options(dim, x.dtype))  # fmt: skip
+                           BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **row_options(dim, x.dtype))
     logit, z_y, z_x = z[:, 0], z[:, 1 : 1 + num_negatives], z[:, 1 + num_negatives :]
     sides = _sides(*_sampled_sums(z_y, dot)[1:], *_sampled_sums(z_x, dot)[1:], logit, dot)
     return *sides, logit.clone(), z.view(-1)

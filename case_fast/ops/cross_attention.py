@@ -91,7 +91,7 @@ class Source:
 
 
 def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source], eps: float = 1e-5, dropout_p: float = 0.0,
-                    output_dropout_p: float = 0.0, seed: int = 0, validate: bool | None = None) -> Tensor:  # fmt: skip
+                    output_dropout_p: float = 0.0, seed: int = 0, validate: bool | None = None) -> Tensor:
     """In order, for every source: hidden <- hidden + attention( layer_norm(hidden) W_query^T, key, value ) W_output^T.
 
     Replaces, for every source, with sequences padded and a mask of what is padding,
@@ -181,7 +181,7 @@ def _know(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None:
         if as_read and all(x.dtype == cu_hidden.dtype for x in (source.cu_keys, source.key_of) if x is not None):
             members = _source_members(source.floats(), source.cu_keys, source.key_of, cu_hidden, 0, 0)
             known = _Known(_depends_on(hidden, cu_hidden), key.shape[1:], tensors, [x.data_ptr() for x in tensors],
-                           [x.detach() for x in tensors], members)  # fmt: skip
+                           [x.detach() for x in tensors], members)
             object.__setattr__(source, "_known", known)
 
 
@@ -258,7 +258,7 @@ def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None
 
 
 def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], cu_keys: Sequence[Tensor],
-                    key_of: Sequence[Tensor | None]) -> None:  # fmt: skip
+                    key_of: Sequence[Tensor | None]) -> None:
     """Reads all offsets and numbers, and raises IndexError at the first that is wrong."""
     check_offsets("cu_hidden", cu_hidden, hidden.shape[0], "hidden")
     for place, (key, cu, of) in enumerate(zip(keys, cu_keys, key_of, strict=True)):
@@ -301,7 +301,7 @@ def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
 
 def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
              key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int, keep: bool
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+             ) -> tuple[Tensor, Tensor]:
     out, saved = _outputs(hidden, floats, keep)
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)
@@ -325,7 +325,7 @@ def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor],
 
 def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
               key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float, seed: int
-              ) -> list[Tensor]:  # fmt: skip
+              ) -> list[Tensor]:
     if runs == "reference":
         def plain(hidden: Tensor, *floats: Tensor) -> Tensor:
             sources = _sources(floats, cu_keys, key_of)
@@ -384,7 +384,7 @@ def _plain(device_type: str) -> ExitStack:
 
 def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
                       key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int,
-                      out: Tensor, saved: Tensor | None) -> Tensor:  # fmt: skip
+                      out: Tensor, saved: Tensor | None) -> Tensor:
     """Many rows on a GPU: torch's layer norm and products around our attention. The last source writes out."""
     rows, width = hidden.shape
     heads, dimension = floats[0].shape[1:]
@@ -411,7 +411,7 @@ def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], c
 
 def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
                        key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float,
-                       seed: int, found: list[Tensor]) -> None:  # fmt: skip
+                       seed: int, found: list[Tensor]) -> None:
     """Of `_forward_composed`, into found: the gradients of hidden and of floats."""
     rows, width = hidden.shape
     heads, dimension = floats[0].shape[1:]
@@ -436,7 +436,7 @@ def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floa
             torch.mm(grad_query.view(flat).t(), normed, out=grads[4])
             grad_normed = torch.mm(grad_query.view(flat), query_weight)
             through, *norms = torch.ops.aten.native_layer_norm_backward(grad_normed, state, (width,), mean, inverse, norm_weight,
-                                                                        norm_bias, [True] * 3)  # fmt: skip
+                                                                        norm_bias, [True] * 3)
             grad += through
             for to, norm in zip(grads[2:4], norms, strict=True):
                 to.copy_(norm)
@@ -454,13 +454,13 @@ def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: in
             status = backend.native.cross_attention_drop_cuda(
                 x.numel(), common.DTYPES[x.dtype], dropout_p, seed, x.data_ptr(), pointer(base), to.data_ptr(),
                 torch.cuda.current_stream().cuda_stream,
-            )  # fmt: skip
+            )
         if status:
             refuse(FAMILY, status)
 
 
 def _laid_out(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None]
-              ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:  # fmt: skip
+              ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
     """As the kernels read them."""
     floats = [rows_apart(x) if place % len(FLOATS) < 2 else x.contiguous() for place, x in enumerate(floats)]
     key_of = [x if x is None else x.contiguous() for x in key_of]
@@ -468,7 +468,7 @@ def _laid_out(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: 
 
 
 def _call(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None],
-          eps: float, dropout_p: float, output_dropout_p: float, seed: int) -> tuple:  # fmt: skip
+          eps: float, dropout_p: float, output_dropout_p: float, seed: int) -> tuple:
     """The members of struct case_fast_cross_attention, and those of each struct case_fast_source."""
     each, sources = len(FLOATS), []
     for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
@@ -481,7 +481,7 @@ def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], numbe
     return (
         cu_hidden.shape[0] - 1, *hidden.shape, *heads, common.DTYPES[hidden.dtype], INDEX_BITS[cu_hidden.dtype],
         cu_hidden.data_ptr(), *numbers, sources,
-    )  # fmt: skip
+    )
 
 
 def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | None, cu_hidden: Tensor, *seeds: int) -> tuple:
@@ -489,11 +489,11 @@ def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | 
     return (
         cu_keys.shape[0] - 1, key.shape[0], row_stride(key), row_stride(value), cu_keys.data_ptr(), address(key_of, cu_hidden), 0,
         key.data_ptr(), value.data_ptr(), *[x.data_ptr() for x in weights], *seeds,
-    )  # fmt: skip
+    )
 
 
 def _raise(status: int, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
-           key_of: list[Tensor | None]) -> None:  # fmt: skip
+           key_of: list[Tensor | None]) -> None:
     """The error that belongs to a status of enum case_fast_status, of source i with 16 i on top; nothing was written."""
     place, status = divmod(status, 16)
     if 7 <= status <= 10:

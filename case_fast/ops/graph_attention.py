@@ -25,7 +25,7 @@ _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
                     relation_key: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
-                    seed: int = 0, validate: bool | None = None) -> Tensor:  # fmt: skip
+                    seed: int = 0, validate: bool | None = None) -> Tensor:
     """out_i = sum_k softmax_k( scale * (q_i + relation_query[r]) . (k_k + relation_key[r]) ) v_k over the neighbours k of i.
 
     Replaces, with r the (V, V) relations and m a mask of the edges (CASE, Eq. 1-2; "ihd" and so on per head),
@@ -85,7 +85,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     elif torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
         or (relation is not None and (relation_query.requires_grad or relation_key.requires_grad))
-    ):  # fmt: skip
+    ):
         out = _GraphAttention.apply(runs, *arguments)
     else:
         out = common.call(_forward_op, _forward, runs, *arguments)[0]
@@ -96,7 +96,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
-           relation_query: Tensor | None, relation_key: Tensor | None) -> None:  # fmt: skip
+           relation_query: Tensor | None, relation_key: Tensor | None) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     shape, dtype, device = query.shape, query.dtype, query.device
     if dtype not in common.DTYPES:
@@ -148,7 +148,7 @@ def _check_index(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def _check_contents(indptr: Tensor, indices: Tensor, relation: Tensor | None, vertices: int,
-                    relation_query: Tensor | None) -> None:  # fmt: skip
+                    relation_query: Tensor | None) -> None:
     """Reads indptr, indices and relation, and raises IndexError at the first entry that names nothing."""
     edges = indices.shape[0]
     first, last = int(indptr[0]), int(indptr[-1])
@@ -174,12 +174,12 @@ def _check_contents(indptr: Tensor, indices: Tensor, relation: Tensor | None, ve
 
 _library = torch.library.Library("case_fast", "FRAGMENT")
 _INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor indptr, Tensor indices, Tensor? relation, Tensor? relation_query, "
-           "Tensor? relation_key")  # fmt: skip
+           "Tensor? relation_key")
 # out and weights (E, H): after the softmax, before dropout; float32 (float64 for float64 inputs), kept for backward.
 _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, float scale, float dropout_p, SymInt seed) -> (Tensor, Tensor)")
 # Gradients of query, key and value, and of relation_query and relation_key where they are given.
 _library.define(f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor weights, float scale, float dropout_p, "
-                "SymInt seed) -> Tensor[]")  # fmt: skip
+                "SymInt seed) -> Tensor[]")
 _forward_op = torch.ops.case_fast.graph_attention_forward.default
 _backward_op = torch.ops.case_fast.graph_attention_backward.default
 
@@ -198,7 +198,7 @@ def _gradients(*inputs: Tensor | None) -> list[Tensor]:
 
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
              relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float, seed: int
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+             ) -> tuple[Tensor, Tensor]:
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     indptr, indices = indptr.contiguous(), indices.contiguous()
     if relation is not None:
@@ -214,7 +214,7 @@ def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tenso
     pointers = (
         query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(relation_query), pointer(relation_key),
         out.data_ptr(), weights.data_ptr(),
-    )  # fmt: skip
+    )
     if query.is_cpu:
         status = backend.native.graph_attention_forward(*graph, *pointers, torch.get_num_threads())
     else:
@@ -226,7 +226,7 @@ def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tenso
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
               relation: Tensor | None, relation_query: Tensor | None, relation_key: Tensor | None, weights: Tensor,
-              scale: float, dropout_p: float, seed: int) -> list[Tensor]:  # fmt: skip
+              scale: float, dropout_p: float, seed: int) -> list[Tensor]:
     grad_out, query, key, value = grad_out.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     indptr, indices, weights = indptr.contiguous(), indices.contiguous(), weights.contiguous()
     if relation is not None:
@@ -237,14 +237,14 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
         found = triton.backward(
             grad_out, query, key, value, indptr, indices, relation, relation_query, relation_key, weights,
             scale, dropout_p, seed,
-        )  # fmt: skip
+        )
         return [x for x in found if x is not None]
     found = _gradients(query, key, value, relation_query, relation_key)
     graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
     pointers = (
         query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(relation_query), pointer(relation_key),
         weights.data_ptr(), grad_out.data_ptr(), *[x.data_ptr() for x in found], *(() if relation is not None else (0, 0)),
-    )  # fmt: skip
+    )
     if query.is_cpu:
         status = backend.native.graph_attention_backward(*graph, *pointers, torch.get_num_threads())
     else:
@@ -255,14 +255,14 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
 
 
 def _graph(query: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_query: Tensor | None,
-           scale: float, dropout_p: float, seed: int) -> tuple:  # fmt: skip
+           scale: float, dropout_p: float, seed: int) -> tuple:
     """The fields of struct case_fast_graph."""
     vertices, heads, dimension = query.shape
     relations = 0 if relation_query is None else relation_query.shape[0]
     return (
         vertices, indices.shape[0], relations, heads, dimension, common.DTYPES[query.dtype], _INDEX_BITS[indices.dtype],
         indptr.data_ptr(), indices.data_ptr(), pointer(relation), scale, dropout_p, seed,
-    )  # fmt: skip
+    )
 
 
 def _on_cuda(direction: str, device: torch.device, graph: tuple, pointers: tuple) -> int:
@@ -273,11 +273,11 @@ def _on_cuda(direction: str, device: torch.device, graph: tuple, pointers: tuple
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         call = getattr(backend.native, f"graph_attention_{direction}_cuda")
         return call(*graph, *pointers, PLAN_AUTO, workspace.data_ptr(), size, device_flag().data_ptr(),
-                    torch.cuda.current_stream().cuda_stream)  # fmt: skip
+                    torch.cuda.current_stream().cuda_stream)
 
 
 def _raise(status: int, indptr: Tensor, indices: Tensor, relation: Tensor | None, vertices: int,
-           relation_query: Tensor | None) -> None:  # fmt: skip
+           relation_query: Tensor | None) -> None:
     """The error that belongs to a status of enum case_fast_status; nothing was written."""
     if status in (1, 2, 3):
         _check_contents(indptr, indices, relation, vertices, relation_query)  # says which entry

@@ -67,13 +67,13 @@ def _dropped(weight, edge, head, seed, drop_below, kept_scale):
     zero = low * 0
     key = seed.to(tl.uint64)
     word, _, _, _ = tl.philox_impl(low, (edge >> 32).to(tl.uint32), zero + head.to(tl.uint32), zero,
-                                   key.to(tl.uint32), (key >> 32).to(tl.uint32))  # fmt: skip
+                                   key.to(tl.uint32), (key >> 32).to(tl.uint32))
     return tl.where(word.to(tl.int64) >= drop_below, weight * tl.full((), kept_scale, weight.dtype), 0.0)
 
 
 @triton.jit
 def _relation_sums(table, at, score, order, relation, head, begin, end, edges, relations, HEADS: tl.constexpr,
-                   BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ORDERED: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                   BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, ORDERED: tl.constexpr, ACC: tl.constexpr):
     """table[at, head, r]: the sum of ``score`` over those edges of [begin, end) that have relation r."""
     for first in range(0, relations, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
@@ -96,7 +96,7 @@ def _relation_sums(table, at, score, order, relation, head, begin, end, edges, r
 def forward_rows(query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, flag,
                  vertices, edges, relations, scale: tl.float64, seed: tl.uint64, drop_below: tl.int64, kept_scale: tl.float64,
                  HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-                 RELATION: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                 RELATION: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr):
     """out (V, H, D) and the softmax weights before dropout (E, H)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -146,7 +146,7 @@ def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key,
                   vertices, edges, relations, scale: tl.float64, seed: tl.uint64, drop_below: tl.int64, kept_scale: tl.float64,
                   HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
                   BLOCK_R: tl.constexpr, RELATION: tl.constexpr, DROPOUT: tl.constexpr,
-                  ACC: tl.constexpr):  # fmt: skip
+                  ACC: tl.constexpr):
     """dscore = scale p (dp - sum p dp) (E, H), grad_query (V, H, D), and dscore summed by relation (V, H, R)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -184,7 +184,7 @@ def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key,
     if RELATION:
         tl.debug_barrier()
         _relation_sums(table, row, dscore, indices, relation, head, begin, end, edges, relations, HEADS, BLOCK_E, BLOCK_R,
-                       False, ACC)  # fmt: skip
+                       False, ACC)
 
 
 @triton.jit(do_not_specialize=["seed", "drop_below"])
@@ -192,7 +192,7 @@ def backward_columns(query, grad_out, column_start, column_edge, column_row, rel
                      grad_key, grad_value, table, flag, vertices, edges, relations, seed: tl.uint64, drop_below: tl.int64,
                      kept_scale: tl.float64, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                      BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RELATION: tl.constexpr, DROPOUT: tl.constexpr,
-                     ACC: tl.constexpr):  # fmt: skip
+                     ACC: tl.constexpr):
     """grad_key, grad_value (V, H, D) of the vertex that the edges of a column lead to, and dscore summed by relation."""
     column = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -220,12 +220,12 @@ def backward_columns(query, grad_out, column_start, column_edge, column_row, rel
     tl.store(grad_value + at, total_value.to(grad_value.dtype.element_ty), mask=d < DIM)
     if RELATION:
         _relation_sums(table, column, dscore, column_edge, relation, head, begin, end, edges, relations, HEADS, BLOCK_E,
-                       BLOCK_R, True, ACC)  # fmt: skip
+                       BLOCK_R, True, ACC)
 
 
 @triton.jit
 def relation_part(table, x, relation_x, part, vertices, relations, chunk, HEADS: tl.constexpr, DIM: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
     """part[c, r, h] = sum of table[i, h, r] (x[i, h] + relation_x[r, h]) over the vertices i of chunk c."""
     number = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -278,7 +278,7 @@ def _dropout(dropout_p: float, seed: int) -> dict:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
             relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float,
-            seed: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+            seed: int) -> tuple[Tensor, Tensor]:
     """out (V, H, D), and the softmax weights before dropout (E, H) that backward needs.
 
     All tensors contiguous, of one device and checked; indptr, indices and relation of one integer dtype.
@@ -299,7 +299,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: 
         forward_rows[vertices, heads](
             query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, device_flag(),
             vertices, edges, relations, scale, RELATION=relation is not None, **_dropout(dropout_p, seed), **sizes,
-        )  # fmt: skip
+        )
     return out, weights
 
 
@@ -318,7 +318,7 @@ def by_column(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
              relation: Tensor | None, relation_query: Tensor | None, relation_key: Tensor | None, weights: Tensor,
              scale: float, dropout_p: float, seed: int, columns: tuple[Tensor, Tensor, Tensor] | None = None
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, relation_query, relation_key (the last two None without relations).
 
     As `forward`; ``columns`` is `by_column(indptr, indices)`, for callers that keep it.
@@ -335,10 +335,10 @@ def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr
     by_row_table, by_column_table = weights.new_empty((2, vertices, heads, relations))
     grid = (vertices, heads)
     backward_rows[grid](grad_out, key, value, indptr, indices, relation, relation_key, weights, dscore, grads[0],
-                        by_row_table, scale=scale, **shared)  # fmt: skip
+                        by_row_table, scale=scale, **shared)
     start, edge, row = by_column(indptr, indices) if columns is None else columns
     backward_columns[grid](query, grad_out, start, edge, row, relation, relation_query, weights, dscore, grads[1], grads[2],
-                           by_column_table, **shared)  # fmt: skip
+                           by_column_table, **shared)
     if relation is None:
         return *grads, None, None
 

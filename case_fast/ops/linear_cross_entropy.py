@@ -22,7 +22,7 @@ _INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, keep_bytes: int = 64 << 20,
-                         cu_target: Tensor | None = None, validate: bool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                         cu_target: Tensor | None = None, validate: bool | None = None) -> tuple[Tensor, Tensor]:
     """nll_m = log sum_v exp z_tv - z_ty with z = hidden @ weight.T + bias, for each target word y = target[m] of row t.
 
     Replaces ``z = F.linear(hidden, weight, bias); F.cross_entropy(z, target, reduction="none"), z.argmax(1)`` by one pass over
@@ -186,7 +186,7 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor? cu_
 _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
 # Those gradients of hidden, weight and bias that are wanted.
 _library.define(f"{FAMILY}_backward(str backend, Tensor grad_nll, {_INPUTS}, Tensor state, Tensor kept, bool[] wanted) "
-                "-> Tensor[]")  # fmt: skip
+                "-> Tensor[]")
 _library.define("top_words(str backend, Tensor hidden, Tensor weight, Tensor bias, int k) -> (Tensor, Tensor)")
 _forward_op = torch.ops.case_fast.linear_cross_entropy_forward.default
 _backward_op = torch.ops.case_fast.linear_cross_entropy_backward.default
@@ -228,11 +228,11 @@ def _call(hidden: Tensor, weight: Tensor, target: Tensor, cu_target: Tensor | No
     return (
         rows, weight.shape[0], target.shape[0], dim, common.DTYPES[hidden.dtype], _INDEX_BITS[target.dtype],
         target.data_ptr(), pointer(cu_target),
-    )  # fmt: skip
+    )
 
 
 def _forward(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None, keep: bool
-             ) -> tuple[Tensor, ...]:  # fmt: skip
+             ) -> tuple[Tensor, ...]:
     hidden, weight, bias, target, cu_target = _contiguous(hidden, weight, bias, target, cu_target)
     if runs == "triton":
         from case_fast.ops import linear_cross_entropy_triton as triton
@@ -242,14 +242,14 @@ def _forward(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: Te
     status = backend.native.linear_cross_entropy_forward(
         *_call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), nll.data_ptr(),
         prediction.data_ptr(), state.data_ptr(), kept.data_ptr() if keep else 0, torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if status:
         _raise(status, target, cu_target, weight.shape[0])
     return found
 
 
 def _backward(runs: str, grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
-              cu_target: Tensor | None, state: Tensor, kept: Tensor, wanted: list[bool]) -> list[Tensor]:  # fmt: skip
+              cu_target: Tensor | None, state: Tensor, kept: Tensor, wanted: list[bool]) -> list[Tensor]:
     grad_nll, hidden, weight, bias = _contiguous(grad_nll, hidden, weight, bias)
     target, cu_target, state, kept = _contiguous(target, cu_target, state, kept)
     if runs == "triton":
@@ -262,7 +262,7 @@ def _backward(runs: str, grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias:
         *_call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), state.data_ptr(),
         kept.data_ptr() if kept.numel() else 0, grad_nll.data_ptr(), *[next(given).data_ptr() if w else 0 for w in wanted],
         torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if status:
         _raise(status, target, cu_target, weight.shape[0])
     return found
@@ -279,7 +279,7 @@ def _top_words(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, k: int) 
     status = backend.native.top_words(
         rows, weight.shape[0], k, dim, common.DTYPES[hidden.dtype], hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(),
         value.data_ptr(), word.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    )
     if status:
         _raise(status, word[:0, 0], None, weight.shape[0])
     return found

@@ -57,7 +57,7 @@ def _targets_of(cu_target, t, targets, flag):
 
 @triton.jit
 def _scores(hidden, weight, bias, kept, t, v, rows, words, KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr,
-            BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+            BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """(BLOCK_T, BLOCK_V): z of rows t and words v; -inf past the last word. kept (rows, words): the products, where KEPT."""
     if KEPT:
         at = t.to(tl.int64)[:, None] * words + v[None, :]
@@ -70,7 +70,7 @@ def _scores(hidden, weight, bias, kept, t, v, rows, words, KEPT: tl.constexpr, D
 
 @triton.jit
 def _target_scores(hidden, weight, bias, t, y, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                   ACC: tl.constexpr):  # fmt: skip
+                   ACC: tl.constexpr):
     """(BLOCK_M,): z of row t and words y; 0 where y is -1."""
     z = row_products(hidden + t * DIM, weight, y.to(tl.int64), tl.arange(0, BLOCK_K), DIM, BLOCK_M, BLOCK_K, ACC)
     return z + tl.load(bias + y, mask=y >= 0, other=0.0).to(ACC)
@@ -89,7 +89,7 @@ def _peak(z):
 @triton.jit
 def sum_tiles(hidden, weight, bias, target, score, peak, total, word, kept, flag, rows, words, ONE: tl.constexpr,
               KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-              PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+              PRECISION: tl.constexpr, ACC: tl.constexpr):
     """Of one tile, (tiles of words, rows): the greatest z, its word, and the sum of exp(z - greatest).
 
     peak is NaN where a z is, and word then the first such. score (rows,): z of the target, ONE a row.
@@ -120,7 +120,7 @@ def sum_tiles(hidden, weight, bias, target, score, peak, total, word, kept, flag
 
 @triton.jit
 def join_tiles(peak, total, word, target, nll, prediction, state, rows, words, tiles, ONE: tl.constexpr, BLOCK_T: tl.constexpr,
-               BLOCK_C: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+               BLOCK_C: tl.constexpr, ACC: tl.constexpr):
     """prediction (rows,), state (rows, 2): the greatest z of a row, and lse less that; nll from the targets' z, ONE a row."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     here = t < rows
@@ -157,7 +157,7 @@ def join_tiles(peak, total, word, target, nll, prediction, state, rows, words, t
 
 @triton.jit
 def target_losses(hidden, weight, bias, target, cu_target, state, nll, flag, rows, words, targets, DIM: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                  BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr, ACC: tl.constexpr):
     """nll of the targets of one row; of those that are no word it stays as it was."""
     t = tl.program_id(0).to(tl.int64)
     begin, end = _targets_of(cu_target, t, targets, flag)
@@ -177,7 +177,7 @@ def target_losses(hidden, weight, bias, target, cu_target, state, nll, flag, row
 @triton.jit
 def row_gradients(hidden, weight, bias, target, cu_target, state, grad_nll, scale, active, own, flag, words, targets,
                   DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr,
-                  ACC: tl.constexpr):  # fmt: skip
+                  ACC: tl.constexpr):
     """Of one row with any number of targets: the sum of their grad_nll, whether one is not 0, and own_m, the gradient of z at
     target m: the same number for each of several equal targets."""
     t = tl.program_id(0).to(tl.int64)
@@ -210,7 +210,7 @@ def row_gradients(hidden, weight, bias, target, cu_target, state, grad_nll, scal
 @triton.jit
 def gradient_tiles(hidden, weight, bias, target, state, scale, active, kept, out, flag, rows, words, left, wide, stride,
                    ONE: tl.constexpr, KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """out (rows, stride): the gradient of z at words [left, left + wide), of which ``words`` are in all; 0 in rows not active.
 
     scale_t exp(z - lse), less scale_t at the target where it is ONE a row. kept (rows, words): z less bias, else z is made again.
@@ -235,7 +235,7 @@ def gradient_tiles(hidden, weight, bias, target, state, scale, active, kept, out
 
 @triton.jit
 def place_targets(target, cu_target, own, out, flag, words, targets, left, wide, stride, BLOCK_M: tl.constexpr,
-                  SPREAD: tl.constexpr):  # fmt: skip
+                  SPREAD: tl.constexpr):
     """out_t,y = own_m for the targets of one row among words [left, left + wide)."""
     t = tl.program_id(0).to(tl.int64)
     begin, end = _targets_of(cu_target, t, targets, flag)
@@ -286,7 +286,7 @@ def _numbered(number):
 @triton.jit
 def best_of_tiles(hidden, weight, bias, peak, total, number, word, rows, words, tiles, k, DIM: tl.constexpr,
                   BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-                  ACC: tl.constexpr):  # fmt: skip
+                  ACC: tl.constexpr):
     """Of one tile: peak, total (rows, tiles), as `sum_tiles`; number, word (rows, tiles, k): its greatest z in order, as whole
     numbers. Where it has fewer words than k, the rest have the least number."""
     tile = tl.program_id(1)
@@ -353,7 +353,7 @@ def of_targets(dim: int, dtype: torch.dtype) -> dict:
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None, keep: bool
-            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll (M,), prediction (T,), state (T, 2): the greatest z of a row and lse less that, kept (T * V,): z less bias, or empty.
 
     Args:
@@ -388,19 +388,19 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_tar
         own = chunk if one else slice(None)
         grid = (triton.cdiv(size, shared["BLOCK_T"]), count)
         sum_tiles[grid](hidden[chunk], weight, bias, target[own], nll[own], peak, total, word, kept[chunk] if keep else hidden,
-                        device_flag(), size, words, ONE=one, KEPT=keep, **shared)  # fmt: skip
+                        device_flag(), size, words, ONE=one, KEPT=keep, **shared)
         join_tiles[triton.cdiv(size, 16),](peak, total, word, target[own], nll[own], prediction[chunk], state[chunk], size, words,
                                            count, ONE=one, BLOCK_T=16, BLOCK_C=min(64, triton.next_power_of_2(count)),
-                                           ACC=shared["ACC"])  # fmt: skip
+                                           ACC=shared["ACC"])
     if not one:
         target_losses[rows, SPREAD](hidden, weight, bias, target, cu_target, state, nll, device_flag(), rows, words, targets,
-                                    **of_targets(dim, hidden.dtype))  # fmt: skip
+                                    **of_targets(dim, hidden.dtype))
     kept = kept.view(-1)
     return nll, prediction, state, kept
 
 
 def backward(grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None,
-             state: Tensor, kept: Tensor, wanted: list[bool]) -> list[Tensor]:  # fmt: skip
+             state: Tensor, kept: Tensor, wanted: list[bool]) -> list[Tensor]:
     """Those gradients of hidden, weight and bias that are wanted, in their dtypes; the same bits every time. As `forward`."""
     rows, words = hidden.shape[0], weight.shape[0]
     grads = [torch.empty_like(x) if w else None for x, w in zip((hidden, weight, bias), wanted, strict=True)]
@@ -425,7 +425,7 @@ def _backward(grad_nll, hidden, weight, bias, target, cu_target, state, kept, gr
         scale, own = torch.empty(rows, **full), torch.empty(targets, **full)
         active = torch.empty(rows, dtype=torch.int8, device=hidden.device)
         row_gradients[rows, SPREAD](hidden, weight, bias, target, cu_target, state, grad_nll, scale, active, own, device_flag(),
-                                    words, targets, **of_targets(dim, hidden.dtype))  # fmt: skip
+                                    words, targets, **of_targets(dim, hidden.dtype))
     takes_part = active.view(torch.bool).unsqueeze(1)
     left_factor = torch.where(takes_part, hidden, 0)  # a NaN in a row that takes no part would come through 0 * NaN
 
@@ -446,10 +446,10 @@ def _backward(grad_nll, hidden, weight, bias, target, cu_target, state, kept, gr
             grid = (triton.cdiv(size, shared["BLOCK_T"]), triton.cdiv(count, shared["BLOCK_V"]))
             gradient_tiles[grid](hidden[chunk], weight, bias, target[chunk] if one else target, state[chunk], scale[chunk],
                                  active[chunk], hidden if kept is None else kept[chunk], block, device_flag(), size, words, left,
-                                 count, wide, ONE=one, KEPT=kept is not None, **shared)  # fmt: skip
+                                 count, wide, ONE=one, KEPT=kept is not None, **shared)
             if not one:
                 place_targets[size, SPREAD](target, cu_target[first:], own, block, device_flag(), words, targets, left, count,
-                                            wide, BLOCK_M=16, SPREAD=SPREAD)  # fmt: skip
+                                            wide, BLOCK_M=16, SPREAD=SPREAD)
             gradient = block[:size, :count]
             if grad_hidden is not None:
                 _add_product(hidden_sum[chunk], gradient, weight[columns], first_time=left == 0)

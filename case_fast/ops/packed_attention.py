@@ -25,7 +25,7 @@ INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
                      scale: float | None = None, dropout_p: float = 0.0, seed: int = 0, key_of: Tensor | None = None,
-                     key_length: Tensor | None = None, validate: bool | None = None) -> Tensor:  # fmt: skip
+                     key_length: Tensor | None = None, validate: bool | None = None) -> Tensor:
     """out_i = sum_j softmax_j( scale * q_i . k_j ) v_j over the keys j of i's own sequence, per head.
 
     Replaces, for sequences padded to (B, H, n, D) and (B, H, m, D) with a mask of what is padding,
@@ -96,7 +96,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
-           key_length: Tensor | None) -> None:  # fmt: skip
+           key_length: Tensor | None) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     shape, dtype, device = query.shape, query.dtype, query.device
     if dtype not in common.DTYPES:
@@ -112,11 +112,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: 
         check_index("key_length", key_length, device)
         if key_length.shape[0] != cu_key.shape[0] - 1:
             raise ValueError(f"key_length must be ({cu_key.shape[0] - 1},), a number for each sequence of cu_key, not "
-                             f"{tuple(key_length.shape)}")  # fmt: skip
+                             f"{tuple(key_length.shape)}")
 
 
 def _check_contents(query: Tensor, key: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
-                    key_length: Tensor | None) -> None:  # fmt: skip
+                    key_length: Tensor | None) -> None:
     """Reads all offsets and numbers, and raises IndexError at the first that is wrong."""
     check_offsets("cu_query", cu_query, query.shape[0], "query")
     check_offsets("cu_key", cu_key, key.shape[0], "key")
@@ -139,7 +139,7 @@ def check_float(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def check_sequences(query_name: str, cu_query: Tensor, key_name: str, cu_key: Tensor, of_name: str, key_of: Tensor | None,
-                    device: torch.device) -> None:  # fmt: skip
+                    device: torch.device) -> None:
     """What is known of offsets without reading them."""
     for name, cu in ((query_name, cu_query), (key_name, cu_key)):
         check_index(name, cu, device)
@@ -149,12 +149,12 @@ def check_sequences(query_name: str, cu_query: Tensor, key_name: str, cu_key: Te
     if key_of is None:
         if cu_key.shape[0] != cu_query.shape[0]:
             raise ValueError(f"{key_name} must be ({sequences + 1},) as {query_name}, not {tuple(cu_key.shape)}; "
-                             f"{of_name} would say which keys each sequence attends to")  # fmt: skip
+                             f"{of_name} would say which keys each sequence attends to")
         return
     check_index(of_name, key_of, device)
     if key_of.shape[0] != sequences:
         raise ValueError(f"{of_name} must be ({sequences},), a number for each sequence of {query_name}, not "
-                         f"{tuple(key_of.shape)}")  # fmt: skip
+                         f"{tuple(key_of.shape)}")
     if sequences and cu_key.shape[0] == 1:
         raise IndexError(f"{of_name} names sequences of {key_name}, which has none")
 
@@ -217,7 +217,7 @@ _NUMBERS = "bool causal, float scale, float dropout_p, int seed"
 _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)")
 # Gradients of query, key and value.
 _library.define(f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_NUMBERS}) -> "
-                "(Tensor, Tensor, Tensor)")  # fmt: skip
+                "(Tensor, Tensor, Tensor)")
 _forward_op = torch.ops.case_fast.packed_attention_forward.default
 _backward_op = torch.ops.case_fast.packed_attention_backward.default
 
@@ -259,7 +259,7 @@ def row_stride(x: Tensor) -> int:
 
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
              key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+             ) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(query)
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         _check_contents(query, key, cu_query, cu_key, key_of, key_length)
@@ -284,7 +284,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, offsets: tuple, numbers: t
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor,
               key_of: Tensor | None, key_length: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float,
-              dropout_p: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+              dropout_p: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     if runs == "reference":
         numbers = (causal, scale, dropout_p, seed, key_of, key_length)
         return plain_gradients(
@@ -293,12 +293,12 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
     query, key, value = rows_apart(query), rows_apart(key), rows_apart(value)
     found = _gradients(query, key, value)
     attend_backward(grad_out.contiguous(), query, key, value, (cu_query, cu_key, key_of, key_length), out.contiguous(),
-                    lse.contiguous(), (causal, scale, dropout_p, seed), found)  # fmt: skip
+                    lse.contiguous(), (causal, scale, dropout_p, seed), found)
     return found
 
 
 def attend_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, offsets: tuple, out: Tensor, lse: Tensor,
-                    numbers: tuple, into: tuple[Tensor, ...]) -> None:  # fmt: skip
+                    numbers: tuple, into: tuple[Tensor, ...]) -> None:
     """Backward by the native module, as `attend`; grad_out contiguous, query, key and value as `rows_apart` makes them."""
     offsets = _contiguous(*offsets)
     call = _call(query, key, value, *offsets, *numbers)
@@ -321,7 +321,7 @@ def on_cuda(name: str, device: torch.device, call: tuple, of_workspace: tuple, a
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         launch = getattr(backend.native, f"{name}_cuda")
         return launch(*call, *arguments, workspace.data_ptr(), size, device_flag().data_ptr(),
-                      torch.cuda.current_stream().cuda_stream)  # fmt: skip
+                      torch.cuda.current_stream().cuda_stream)
 
 
 def plain_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, ...]:
@@ -336,7 +336,7 @@ def _contiguous(*indices: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
-          key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int) -> tuple:  # fmt: skip
+          key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int) -> tuple:
     """The fields of struct case_fast_attention."""
     rows, heads, dimension = query.shape
     return (
@@ -344,11 +344,11 @@ def _call(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: T
         INDEX_BITS[cu_query.dtype], causal, cu_query.data_ptr(), cu_key.data_ptr(), address(key_of, cu_query),
         pointer(key_length),
         row_stride(query), row_stride(key), row_stride(value), scale, dropout_p, seed,
-    )  # fmt: skip
+    )
 
 
 def _raise(status: int, query: Tensor, key: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
-           key_length: Tensor | None) -> None:  # fmt: skip
+           key_length: Tensor | None) -> None:
     """The error that belongs to a status of enum case_fast_status; nothing was written."""
     if 7 <= status <= 10:
         _check_contents(query, key, cu_query, cu_key, key_of, key_length)  # says which entry

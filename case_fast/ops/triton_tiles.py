@@ -11,7 +11,7 @@ ENOUGH = 128  # programs below which tiles are made smaller
 
 @triton.jit
 def products(left, right, i, j, rows, columns, DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """(BLOCK_I, BLOCK_J): the products of rows i of ``left`` and j of ``right``; places past the end repeat the last row."""
     k = tl.arange(0, BLOCK_K)
     a = left + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * DIM + k[None, :]

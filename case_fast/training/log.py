@@ -97,7 +97,7 @@ class Display:
             self._bars = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(),
                 status, console=console, expand=True,
-            )  # fmt: skip
+            )
         self._task: TaskID | None = None
         self._title, self._printed = "", time.monotonic()
 

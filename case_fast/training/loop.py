@@ -104,7 +104,7 @@ class Trainer:
     """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over both phases."""
 
     def __init__(self, store: Store, run: RunFolder, config: TrainConfig, device: torch.device, display: Display,
-                 stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):  # fmt: skip
+                 stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):
         self.store, self.run, self.config, self.device = store, run, config, device
         self.display, self.stop, self.pool = display, stop, pool
         self.sampler = Sampler(store.size("train"), config.batch_size, config.seed)
@@ -199,7 +199,7 @@ class Trainer:
                 if self.stop.signal:
                     path = self._save()
                     raise Interrupted(f"stopped by {self.stop.signal} after step {self.step}; the state is in {path}. "
-                                      f"Continue with the same command and --resume")  # fmt: skip
+                                      f"Continue with the same command and --resume")
                 if self.step and self.step % self.config.checkpoint_every == 0:
                     self._save()
                 self._train_step()
@@ -309,7 +309,7 @@ class Trainer:
         self.log.write("failure", self.phase, step, losses=losses, grad_norm=norm)
         what = f"loss {losses['loss']}" if not math.isfinite(losses["loss"]) else f"norm of the gradients {norm}"
         raise NotFinite(f"step {step}: {what}; nothing was changed by this step. Batch and losses are in {path}; "
-                        "the last checkpoint is untouched")  # fmt: skip
+                        "the last checkpoint is untouched")
 
     # ---- numbers of the latest steps
 
@@ -333,7 +333,7 @@ class Trainer:
             "step", phase, self.step, loss=means.pop("loss"), losses=means, lr=lr, grad_norm=norm,
             diagnostics={name: float(value) for name, value in output.diagnostics.items()},
             examples_per_second=round(dialogues, 2), words_per_second=round(words, 1), **peak_memory(self.device),
-        )  # fmt: skip
+        )
 
     # ---- validation
 
@@ -365,7 +365,7 @@ class Trainer:
             "loss": sums.pop("loss") / self.valid_size,
             "losses": {name: value / self.valid_size for name, value in sums.items()} | {"generation": mean},
             "examples": self.valid_size, "target_words": tokens,
-        }  # fmt: skip
+        }
         if not math.isfinite(mean):
             path = self.run.dump(self.step, {"phase": 2, "split": "valid", "metrics": metrics})
             raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")

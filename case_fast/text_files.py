@@ -1,0 +1,145 @@
+"""Reading other people's text files: one strict line reader, one report of what was skipped.
+
+Every reader of the package goes through `read_lines`, so that bad UTF-8, NUL bytes and endless lines mean the same
+thing everywhere: a counted, line-numbered skip, never a silent loss and never a crash half way through a large file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from case_fast.errors import DataError
+
+MAX_LINE_BYTES = 1 << 20  # no real row of any supported format comes near 1 MiB
+_HOPELESS_LINE_BYTES = 1 << 28  # no text at all, such as a few kilobytes that unpack to terabytes of zeros
+_SHOWN_PER_REASON = 5
+
+
+@dataclass
+class ReadReport:
+    """What a reader took and what it left out.
+
+    ``rows`` kept; ``skipped``: malformed rows by reason, with their first line numbers in ``lines``; ``ignored``: sound
+    rows that were not asked for (another language, another relation, ...); ``notes``: anything done to the values.
+    """
+
+    path: str
+    rows: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    lines: dict[str, list[int]] = field(default_factory=dict)
+    ignored: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def skip(self, reason: str, line: int) -> None:
+        self.skipped[reason] += 1
+        shown = self.lines.setdefault(reason, [])
+        if len(shown) < _SHOWN_PER_REASON:
+            shown.append(line)
+
+    def require_rows(self, expected: str) -> None:
+        """Raise `DataError` if nothing usable was read; ``expected`` describes a good row."""
+        if self.rows == 0:
+            left_out = [*self.skipped.items(), *self.ignored.items()]
+            why = "; ".join(f"{reason}: {count}" for reason, count in left_out) or "the file is empty"
+            raise DataError(self.path, f"no usable row ({why})", f"Expected {expected}")
+
+    def summary(self) -> str:
+        text = f"{self.path}: {self.rows:,} rows"
+        for reason, count in self.skipped.most_common():
+            numbers = ", ".join(map(str, self.lines[reason])) + (", …" if count > _SHOWN_PER_REASON else "")
+            text += f"; skipped {count:,} ({reason}; line{'s' if count > 1 else ''} {numbers})"
+        if self.ignored:
+            text += "; not needed " + ", ".join(f"{count:,} ({reason})" for reason, count in self.ignored.most_common())
+        return "; ".join([text, *self.notes])
+
+    def as_dict(self) -> dict:
+        return {
+            "path": self.path,
+            "rows": self.rows,
+            "skipped": dict(self.skipped),
+            "lines": dict(self.lines),
+            "ignored": dict(self.ignored),
+            "notes": list(self.notes),
+        }
+
+
+def require_file(path: str | Path, what: str, remedy: str = "") -> Path:
+    """The path of an existing regular file, or a `DataError` that names what was looked for."""
+    path = Path(path)
+    if not path.is_file():
+        problem = f"{what} is a folder, not a file" if path.is_dir() else f"{what} not found"
+        raise DataError(path, problem, remedy or "Check the path")
+    return path
+
+
+def require_folder(path: str | Path, what: str, remedy: str = "") -> Path:
+    """The path of an existing folder, or a `DataError` that names what was looked for."""
+    path = Path(path)
+    if not path.is_dir():
+        problem = f"{what} is a file, not a folder" if path.exists() else f"{what} not found"
+        raise DataError(path, problem, remedy or "Check the path")
+    return path
+
+
+def read_json(path: str | Path, what: str, remedy: str) -> Any:
+    """The value in a JSON file of ours, or a `DataError` that says what it should have been."""
+    path = require_file(path, what, remedy)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(path, f"{what} is damaged ({error})", remedy) from error
+
+
+def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = None) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without line end) in bounded memory; ``.gz`` is unpacked on the way.
+
+    Lines that are not UTF-8, hold a NUL byte or are longer than `MAX_LINE_BYTES` are counted in ``report`` and passed
+    over. ``stream`` reads from an open binary stream (an archive's member) in place of the file.
+
+    Raises:
+        DataError: the file is missing, its compression is damaged, or a line does not end within 256 MiB.
+    """
+    if stream is None:
+        path = require_file(path, "input file")
+        try:
+            stream = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+        except OSError as error:
+            raise DataError(path, f"cannot be opened ({error.strerror or error})", "Check its permissions") from error
+    number = 0
+    with stream:
+        while True:
+            number += 1
+            try:
+                raw = stream.readline(MAX_LINE_BYTES)
+                if not raw:
+                    return
+                if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                    length = len(raw)
+                    while raw and not raw.endswith(b"\n"):
+                        raw = stream.readline(MAX_LINE_BYTES)
+                        length += len(raw)
+                        if length > _HOPELESS_LINE_BYTES:
+                            raise DataError(path, f"a line of more than {_HOPELESS_LINE_BYTES >> 20} MiB: not a text file",
+                                            "Check which file this is", number)
+                    report.skip(f"line longer than {MAX_LINE_BYTES} bytes", number)
+                    continue
+            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+                raise DataError(path, f"damaged file ({error})", "Download it again", number) from error
+            raw = raw.rstrip(b"\r\n")
+            if b"\0" in raw:
+                report.skip("NUL byte", number)
+                continue
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                report.skip("not UTF-8", number)
+                continue
+            yield number, text.removeprefix("\ufeff") if number == 1 else text

@@ -1,0 +1,216 @@
+"""Packing examples: every field of a batch against a slow loop in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_examples, split_rows, tensors
+from torch import Tensor
+
+from case_fast.batch import Batch, Graphs
+from case_fast.data.empathetic_dialogues import Turn
+from case_fast.data.featurizer import Example, FeatureSettings, Featurizer, TextTable
+from case_fast.data.pack import make_batch
+from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER, SPECIALS, Vocabulary
+
+
+def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
+    """The fields of the batch as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
+    out: dict[str, list] = {item.name: [] for item in fields(Batch) if item.name != "size"}
+    for name in out:
+        if name.startswith("cu_"):
+            out[name] = [0]
+    graphs = {name: {item.name: [] for item in fields(Graphs)} for name in ("cognition", "concept")}
+    for graph in graphs.values():
+        graph["indptr"], graph["cu_vertices"] = [0], [0]
+    text_row: dict[int, int] = {}
+    used = {int(t) for e in examples for t in [*e.sub_utterance, *e.knowledge]}
+    for text in sorted(used):
+        text_row[text] = len(text_row)
+        out["text"] += [CLS, *texts.tokens(text).tolist()]
+        out["cu_text"].append(len(out["text"]))
+
+    for dialogue, e in enumerate(examples):
+        context, response = e.context.tolist(), e.response.tolist()
+        first_position = len(out["context"])
+        out["context"] += [CLS, *context]
+        out["context_role"] += [SPEAKER, *e.context_role.tolist()]
+        out["cu_context"].append(len(out["context"]))
+        positions = list(range(first_position, len(out["context"])))
+        out["response"] += [CLS, *response]
+        out["response_role"] += [LISTENER] * (1 + len(response))
+        out["cu_response"].append(len(out["response"]))
+        out["decoder_input"] += [BOS, *response]
+        out["target"] += [*response, EOS]
+        out["cu_target"].append(len(out["target"]))
+        out["emotion"].append(e.emotion)
+
+        subs, knowledge = e.sub_utterance.tolist(), e.knowledge.tolist()
+        first_vertex = len(out["cognition_text"])
+        out["cognition_text"] += [text_row[t] for t in subs + knowledge]
+        row_of_text: dict[int, int] = {}
+        for sub, text in enumerate(subs):
+            if text in row_of_text:
+                continue
+            row_of_text[text] = len(out["reaction_dialogue"])
+            said = [t for t, s in zip(e.reaction.tolist(), e.reaction_sub.tolist(), strict=True) if s == sub]
+            row = [word for t in said for word in texts.tokens(t).tolist()]
+            out["reaction"] += row
+            out["cu_reaction"].append(len(out["reaction"]))
+            out["has_reaction"].append(bool(row))
+            out["reaction_dialogue"].append(dialogue)
+            out["reaction_context"] += positions
+            out["cu_reaction_context"].append(len(out["reaction_context"]))
+        out["reaction_first"].append(row_of_text[subs[0]])
+        for place, sub in enumerate(e.knowledge_sub.tolist()):
+            out["knowledge"].append(first_vertex + len(subs) + place)
+            out["knowledge_dialogue"].append(dialogue)
+            out["knowledge_reaction"].append(row_of_text[subs[sub]])
+        out["cu_knowledge"].append(len(out["knowledge"]))
+
+        out["concept_word"] += [CLS, *context, *e.concept.tolist()]
+        out["concept_position"] += [*range(1 + len(context)), *e.concept_position.tolist()]
+        out["concept_type"] += [0] * (1 + len(context)) + [1] * len(e.concept)
+        out["concept_intensity"] += [0.0, *e.context_intensity.tolist(), *e.concept_intensity.tolist()]
+        for name, graph in graphs.items():
+            csr = getattr(e, f"{name}_graph")
+            vertices = len(csr.indptr) - 1
+            first, edges = graph["cu_vertices"][-1], len(graph["indices"])
+            for vertex in range(vertices):
+                graph["indptr"].append(edges + int(csr.indptr[vertex + 1]))
+                graph["dialogue"].append(dialogue)
+            graph["indices"] += [first + int(v) for v in csr.indices]
+            graph["relation"] += csr.relation.tolist()
+            graph["cu_vertices"].append(first + vertices)
+    for name, graph in graphs.items():
+        del out[name]
+        out |= {f"{name}.{part}": values for part, values in graph.items()}
+    return out
+
+
+def check(examples: list[Example], texts: TextTable) -> Batch:
+    batch = make_batch(examples, texts)
+    assert batch.size == len(batch) == len(examples)
+    found = dict(tensors(batch))
+    expected = slow_batch(examples, texts)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        tensor = found[name]
+        if name == "concept_intensity":
+            assert tensor.dtype == torch.float32
+        elif name == "has_reaction":
+            assert tensor.dtype == torch.bool
+        else:
+            small = name.partition(".")[2] in ("indptr", "indices", "relation")
+            assert tensor.dtype == (torch.int32 if small else torch.int64), name
+        assert tensor.is_contiguous() and tensor.dim() == 1, name
+        assert tensor.tolist() == values, name
+    return batch
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_ragged_examples_against_a_slow_loop(count, seed):
+    check(*random_examples(count, seed))
+
+
+def test_the_same_example_twice_and_any_order():
+    examples, texts = random_examples(5, seed=3)
+    check([examples[2], examples[2]], texts)
+    check(examples[::-1], texts)
+
+
+def test_each_dialogue_is_as_if_alone():
+    examples, texts = random_examples(6, seed=9)
+    together = make_batch(examples, texts)
+    for place, example in enumerate(examples):
+        alone = make_batch([example], texts)
+        for field, cu in (("context", "cu_context"), ("target", "cu_target"), ("response_role", "cu_response")):
+            assert split_rows(getattr(together, field), getattr(together, cu))[place].tolist() == getattr(alone, field).tolist()
+        edges = together.concept.indptr[together.concept.cu_vertices[place : place + 2]].tolist()
+        moved = together.concept.indices[edges[0] : edges[1]] - together.concept.cu_vertices[place]
+        assert moved.tolist() == alone.concept.indices.tolist()
+
+
+# ---- the corner cases by hand
+
+VOCABULARY = Vocabulary([*SPECIALS, *"a b c d e . happy".split()])
+MAKE = Featurizer(VOCABULARY, {}, {}, FeatureSettings())
+
+
+def example(said: str, inferences: dict, texts: TextTable, response: str = "c .") -> Example:
+    return MAKE.example([Turn(said, True)], inferences, texts, response)
+
+
+def test_equal_sub_utterances_share_a_reaction_row():
+    texts = TextTable(VOCABULARY)
+    one = example("a b .", {"a b .": {"xReact": ["happy", "d"], "xWant": ["c", "e"]}}, texts)  # u_0 = u_1
+    three = example("a . a . b .", {"a .": {"xReact": ["e"], "xNeed": ["d"]}, "b .": {"xWant": ["a"]}}, texts)  # u_1 = u_2
+    batch = check([one, three], texts)
+    assert batch.reaction_dialogue.tolist() == [0, 1, 1, 1]  # rows: u; u_0, u_1, u_3
+    assert [row.tolist() for row in split_rows(batch.reaction, batch.cu_reaction)] == [
+        VOCABULARY.encode(["happy", "d"]), [], VOCABULARY.encode(["e"]), [],
+    ]
+    assert batch.reaction_first.tolist() == [0, 1] and batch.has_reaction.tolist() == [True, False, True, False]
+    # the knowledge of u_0 and that of u_1 belong to the one row; of the other dialogue to u_1 twice, and to u_3
+    assert batch.knowledge_reaction.tolist() == [0, 0, 0, 0, 2, 2, 3]
+
+
+def test_dialogues_with_one_sentence_text_do_not_share_rows_across_dialogues():
+    texts = TextTable(VOCABULARY)
+    inferences = {"a .": {"xReact": ["d"]}}
+    batch = check([example("a .", inferences, texts), example("a .", inferences, texts)], texts)
+    assert batch.reaction_dialogue.tolist() == [0, 1]
+    assert batch.cu_text.tolist() == [0, 3]  # the text itself is encoded once
+
+
+def test_no_knowledge_no_words_no_reply():
+    texts = TextTable(VOCABULARY)
+    batch = check([example("", {}, texts, "")], texts)
+    assert batch.context.tolist() == [CLS] and batch.target.tolist() == [EOS] and batch.decoder_input.tolist() == [BOS]
+    assert batch.knowledge.shape == batch.reaction.shape == (0,) and batch.has_reaction.tolist() == [False]
+    assert batch.cu_knowledge.tolist() == [0, 0] and batch.concept_word.tolist() == [CLS]
+    check([example("", {}, texts, ""), example("a . b", {"b": {"xWant": ["c"]}}, texts)], texts)
+
+
+def test_only_reactions_and_only_one_relation():
+    texts = TextTable(VOCABULARY)
+    check([example("a", {"a": {"xReact": ["b"]}}, texts)], texts)
+    for relation in ("xIntent", "xNeed", "xWant", "xEffect"):
+        batch = check([example("a", {"a": {relation: ["b"]}}, texts)], texts)
+        assert batch.knowledge.tolist() == [2, 3] and batch.has_reaction.tolist() == [False]
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="at least one example"):
+        make_batch([], TextTable(VOCABULARY))
+
+
+def test_to_moves_every_tensor_and_keeps_the_rest():
+    examples, texts = random_examples(3, seed=1)
+    batch = make_batch(examples, texts)
+    moved = batch.to("meta")
+    assert type(moved) is Batch and type(moved.cognition) is Graphs and moved.size == 3
+    before, after = dict(tensors(batch)), dict(tensors(moved))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.device.type == "meta" and tensor.shape == before[name].shape and tensor.dtype == before[name].dtype
+    assert all(tensor.device.type == "cpu" for tensor in before.values())  # the batch itself is left as it is
+    same = batch.to("cpu", non_blocking=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(same))
+
+
+def test_a_batch_owns_its_memory():
+    """Changing a batch never changes the examples (or the mapped file) that it was made from."""
+    examples, texts = random_examples(1, seed=2)
+    (e,) = examples
+    before = [np.array(part) for part in (e.context, e.concept_intensity, e.cognition_graph.indices)]
+    batch = make_batch(examples, texts)
+    for _, tensor in tensors(batch):
+        assert isinstance(tensor, Tensor)
+        tensor.zero_()
+    for part, copy in zip((e.context, e.concept_intensity, e.cognition_graph.indices), before, strict=True):
+        assert np.array_equal(part, copy)

@@ -1,0 +1,121 @@
+"""The NRC-VAD reader and the emotion intensity."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from case_fast.errors import DataError
+from case_fast.knowledge import VADLexicon
+
+REAL = Path(os.environ.get("CASE_FAST_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+HEADER = "Word\tValence\tArousal\tDominance\n"
+GOOD = "calm\t0.8\t0.1\t0.5\n"
+
+
+def read(tmp_path: Path, content: str | bytes) -> VADLexicon:
+    path = tmp_path / "lexicon.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return VADLexicon.read(path)
+
+
+def test_intensity_by_hand(tmp_path):
+    lexicon = read(tmp_path, HEADER + "grief\t0.1\t0.6\t0.2\n" + "table\t0.5\t0.0\t0.5\n" + "joy\t1.0\t1.0\t0.9\n")
+    # grief: (0.1, 0.3) - (0.5, 0) is a 3-4-5 triangle of length 0.5
+    assert lexicon.intensity("grief") == pytest.approx((0.5 - 0.06467) / 0.607468, abs=1e-12)
+    assert lexicon.intensity("table") == pytest.approx(-0.06467 / 0.607468, abs=1e-12)
+    assert lexicon.intensity("joy") == pytest.approx((math.sqrt(0.5) - 0.06467) / 0.607468, abs=1e-12)
+    assert lexicon.intensity("unheard of") == 0.0 and isinstance(lexicon.intensity("unheard of"), float)
+    assert len(lexicon) == 3 and "joy" in lexicon and "Joy" not in lexicon
+    assert lexicon.words["grief"] == (0.1, 0.6)
+
+
+def test_with_and_without_header_and_entries_of_several_words(tmp_path):
+    rows = GOOD + "Alarm  Clock\t0.3\t0.7\t0.5\r\n\n" + "more columns\t0.3\t0.7\t0.5\tnote\n"
+    for content in (rows, HEADER + rows, "\ufeff" + HEADER + rows, "term\tvalence\tarousal\tdominance\n" + rows):
+        lexicon = read(tmp_path, content)
+        assert set(lexicon.words) == {"calm", "alarm clock", "more columns"}
+        assert lexicon.report.rows == 3 and not lexicon.report.skipped and not lexicon.report.notes
+        assert lexicon.report.ignored["blank line"] == 1
+
+
+def test_values_on_minus_one_to_one(tmp_path):
+    lexicon = read(tmp_path, HEADER + "grief\t-0.8\t0.2\t-0.6\n" + "joy\t1.0\t1.0\t0.8\n" + "table\t0\t-1\t0\n")
+    assert lexicon.words == {"grief": pytest.approx((0.1, 0.6)), "joy": (1.0, 1.0), "table": (0.5, 0.0)}
+    assert lexicon.intensity("grief") == pytest.approx((0.5 - 0.06467) / 0.607468)
+    assert lexicon.report.notes == ["values on -1..1, brought to 0..1"] and "-1..1" in lexicon.report.summary()
+
+
+def test_one_negative_value_does_not_move_the_scale(tmp_path):
+    rows = "".join(f"word{chr(97 + i)}\t0.5\t0.5\t0.5\n" for i in range(20))
+    lexicon = read(tmp_path, HEADER + rows + "typo\t-0.5\t0.5\t0.5\n")
+    assert "typo" not in lexicon and lexicon.words["worda"] == (0.5, 0.5) and not lexicon.report.notes
+    assert lexicon.report.skipped == {"value out of range": 1} and lexicon.report.lines == {"value out of range": [22]}
+
+
+@pytest.mark.parametrize(
+    "content, reason, line",
+    [
+        (GOOD + "short\t0.1\t0.2\n", "fewer than 4 tab-separated columns", 2),
+        (GOOD + "commas,0.1,0.2,0.3\n", "fewer than 4 tab-separated columns", 2),
+        (GOOD + "spaces 0.1 0.2 0.3\n", "fewer than 4 tab-separated columns", 2),
+        (GOOD + " \t0.1\t0.2\t0.3\n", "word is blank", 2),
+        (GOOD + "words\thigh\tlow\tlow\n", "value is not a number", 2),
+        (GOOD + "empty\t\t0.2\t0.3\n", "value is not a number", 2),
+        (GOOD + "nan\tnan\t0.2\t0.3\n", "value is not a number", 2),
+        (GOOD + "infinite\t0.1\tinf\t0.3\n", "value is not a number", 2),
+        (GOOD + "huge\t0.1\t0.2\t1e999\n", "value is not a number", 2),
+        (GOOD + "percent\t10\t20\t30\n", "value out of range", 2),
+        (GOOD + "low\t0.1\t-1.01\t0.3\n", "value out of range", 2),
+        (GOOD + "Calm\t0.1\t0.2\t0.3\n", "repeated word (the first is kept)", 2),
+        (GOOD + HEADER, "value is not a number", 2),  # a header belongs to line 1
+        (GOOD.encode() + b"caf\xe9\t0.1\t0.2\t0.3\n", "not UTF-8", 2),
+        (GOOD.encode() + b"nul\0\t0.1\t0.2\t0.3\n", "NUL byte", 2),
+        (GOOD + "x" * (1 << 20) + "\t0.1\t0.2\t0.3\n", "line longer than 1048576 bytes", 2),
+    ],
+)
+def test_malformed_rows_are_counted(tmp_path, content, reason, line):
+    lexicon = read(tmp_path, content)
+    assert lexicon.words == {"calm": (0.8, 0.1)}
+    assert lexicon.report.skipped == {reason: 1} and lexicon.report.lines == {reason: [line]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "the file is empty"),
+        (HEADER, "header: 1"),
+        ("\n\n\n", "blank line: 3"),
+        ("joy\t1\n", "fewer than 4 tab-separated columns: 1"),
+        (b"\x00\x01\x02" * 50, "NUL byte: 1"),
+        ("joy\tnan\tnan\tnan\n", "value is not a number: 1"),
+    ],
+)
+def test_nothing_usable_is_an_error(tmp_path, content, message):
+    with pytest.raises(DataError) as error:
+        read(tmp_path, content)
+    assert "lexicon.txt: no usable row" in str(error.value) and message in str(error.value)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(DataError, match=r"missing\.txt: input file not found"):
+        VADLexicon.read(tmp_path / "missing.txt")
+    with pytest.raises(DataError, match="is a folder, not a file"):
+        VADLexicon.read(tmp_path)
+    (tmp_path / "lexicon.txt.gz").write_bytes(b"not gzip at all")
+    with pytest.raises(DataError, match=r"lexicon\.txt\.gz:1: damaged file"):
+        VADLexicon.read(tmp_path / "lexicon.txt.gz")
+
+
+@pytest.mark.skipif(not (REAL / "nrc_vad").is_dir(), reason=f"no real data at {REAL}")
+def test_real_lexicon():
+    lexicon = VADLexicon.read(REAL / "nrc_vad" / "NRC-VAD-Lexicon.txt")
+    assert len(lexicon) == lexicon.report.rows == 20_007
+    assert not lexicon.report.skipped and not lexicon.report.notes
+    assert lexicon.report.ignored == {"header": 1}
+    intensities = [lexicon.intensity(word) for word in lexicon.words]
+    assert -0.11 < min(intensities) < 0.05 and 0.95 < max(intensities) < 1.06
+    assert lexicon.intensity("happy") > 0.6 > lexicon.intensity("table")

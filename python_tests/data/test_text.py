@@ -1,0 +1,182 @@
+"""Words from text, text from words, and the sentences of an utterance."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from case_fast.data.text import CONTRACTIONS, STOP_WORDS, detokenize, is_word, normalize_space, split_sentences, tokenize
+
+ANY_TEXT = st.text(st.characters(), max_size=80)  # half surrogate pairs included
+TALK = st.lists(
+    st.sampled_from(
+        ["I", "can't", "it's", "mom's", "well", ".", "!", "?", "...", "?!", ",", "'", '"', "(", ")", " ", "  ", "\n", "I'm",
+         "U.S.", "3.50", "No", "yes", "😀", "’", "…", ":)", "é", "_", "a", "B", "\u2028", "\x1c"]
+    ),
+    max_size=30,
+).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        # contractions are written out; a possessive stays
+        ("I can't, I won't, I shan't!", "i can not , i will not , i shall not !"),
+        ("It's fine and he's late, she's not.", "it is fine and he is late , she is not ."),
+        ("I'm, you're, we've, they'll, I'd", "i am , you are , we have , they will , i would"),
+        ("I wouldn't've gone", "i would not have gone"),
+        ("We don't; cannot.", "we do not ; can not ."),
+        ("My mom's dog", "my mom 's dog"),
+        ("the dogs' food", "the dogs ' food"),
+        ("Let's go, y'all", "let us go , you all"),
+        ("I do it 'cause I like 'em", "i do it because i like them"),
+        ("5 o'clock", "5 oclock"),
+        ("I’m “fine”, isn’t it?", 'i am " fine " , is not it ?'),
+        ("isn`t", "is not"),
+        # ellipses and runs of marks
+        ("Well... I don't know...", "well ... i do not know ..."),
+        ("Well…no", "well ... no"),
+        ("What?! No!!", "what ? ! no ! !"),
+        # sentences without a blank between them
+        ("I was sad.It was bad.", "i was sad . it was bad ."),
+        ("really?yes!good,fine", "really ? yes ! good , fine"),
+        ("it was fun. so fun. ", "it was fun . so fun ."),
+        # numbers, abbreviations and web addresses keep their points
+        ("It cost $3.50, or 1,000 yen", "it cost $ 3.50 , or 1,000 yen"),
+        ("50% off", "50 % off"),
+        ("at 5 a.m or p.m", "at 5 a.m or p.m"),
+        # quotes and brackets
+        ('He said "go" (now)', 'he said " go " ( now )'),
+        # words of other alphabets, emoji
+        ("naïve café, Übung", "naïve café , übung"),
+        ("I love it 😀!", "i love it 😀 !"),
+        ("数学 は 楽しい", "数学 は 楽しい"),
+        ("e-mail and self-care", "e-mail and self-care"),
+        ("", ""),
+        (" \t\n ", ""),
+    ],
+)
+def test_tokenize(text, words):
+    assert tokenize(text) == words.split()
+
+
+@pytest.mark.parametrize("short", CONTRACTIONS)
+def test_every_contraction_is_written_out(short):
+    long = CONTRACTIONS[short].split()
+    assert tokenize(short.capitalize()) == long
+    assert tokenize(f"so {short} now") == ["so", *long, "now"]
+    assert tokenize(short.replace("'", "’")) == long
+
+
+def test_contractions_inside_words_are_left_alone():
+    assert tokenize("my edit's fine") == ["my", "edit", "'s", "fine"]  # no "it's"
+    assert tokenize("mycannot cannots") == ["mycannot", "cannots"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(ANY_TEXT, TALK))
+def test_tokenize_takes_any_text(text):
+    words = tokenize(text)
+    assert all(word and not any(c in word for c in " \t\n") for word in words)
+    assert bool(words) == bool(text.strip())
+    assert isinstance(detokenize(words), str)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 10_000, "é" * 10_000, "." * 10_000, "'" * 10_000, '"' * 10_000, "a'" * 5_000, "a." * 5_000, "ab," * 3_000,
+     " " * 10_000, ("x" * 10_000 + " ") * 5, "n't" * 3_000, "?!" * 5_000, "(" * 10_000,
+     "1," * 5_000, "Aa.Bb" * 2_000, "\u2026" * 10_000],
+    ids=lambda text: f"{text[:6]}x{len(text)}",
+)
+def test_long_texts_take_no_time(text):
+    began = time.monotonic()
+    detokenize(tokenize(text))
+    split_sentences(text)
+    assert time.monotonic() - began < 1
+
+
+def test_a_long_word_stays_one_word():
+    assert tokenize("so " + "x" * 10_000 + ".") == ["so", "x" * 10_000, "."]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I am so sorry to hear that.",
+        "Oh no! What happened?",
+        "That is great, congratulations!",
+        "I cannot believe it is over.",
+        "How old are you? I am 5.",
+        "My mom's dog died yesterday.",
+        "The dogs' food is gone.",
+        "It costs $3.50, that is 50% off!",
+        'He said "go away" to me.',
+        '"Wow," she said, "that was fun."',
+        "Well... I do not know.",
+        "I was (a little) scared.",
+        "It was 1,000 miles; I drove all night.",
+        "What?! You must be so proud!",
+        "Yes, I think so; you and I both do.",
+        "E-mail me or call me.",
+        "Rock 'n' roll is fun.",
+        "The naïve man had a café.",
+        "I love it 😀!",
+        "Did you win? No? I am sorry, too.",
+        "Do you wanna go? I am gonna.",
+        "Thank you: it means a lot.",
+    ],
+)
+def test_replies_read_as_written(text):
+    assert detokenize(tokenize(text)) == text
+
+
+def test_detokenize_writes_contractions_long_and_capitals():
+    assert detokenize(tokenize("i can't wait. it's here! i'm happy")) == "I cannot wait. It is here! I am happy"
+    assert detokenize(tokenize("i think i won, i.e. i am first")) == "I think I won, i.e. I am first"
+    assert detokenize([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("I failed.", ["I failed."]),
+        ("I failed", ["I failed"]),
+        ("I failed. So sad! Why?", ["I failed.", "So sad!", "Why?"]),
+        ("I failed.So sad", ["I failed.", "So sad"]),
+        ("I love the U.S.A.", ["I love the U.S.A."]),
+        ("No way?! I won...", ["No way?!", "I won..."]),
+        ("It cost 3.50 dollars. Ok.", ["It cost 3.50 dollars.", "Ok."]),
+        ('She said "no." Then she left.', ['She said "no.', "Then she left."]),
+        ("I am sad. :( !!", ["I am sad."]),
+        ("!!! ...", ["!!! ..."]),
+        ("  two \n lines. here ", ["two lines.", "here"]),
+        ("", [""]),
+        ("   ", [""]),
+    ],
+)
+def test_split_sentences(text, pieces):
+    assert split_sentences(text) == pieces
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(ANY_TEXT, TALK))
+def test_pieces_hold_all_words_in_order(text):
+    pieces = split_sentences(text)
+    assert pieces
+    assert re.findall(r"\w+", text) == [word for piece in pieces for word in re.findall(r"\w+", piece)]
+    assert all(piece == normalize_space(piece) for piece in pieces)
+    if re.search(r"\w", text):
+        assert all(re.search(r"\w", piece) for piece in pieces)
+    else:
+        assert pieces == [normalize_space(text)]
+
+
+def test_words_that_can_have_concepts():
+    assert all(is_word(word) for word in ("dog", "alone", "cry", "e-mail", "é", "5th"))
+    assert not any(is_word(word) for word in ("the", "i", "yes", "hello", ".", "...", "5", "", "😀", "'"))
+    assert STOP_WORDS == {word.lower() for word in STOP_WORDS}

@@ -1,0 +1,164 @@
+"""The native module's report, and the choice of a backend with and without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import case_fast
+from case_fast.ops import native_report
+
+BLOCK_NATIVE = "import sys; sys.modules['case_fast._native'] = None\n"
+CHOOSE = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+from case_fast.errors import CaseFastError
+from case_fast.ops import backend_name, native_report
+try:
+    print([backend_name(), backend_name()])
+except CaseFastError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CASE_FAST_")} | environment
+    env["PYTHONPATH"] = str(Path(case_fast.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_report_of_the_built_module():
+    native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    report = native_report()
+    assert report == {"available": True, "reason": "", **native.report()}
+    assert report["version"] == case_fast.__version__ == native.__version__
+    assert report["simd"] == native.simd
+    if report["cuda"]:
+        assert report["cuda_architectures"] == [80, 90]
+        assert re.fullmatch(r"1[1-9]\.\d+", report["cuda_runtime"])
+    else:
+        assert (report["cuda_architectures"], report["cuda_runtime"], report["cuda_devices"]) == ([], "", 0)
+    assert report["cuda_devices"] >= 0
+    assert bool(report["cuda_status"]) == (report["cuda_devices"] == 0), "no device must come with its reason"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's list of processor features")
+def test_simd_level_is_what_the_processor_offers():
+    native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    features = set(Path("/proc/cpuinfo").read_text().split())
+    if platform.machine() == "x86_64":
+        avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= features
+        expected = "avx512" if avx512 else "avx2" if {"avx2", "fma"} <= features else "scalar"
+    else:
+        expected = "neon" if platform.machine() == "aarch64" else "scalar"
+    assert native.simd == expected
+
+
+def test_hidden_devices_are_reported_and_never_an_exception():
+    pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    done = run(
+        "from case_fast import _native; r = _native.report(); print(r['cuda_devices'], bool(r['cuda_status']))",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.stdout.split() == ["0", "True"]
+
+
+def chosen_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("case_fast backend of")]
+
+
+@pytest.mark.parametrize("asked", ["", "native"])
+def test_native_runs_on_cpu_and_is_logged_once(asked):
+    native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    done = run(CHOOSE, CASE_FAST_BACKEND=asked)
+    assert done.stdout.strip() == "['native', 'native']"
+    (line,) = chosen_lines(done)
+    assert line.startswith("case_fast backend of graph_attention on cpu: native")
+    assert ("CASE_FAST_BACKEND asks for it" if asked else native.simd) in line
+
+
+def test_reference_runs_where_asked_for_and_is_logged_once():
+    done = run(CHOOSE, CASE_FAST_BACKEND="reference")
+    assert done.stdout.strip() == "['reference', 'reference']"
+    (line,) = chosen_lines(done)
+    assert line == "case_fast backend of graph_attention on cpu: reference (CASE_FAST_BACKEND asks for it)"
+
+
+@pytest.mark.parametrize(
+    "asked, before, why",
+    [
+        ("native", BLOCK_NATIVE, "native module: it is not built for this Python"),
+        ("triton", "import sys; sys.modules['triton'] = None\n", "triton is not installed"),
+        ("triton", "", "no Triton kernels for cpu (TRITON_INTERPRET=1 interprets them)"),
+    ],
+)
+def test_a_backend_that_cannot_serve_is_refused_with_the_reason(asked, before, why):
+    if not before:
+        pytest.importorskip("triton", reason="triton is not installed")
+    said = run(before + CHOOSE, CASE_FAST_BACKEND=asked, TRITON_INTERPRET="0").stdout
+    assert said.startswith(f"ConfigError CASE_FAST_BACKEND={asked}: graph_attention on cpu cannot run there: {why}")
+
+
+def test_an_unknown_backend_is_refused_naming_the_variable():
+    said = run(CHOOSE, CASE_FAST_BACKEND="cudnn").stdout
+    assert said.startswith("ConfigError CASE_FAST_BACKEND='cudnn' names no backend; use native, triton, reference")
+
+
+def test_each_family_may_have_its_own_backend(monkeypatch):
+    pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    from case_fast.errors import ConfigError
+    from case_fast.ops import backend_name
+
+    one, other = "bilinear_mim=reference", "graph_attention=native"
+    for said in (f"native,{one}", f"{one},native", f"{one},{other}", one):
+        monkeypatch.setenv("CASE_FAST_BACKEND", said)
+        assert (backend_name("graph_attention"), backend_name("bilinear_mim")) == ("native", "reference")
+    for said, message in (("bilinear_mim=cudnn", "names no backend"), ("mim=native", "names no family of ops: 'mim'")):
+        monkeypatch.setenv("CASE_FAST_BACKEND", said)
+        with pytest.raises(ConfigError, match=message):
+            backend_name("graph_attention")
+
+
+def test_works_without_the_native_module():
+    done = run(BLOCK_NATIVE + CHOOSE + "print(native_report())\nimport case_fast; print(case_fast.__version__)")
+    chosen, report, version = done.stdout.splitlines()
+    assert chosen == "['reference', 'reference']"
+    assert report.startswith("{'available': False, 'reason': 'it is not built for this Python")
+    assert version == case_fast.__version__
+    (line,) = chosen_lines(done)
+    assert "reference, plain torch and slower (native not used: native module: it is not built for this Python" in line
+
+
+def test_a_module_of_another_version_is_not_used():
+    stand_in = "import sys, types; m = types.ModuleType('case_fast._native'); m.__version__ = '0.0.1'\n"
+    stand_in += "import case_fast; case_fast._native = sys.modules['case_fast._native'] = m\n"
+    done = run(stand_in + CHOOSE + "print(native_report())")
+    assert "'available': False" in done.stdout and "it is version 0.0.1" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_computes_where_openmp_has_threads():
+    """OpenMP's threads, which the kernels share with torch, do not follow a fork; torch's own loops hang there."""
+    pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
+    done = run("""
+import os, signal, torch
+from case_fast.ops import bilinear_mim
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, weight = torch.randn(512, 64), torch.randn(64, 64) / 64
+loss = bilinear_mim(x, x, weight)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    os._exit(0 if torch.equal(bilinear_mim(x, x, weight), loss) else 1)
+print("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+""", CASE_FAST_BACKEND="native")
+    assert done.stdout.split() == ["child", "0"]

@@ -1,0 +1,178 @@
+"""The command line as its user meets it: every command on a small run, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+import sys
+
+import pytest
+
+from case_fast import __version__, cli
+from case_fast.data import open_store
+from case_fast.errors import Interrupted
+from case_fast.training import config as training_config
+
+SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--phase1-steps", "2", "--max-steps", "4", "--validate-every", "2",
+         "--valid-limit", "8", "--min-steps", "0", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(sample_store, tmp_path_factory):
+    """A run of four steps, made through the command line."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "--data", str(sample_store.path), "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def said(capsys) -> str:
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+def test_without_a_command_the_overview_is_shown(capsys):
+    assert cli.main([]) == 2
+    shown = said(capsys)
+    assert all(name in shown for name in cli._COMMANDS) and __version__ in shown
+    assert cli.main(["--version"]) == 0 and said(capsys) == __version__
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys):
+    assert cli.main(["evalute"]) == 2
+    assert "no command evalute. Did you mean evaluate?" in said(capsys)
+
+
+@pytest.mark.parametrize("name", list(cli._COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"case-fast {name}" in said(capsys)
+
+
+def test_prepare_takes_dashes_and_reports_the_store(tmp_path, capsys):
+    out = tmp_path / "store"
+    words = ["prepare", "--dialogues", "bundled", "--knowledge", "bundled", "--conceptnet", "bundled", "--lexicon", "bundled",
+             "--limit", "8", "--min-count", "2", f"--features.max-context={12}", "--out", str(out)]
+    assert cli.main(words) == 0
+    store = open_store(out)
+    assert store.manifest["settings"]["min_count"] == 2 and store.manifest["settings"]["limit"] == 8
+    assert store.featurizer.settings.max_context == 12
+    shown = said(capsys)
+    assert "contexts cut to their latest 12 words" in shown and f"{store.size('train')} examples" not in shown
+    assert f"train {store.size('train')}" in shown
+
+
+def test_missing_arguments_are_named(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["prepare", "--dialogues", "x"])
+    assert stopped.value.code == 2 and "knowledge, conceptnet, lexicon, out" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["inspect", "nowhere"], "nowhere: store not found"),
+        (["train", "--data", "nowhere", "--out", "x"], "nowhere: store not found"),
+        (["evaluate", "nowhere", "--data", "nowhere"], "nowhere"),
+        (["chat", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["merge-cache", "new.sqlite", "nowhere.sqlite"], "nowhere.sqlite: cache of inferences not found"),
+        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "--preset 'papr' is unknown; one of paper, demo"),
+        (["prepare", "--dialogues", "nowhere", "--knowledge", "bundled", "--conceptnet", "bundled", "--lexicon", "bundled",
+          "--out", "s"], "nowhere"),
+        (["prepare", "--dialogues", "bundled", "--knowledge", "commet:x", "--conceptnet", "bundled", "--lexicon", "bundled",
+          "--out", "s"], "commet:x"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 1
+    shown = said(capsys)
+    assert "error:" in shown and expected in shown and "Traceback" not in shown
+
+
+def test_inspect_shows_an_example_and_gives_json(sample_store, capsys):
+    assert cli.main(["inspect", str(sample_store.path), "--split", "test", "--index", "3"]) == 0
+    assert "G_CS" in said(capsys)
+    assert cli.main(["inspect", str(sample_store.path), "--split", "test", "--index", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["context"] == sample_store.example("test", 3).source["context"]
+    assert cli.main(["inspect", str(sample_store.path), "--index", "-1"]) == 1
+    assert "--index -1 is outside" in said(capsys)
+    assert cli.main(["inspect", str(sample_store.path), "--split", "dev"]) == 1
+    assert "--split 'dev'" in said(capsys)
+
+
+def test_key_value_overrides_config_overrides_preset(sample_store, tmp_path, monkeypatch):
+    monkeypatch.setitem(training_config.PRESETS, "demo", {"patience": 7, "batch_size": 5, "seed": 3})
+    settings = tmp_path / "mine.yaml"
+    settings.write_text("batch_size: 6\nseed: 4\nmodel:\n  d_model: 16\n")
+    out = tmp_path / "run"
+    words = ["train", "--data", str(sample_store.path), "--out", str(out), "--preset", "demo", "--config", str(settings),
+             "--seed", "9", "--model.ffn", "8", "--phase1_steps", "1", "--max_steps", "1", "--validate_every", "1",
+             "--valid_limit", "2", "--min_steps", "0"]
+    assert cli.main(words) == 0
+    chosen = json.loads((out / "config.json").read_text())
+    assert (chosen["patience"], chosen["batch_size"], chosen["seed"]) == (7, 6, 9)
+    assert (chosen["model"]["d_model"], chosen["model"]["ffn"]) == (16, 8)
+
+
+def test_an_ablation_is_a_setting(sample_store, tmp_path, capsys):
+    words = ["train", "--data", str(sample_store.path), "--out", str(tmp_path / "run"), *SMALL, "--ablation", "w/o CSGraph"]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["cognition_graph"] is False
+    assert cli.main([*words[:4], str(tmp_path / "other"), "--ablation", "w/o Nothing"]) != 0
+    assert "w/o Nothing" in said(capsys)
+
+
+def test_a_run_is_not_trained_over_but_resumed(run, sample_store, capsys):
+    words = ["train", "--data", str(sample_store.path), "--out", str(run), *SMALL]
+    assert cli.main(words) == 1
+    assert "--resume" in said(capsys)
+    assert cli.main([*words, "--resume"]) == 0
+
+
+def test_evaluate_report_and_chat(run, sample_store, capsys, monkeypatch):
+    assert cli.main(["evaluate", str(run), "--data", str(sample_store.path), "--limit", "6", "--strategy", "beam"]) == 0
+    metrics = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    assert "decoding=beam" in json.dumps(metrics)
+    assert sum(1 for _ in open(run / "evaluation" / "test" / "predictions.jsonl")) == 6
+    assert "Perplexity" in said(capsys)
+    assert cli.main(["report", str(run)]) == 0
+    assert (run / "report.html").read_text().startswith("<!")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n"))
+    assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
+    assert "emotion" in said(capsys)
+
+
+def test_merge_cache_adds_what_is_new(sample_store, tmp_path, capsys):
+    into = tmp_path / "all.sqlite"
+    assert cli.main(["merge-cache", str(into), sample_store.knowledge["cache"]]) == 0
+    held = sqlite3.connect(into).execute("select count(*) from readable").fetchone()[0]
+    assert f"{held:,} new inferences" in said(capsys)
+    assert cli.main(["merge-cache", str(into), sample_store.knowledge["cache"]]) == 0
+    assert "0 new inferences" in said(capsys)
+
+
+def test_an_interruption_is_no_error(monkeypatch, capsys):
+    def stop(args, console):
+        raise Interrupted("stopped; the same command goes on")
+
+    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], stop))
+    assert cli.main(["report", "x"]) == 130
+    assert "interrupted: stopped; the same command goes on" in said(capsys)
+
+
+def test_demo_goes_the_whole_way(tmp_path, capsys, monkeypatch):
+    tiny = {"model": {"d_model": 16, "ffn": 16}, "phase1_steps": 1, "max_steps": 2, "validate_every": 1, "min_steps": 0,
+            "valid_limit": 4}
+    monkeypatch.setitem(training_config.PRESETS, "demo", tiny)
+    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    shown = said(capsys)
+    assert shown.count("speaker ") == 5 and "case-fast prepare --dialogues" in shown
+    report = (tmp_path / "demo" / "run" / "report.html").read_text()
+    assert "<svg" in report
+    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 1
+    assert "is there already" in said(capsys)

@@ -1,0 +1,331 @@
+"""CASE once more, slowly: written from the paper and the project's definitions, one dialogue at a time, in float64.
+
+It shares nothing with the package but the weights and the examples: no packing, no CSR, no equation of `case_fast.equations`.
+Graphs are lists of neighbours made here from the definitions; attention is a dense matrix a head; MIM is two loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from case_fast.data.featurizer import Example, TextTable
+from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER
+from case_fast.models import CASE
+
+Neighbours = list[list[tuple[int, int]]]  # vertex -> (neighbour, relation) of each of its edges
+
+
+@dataclass
+class SlowDialogue:
+    """What is known of one dialogue; names as in the paper."""
+
+    cs: list[Tensor]
+    ec: list[Tensor]
+    er: dict[int, Tensor]  # text of a sub-utterance -> its reaction vector
+    has_reaction: dict[int, bool]
+    prior_cognition: Tensor
+    posterior_cognition: Tensor
+    prior_concept: Tensor
+    posterior_concept: Tensor
+    r_cog: Tensor
+    r_emo: Tensor
+    gate: Tensor
+    r_aff: Tensor
+    emotion: Tensor
+    logits: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    terms = (scores - scores.max(-1, keepdim=True).values.detach()).exp()
+    return terms / terms.sum(-1, keepdim=True)
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    return 1 / (1 + (-z).exp())
+
+
+def undirected(vertices: int, edges: Sequence[tuple[int, int, int]]) -> Neighbours:
+    """Neighbours in both directions, with a self-loop (relation 0) at every vertex."""
+    found: Neighbours = [[(i, 0)] for i in range(vertices)]
+    for a, b, relation in edges:
+        found[a].append((b, relation))
+        found[b].append((a, relation))
+    return found
+
+
+class SlowCase:
+    """The weights of ``model`` as float64 leaves in ``weights``; ``forward`` builds the graph that their gradients come from."""
+
+    def __init__(self, model: CASE, concepts: Mapping[str, Sequence[str]]):
+        self.c, self.concepts = model.config, concepts
+        self.weights = {name: p.detach().double().clone().requires_grad_() for name, p in model.named_parameters()}
+        self.counts = model.word_counts.tolist()
+
+    # ---- parts
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        y = x @ self.weights[f"{name}.weight"].T
+        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def embed(self, ids: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+        """word * sqrt(d) + sinusoidal position, one row a word."""
+        d = self.c.d_model
+        half = (d + 1) // 2
+        rows = []
+        for place, word in zip(positions if positions is not None else range(len(ids)), ids, strict=True):
+            angles = [place / 10_000 ** (i / max(half - 1, 1)) for i in range(half)]
+            wave = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            rows.append(self.word(word) + torch.tensor(wave[:d], dtype=torch.float64))
+        return torch.stack(rows) if rows else torch.zeros(0, d, dtype=torch.float64)
+
+    def word(self, word: int) -> Tensor:
+        return self.weights["embedding.weight"][word] * math.sqrt(self.c.d_model)
+
+    def attention(self, name: str, rows: Tensor, memory: Tensor, causal: bool = False) -> Tensor:
+        if len(memory) == 0:
+            return torch.zeros_like(rows)
+        q, k, v = (
+            self.linear(f"{name}.{part}", x) for part, x in (("query", rows), ("key", memory), ("value", memory))
+        )
+        size = self.c.d_model // self.c.heads
+        heads = []
+        for h in range(self.c.heads):
+            part = slice(h * size, (h + 1) * size)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(size)
+            if causal:
+                later = torch.arange(len(memory))[None, :] > torch.arange(len(rows))[:, None]
+                scores = torch.where(later, torch.full_like(scores, -1e300), scores)
+            heads.append(softmax(scores) @ v[:, part])
+        return self.linear(f"{name}.output", torch.cat(heads, 1))
+
+    def feed_forward(self, name: str, x: Tensor, gelu: bool = False) -> Tensor:
+        inner = self.linear(f"{name}.0", x)
+        active = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))) if gelu else inner.clamp(min=0)
+        return self.linear(f"{name}.2", active)
+
+    def encoder(self, name: str, x: Tensor) -> Tensor:
+        """Pre-LN layers and a final norm."""
+        if len(x) == 0:
+            return x
+        for place in range(self.c.layers):
+            layer = f"{name}.layers.{place}"
+            normed = self.norm(f"{layer}.attention_norm", x)
+            x = x + self.attention(f"{layer}.attention", normed, normed)
+            x = x + self.feed_forward(f"{layer}.ffn", self.norm(f"{layer}.ffn_norm", x))
+        return self.norm(f"{name}.norm", x)
+
+    def graph_encoder(self, name: str, x: Tensor, neighbours: Neighbours, intensity: Tensor | None = None) -> Tensor:
+        """Post-LN layers of Eq. 1-2, vertex by vertex."""
+        size = self.c.d_model // self.c.heads
+        table = self.weights.get(f"{name}.relation_embedding")
+        for place in range(self.c.layers):
+            layer = f"{name}.layers.{place}"
+            q, k, v = (self.linear(f"{layer}.{part}", x) for part in ("query", "key", "value"))
+            relations = self.linear(f"{layer}.relation", table) if table is not None else None
+            attended = []
+            for i, edges in enumerate(neighbours):
+                heads = []
+                for h in range(self.c.heads):
+                    part = slice(h * size, (h + 1) * size)
+                    scores, values = [], []
+                    for other, relation in edges:
+                        query, key = q[i, part], k[other, part]
+                        if relations is not None:  # first half l_q, second half l_k
+                            query = query + relations[relation, : self.c.d_model][part]
+                            key = key + relations[relation, self.c.d_model :][part]
+                        scores.append((query * key).sum() / math.sqrt(size))
+                        values.append(v[other, part])
+                    heads.append(softmax(torch.stack(scores)) @ torch.stack(values))
+                attended.append(torch.cat(heads))
+            x = self.norm(f"{layer}.attention_norm", x + self.linear(f"{layer}.output", torch.stack(attended)))
+            x = x + self.feed_forward(f"{layer}.ffn", x, gelu=True)
+            if intensity is not None and place == self.c.layers - 1:
+                x = x * (1 + intensity)[:, None]
+            x = self.norm(f"{layer}.ffn_norm", x)
+        return x
+
+    def decoder(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        for place in range(self.c.layers):
+            layer = f"decoder.layers.{place}"
+            normed = self.norm(f"{layer}.self_norm", x)
+            x = x + self.attention(f"{layer}.self_attention", normed, normed, causal=True)
+            for s, source in enumerate(sources):
+                x = x + self.attention(f"{layer}.cross_attention.{s}", self.norm(f"{layer}.cross_norm.{s}", x), source)
+            x = x + self.feed_forward(f"{layer}.ffn", self.norm(f"{layer}.ffn_norm", x))
+        return self.norm("decoder.norm", x)
+
+    # ---- one dialogue
+
+    def cognition_vectors(self, e: Example, texts: TextTable) -> list[Tensor]:
+        """cs_i of K_CS."""
+        subs = len(e.sub_utterance)
+        ids = [*e.sub_utterance.tolist(), *e.knowledge.tolist()]
+        x = torch.stack([self.encoder("cognition_encoder", self.embed([CLS, *texts.tokens(i)]))[0] for i in ids])
+        if self.c.cognition_graph:
+            edges = [(0, i, 1) for i in range(1, subs)] + [(j, j + 1, 2) for j in range(1, subs - 1)]
+            for n, (sub, relation) in enumerate(
+                zip(e.knowledge_sub.tolist(), e.knowledge_relation.tolist(), strict=True)
+            ):
+                edges.append((sub, subs + n, 3 + relation))
+            x = self.graph_encoder("cognition_graph", x, undirected(len(ids), edges))
+        return list(x[subs:])
+
+    def concept_vectors(self, e: Example, texts: TextTable) -> list[Tensor]:
+        """ec_i of every vertex of G_EC: [CLS], the words, the concepts."""
+        words, concepts = texts.vocabulary.decode(e.context), texts.vocabulary.decode(e.concept)
+        n = len(words)
+        pairs = [
+            (i, j) for i, word in enumerate(words) for j, c in enumerate(concepts) if c in self.concepts.get(word, ())
+        ]
+        first = [min(i for i, j in pairs if j == concept) + 1 for concept in range(len(concepts))]
+        kinds = self.weights["vertex_type.weight"][[0] * (n + 1) + [1] * len(concepts)]
+        x = self.embed([CLS, *e.context.tolist(), *e.concept.tolist()], [*range(n + 1), *first]) + kinds
+        intensity = torch.tensor(
+            [0.0, *e.context_intensity.tolist(), *e.concept_intensity.tolist()], dtype=torch.float64
+        )
+        if not self.c.concept_graph:
+            return list(x)
+        edges = [(0, i, 1) for i in range(1, len(x))] + [(i, i + 1, 2) for i in range(1, n)]
+        edges += [(1 + i, 1 + n + j, 3) for i, j in pairs]
+        inside = intensity if self.c.intensity == "before_norm" else None
+        x = self.graph_encoder("concept_graph", x, undirected(len(x), edges), inside)
+        return list(x * (1 + intensity)[:, None] if self.c.intensity == "after" else x)
+
+    def reactions(self, e: Example, texts: TextTable, context: Tensor) -> tuple[dict[int, Tensor], dict[int, bool]]:
+        """er_i of each distinct sub-utterance."""
+        er, found = {}, {}
+        for i, text in enumerate(e.sub_utterance.tolist()):
+            words = [w for k, sub in zip(e.reaction.tolist(), e.reaction_sub.tolist(), strict=True) if sub == i
+                     for w in texts.tokens(k).tolist()]
+            h = self.encoder("reaction_encoder", self.embed(words))
+            h = h.mean(0) if len(h) else torch.zeros(self.c.d_model, dtype=torch.float64)
+            joined = torch.stack([torch.cat([row, h]) for row in context])
+            row = self.encoder("reaction_context_encoder", self.linear("reaction_fusion", joined))[0]
+            if text in er:  # an equal text has equal inferences, and so an equal reaction
+                assert torch.equal(er[text], row)
+                continue
+            er[text], found[text] = row, bool(words)
+        return er, found
+
+    def dialogue(self, e: Example, texts: TextTable) -> SlowDialogue:
+        w, d = self.weights, self.c.d_model
+        cs, ec = self.cognition_vectors(e, texts), self.concept_vectors(e, texts)
+        roles = torch.stack([self.word(r) for r in [SPEAKER, *e.context_role.tolist()]])
+        context = self.encoder("context_encoder", self.embed([CLS, *e.context.tolist()]) + roles)
+        er, has_reaction = self.reactions(e, texts, context)
+        reply = self.embed([CLS, *e.response.tolist()])
+        y_cog = self.encoder("cognition_encoder", reply)[0]
+        y_ctx = self.encoder("context_encoder", reply + self.word(LISTENER))[0]
+        p_cs, p_ec = (self.linear(f"{name}.0", context[0]).tanh() for name in ("phi_cognition", "phi_concept"))
+
+        def discern(vectors: list[Tensor], signal: Tensor) -> Tensor:
+            return (
+                softmax(torch.stack([(v * signal).sum() for v in vectors]))
+                if vectors
+                else torch.zeros(0, dtype=torch.float64)
+            )
+
+        def expect(p: Tensor, vectors: list[Tensor]) -> Tensor:
+            return sum((p[i] * v for i, v in enumerate(vectors)), torch.zeros(d, dtype=torch.float64))
+
+        prior_cs, prior_ec, post_cs, post_ec = (
+            discern(cs, p_cs),
+            discern(ec, p_ec),
+            discern(cs, y_cog),
+            discern(ec, y_ctx),
+        )
+        r_cog, r_emo = expect(prior_cs, cs), expect(prior_ec, ec)
+        er_0 = er[int(e.sub_utterance[0])]
+        gate = sigmoid((w["w_aff"] * torch.cat([r_emo, er_0])).sum())
+        r_aff = gate * r_emo + (1 - gate) * er_0
+        emotion = softmax(torch.stack([(row * r_aff).sum() for row in w["w_emo"]]))
+        fused = torch.stack([self.linear("fusion", torch.cat([row, r_cog, r_aff])).clamp(min=0) for row in context])
+        knowledge = torch.stack(cs) if cs else torch.zeros(0, d, dtype=torch.float64)
+        hidden = self.decoder(self.embed([BOS, *e.response.tolist()]), [knowledge, torch.stack(ec), fused])
+        found = SlowDialogue(cs, ec, er, has_reaction, prior_cs, post_cs, prior_ec, post_ec, r_cog, r_emo, gate, r_aff, emotion,
+                             self.linear("output", hidden))
+
+        target = [*e.response.tolist(), EOS]
+        bag = torch.cat([expect(post_cs, cs), expect(post_ec, ec)])
+        eta = softmax(self.linear("eta.2", self.linear("eta.0", bag).tanh()))
+        kl = torch.zeros((), dtype=torch.float64)
+        for q, p in ((post_cs, prior_cs), (post_ec, prior_ec)):
+            q = q.detach() if self.c.detach_posterior else q
+            kl = kl + sum(q[i] * (q[i] / p[i]).log() for i in range(len(q)))
+        found.losses = {
+            "bow": -sum(eta[word].log() for word in target) / len(target),
+            "kl": kl,
+            "emotion": -emotion[e.emotion].log(),
+            "nll": torch.stack([-softmax(row)[word].log() for row, word in zip(found.logits, target, strict=True)]),
+            "weights": torch.tensor([self.word_weights()[word] for word in target], dtype=torch.float64),
+        }
+        return found
+
+    def word_weights(self) -> list[float]:
+        """w_i = 1 - RF_i / max RF, of mean 1; all 1 while nothing has been said."""
+        total, most = sum(self.counts), max(self.counts)
+        if not total:
+            return [1.0] * len(self.counts)
+        raw = [1 - (count / total) / (most / total) for count in self.counts]
+        return [value * len(raw) / sum(raw) for value in raw]
+
+    # ---- a batch
+
+    def mim(self, pairs: list[tuple[Tensor, object]], others: dict[object, Tensor], weight: Tensor) -> Tensor:
+        """Minus the mean bracket of Eq. 9 / 11 over ``pairs`` of a vector and the key of what it belongs to."""
+        if not pairs:
+            return torch.zeros((), dtype=torch.float64)
+        plain = self.c.mim_score == "dot"
+        f = [{key: x @ y if plain else sigmoid(x @ weight @ y) for key, y in others.items()} for x, _ in pairs]
+        total = torch.zeros((), dtype=torch.float64)
+        for p, (_, own) in enumerate(pairs):
+            positive = f[p][own]
+            over_y = sum(f[p][key].exp() for key in others)
+            over_x = positive.exp() + sum(f[o][own].exp() for o, (_, key) in enumerate(pairs) if key != own)
+            total = total - (2 * positive - over_y.log() - over_x.log())
+        return total / len(pairs)
+
+    def forward(
+        self, examples: Sequence[Example], texts: TextTable
+    ) -> tuple[Tensor, dict[str, Tensor], list[SlowDialogue]]:
+        """The total loss, its parts, and every dialogue."""
+        c = self.c
+        found = [self.dialogue(e, texts) for e in examples]
+        zero = torch.zeros((), dtype=torch.float64)
+        coarse = fine = zero
+        if c.coarse_alignment:
+            known = [(b, dialogue) for b, dialogue in enumerate(found) if dialogue.cs]
+            coarse = self.mim([(dialogue.r_cog, b) for b, dialogue in known], {b: dialogue.r_emo for b, dialogue in known},
+                              self.weights["w_coarse"])
+        if c.fine_alignment:
+            pairs, others = [], {}
+            for b, (e, dialogue) in enumerate(zip(examples, found, strict=True)):
+                others |= {(b, text): er for text, er in dialogue.er.items() if dialogue.has_reaction[text]}
+                keys = [(b, int(e.sub_utterance[sub])) for sub in e.knowledge_sub]
+                pairs += [(v, key) for v, key in zip(dialogue.cs, keys, strict=True) if key in others]
+            fine = self.mim(pairs, others, self.weights["w_fine"])
+        words = sum(len(dialogue.losses["nll"]) for dialogue in found)
+        losses = {
+            "bow": sum(x.losses["bow"] for x in found) / len(found),
+            "kl": sum(x.losses["kl"] for x in found) / len(found),
+            "coarse": coarse,
+            "fine": fine,
+            "emotion": sum(x.losses["emotion"] for x in found) / len(found),
+            "generation": sum(x.losses["nll"].sum() for x in found) / words,
+            "diversity": sum((x.losses["weights"] * x.losses["nll"]).sum() for x in found) / words,
+        }
+        alignment = losses["bow"] + losses["kl"] + losses["coarse"] + c.alpha * losses["fine"]
+        total = (c.gamma_align * alignment + c.gamma_emotion * losses["emotion"] + c.gamma_generation * losses["generation"]
+                 + c.gamma_diversity * losses["diversity"])
+        return total, losses, found
