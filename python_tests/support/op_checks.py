@@ -18,7 +18,6 @@ from types import ModuleType
 
 import torch
 from op_case import Case, generator
-from op_cases import FAMILIES
 from torch import Tensor
 
 from case_fast import ops
@@ -111,12 +110,14 @@ def check_nan_isolation(family: Family, size: int, device: str) -> int:
 def check_prefilled(family: Family, size: int, device: str) -> int:
     """Row 6: outputs full of NaN, and on CPU workspaces full of 0xFE bytes (glibc's MALLOC_PERTURB_): the same bits."""
     clean = digests(family, device)
-    with nan_filled(family.kernels()):
+    with nan_filled(family.kernels()) as filled:
         for _ in range(size):
             assert digests(family, device) == clean
+    assert {"_outputs", "_gradients"} <= filled
     if device == "cpu" and sys.platform == "linux":
         here = Path(__file__).resolve().parent
-        code = f"import op_checks as c, torch; torch.set_num_threads(1); print(*c.digests(c.FAMILIES[{family.family!r}], 'cpu'))"
+        code = ("import op_cases, op_checks, torch; torch.set_num_threads(1); "
+                f"print(*op_checks.digests(op_cases.FAMILIES[{family.family!r}], 'cpu'))")
         environment = os.environ | {"MALLOC_PERTURB_": "1", "MALLOC_MMAP_MAX_": "0"}
         environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
@@ -185,10 +186,10 @@ def mean_errors(made: Callable[[int], Case], number: int) -> dict[str, float]:
 
 @contextmanager
 def counted(family: Family) -> Iterator[Counter]:
-    """How often each native function of a family is called within."""
+    """How often each native function of a family is called within; nothing where there is no native module."""
     calls: Counter = Counter()
-    own = (f"{family.family}_", *family.NATIVE)
-    originals = {name: getattr(backend.native, name) for name in dir(backend.native) if name.startswith(own)}
+    native, own = getattr(backend, "native", None), (f"{family.family}_", *family.NATIVE)
+    originals = {name: getattr(native, name) for name in dir(native) if name.startswith(own)}
 
     def counting(name: str) -> Callable:
         def call(*arguments: object) -> object:
@@ -199,29 +200,32 @@ def counted(family: Family) -> Iterator[Counter]:
 
     try:
         for name in originals:
-            setattr(backend.native, name, counting(name))
+            setattr(native, name, counting(name))
         yield calls
     finally:
         for name, original in originals.items():
-            setattr(backend.native, name, original)
+            setattr(native, name, original)
 
 
 @contextmanager
-def nan_filled(kernels: ModuleType) -> Iterator[None]:
-    """Every tensor that this module of ops makes for a kernel to write is full of NaN before; of integers, of -7."""
+def nan_filled(kernels: ModuleType) -> Iterator[set[str]]:
+    """Every tensor that this module of ops makes for a kernel to write is full of NaN before; of integers, of -7. Gives the
+    names of the functions that made some."""
     makers = {name: getattr(kernels, name) for name in ("_outputs", "_gradients", "_best") if hasattr(kernels, name)}
+    used: set[str] = set()
 
-    def filled(make: Callable) -> Callable:
+    def filled(name: str, make: Callable) -> Callable:
         def made(*arguments: object) -> list | tuple:
             found = make(*arguments)
+            used.add(name)
             return type(found)(x.fill_(torch.nan if x.is_floating_point() else -7) for x in found)
 
         return made
 
     try:
         for name, make in makers.items():
-            setattr(kernels, name, filled(make))
-        yield
+            setattr(kernels, name, filled(name, make))
+        yield used
     finally:
         for name, make in makers.items():
             setattr(kernels, name, make)
