@@ -413,7 +413,7 @@ def test_nan_in_a_batch_is_noticed_in_that_step(tmp_path, step):
         if split == "train":
             seen.append(indices)
             if len(seen) == step:
-                batch.concept_intensity[0] = float("nan")
+                batch.concept.intensity[0] = float("nan")
         return batch
 
     store.on_batch = poison
@@ -450,7 +450,7 @@ def test_nan_in_a_validation(tmp_path):
 
     def poison(split, indices, batch):
         if split == "valid":
-            batch.concept_intensity[0] = float("nan")
+            batch.concept.intensity[0] = float("nan")
         return batch
 
     store.on_batch = poison
