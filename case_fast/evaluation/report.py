@@ -279,7 +279,7 @@ def _training(run: Run) -> Node:
     phases = _phases(run)
     for place, (phase, about) in enumerate(phases.items()):
         # the whole is not shown beside the only loss that it is made of
-        losses = [name for record in run.records if record.get("phase") == phase for name in (record.get("losses") or {})]
+        losses = [name for record in _of_phases(run, "step") if record["phase"] == phase for name in record.get("losses") or {}]
         names = dict.fromkeys(losses) if len(set(losses)) == 1 else dict.fromkeys(["loss", *losses])
         if curves := _curves(run, phase, {name: _LOSSES.get(name, name) for name in names}):
             title = f"Training loss, phase {place + 1}: {about}" if len(phases) > 1 else "Training loss"
@@ -295,11 +295,15 @@ def _training(run: Run) -> Node:
 _PHASES = {"bow": "L_BOW alone", "all": "the whole objective"}
 
 
+def _of_phases(run: Run, event: str) -> list[dict[str, Any]]:
+    return [record for record in run.records if record.get("event") == event and isinstance(record.get("phase"), int)]
+
+
 def _phases(run: Run) -> dict[Any, str]:
     """The phases that the log has steps of, in order, and what each trained; earlier versions gave CASE's two other names."""
-    names = {record.get("phase"): str(record.get("name")) for record in run.records if record.get("event") == "phase"}
+    names = {record["phase"]: str(record.get("name")) for record in _of_phases(run, "phase")}
     earlier = {"phase 1 (L_BOW)": "bow", "phase 2 (all losses)": "all"}
-    numbers = dict.fromkeys(record.get("phase") for record in run.records if record.get("event") == "step")
+    numbers = dict.fromkeys(record["phase"] for record in _of_phases(run, "step"))
     said = {number: earlier.get(names.get(number, ""), names.get(number, "")) for number in numbers}
     return {number: _PHASES.get(name, name or "unnamed") for number, name in said.items()}
 

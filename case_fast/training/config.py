@@ -171,6 +171,8 @@ def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ``run`` may be of an earlier version: what it lacks has its default, what is retired is left out.
     """
     run, now = _flat(TrainConfig.from_dict(run).as_dict()), _flat(now)
+    if run["kind"] != now["kind"]:  # then hardly anything else is comparable
+        return [f"the model is {run['kind']} in the run and {now['kind']} now"]
     names = [name for name in {**run, **now} if name not in ADJUSTABLE]
     return [
         f"{name} is {run.get(name)!r} in the run and {now.get(name)!r} now" for name in names if run.get(name) != now.get(name)

@@ -23,7 +23,7 @@ from training_helpers import PHASE_1, PHASE_2, MemoryStore, outcome, records, ru
 
 from case_fast.data import Featurizer
 from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
-from case_fast.models import ABLATIONS, CASE
+from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, default_device, loop, train
 from case_fast.training.checkpoint import Checkpoints
 
@@ -149,8 +149,8 @@ def test_without_a_terminal_plain_lines_say_what_happens(store, tmp_path, monkey
     train(store, tmp_path / "run", tiny_run(), Console(file=text, width=50))
     lines = text.getvalue().splitlines()
     assert "unknown words among the words of the replies: 12.50 % (train), 25.00 % (valid)" in lines
-    assert [line for line in lines if line.startswith("phase 1 (L_BOW): 3 of 4 steps; bow ") and "lr 3.3e-02" in line]
-    assert [line for line in lines if line.startswith("phase 2 (all losses): 9 of 9 steps; loss ") and "words/s" in line]
+    assert [line for line in lines if line.startswith("phase 1 (bow): 3 of 4 steps; loss ") and "lr 3.3e-02" in line]
+    assert [line for line in lines if line.startswith("phase 2 (all): 9 of 9 steps; loss ") and "words/s" in line]
     assert [
         line for line in lines if line.startswith("validation after step 7: perplexity ") and line.endswith("the best so far")
     ]
@@ -160,7 +160,7 @@ def test_without_a_terminal_plain_lines_say_what_happens(store, tmp_path, monkey
 def test_on_a_terminal_there_is_a_bar_a_phase(store, tmp_path):
     text = io.StringIO()
     train(store, tmp_path / "run", tiny_run(), Console(file=text, force_terminal=True, width=100))
-    assert "phase 1 (L_BOW)" in text.getvalue() and "9/9" in text.getvalue() and "validation after step 7" in text.getvalue()
+    assert "phase 1 (bow)" in text.getvalue() and "9/9" in text.getvalue() and "validation after step 7" in text.getvalue()
 
 
 # ---- phases
@@ -176,7 +176,7 @@ def test_phase_1_changes_only_what_its_loss_reaches(store, tmp_path):
     torch.manual_seed(every.seed)
     model = CASE(every.resolved(len(store.featurizer.vocabulary)).model)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    model.set_phase(1)
+    model.set_phase("bow")
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {"w_coarse", "decoder.norm.weight", "output.weight"} <= frozen
     after, end = weights(tmp_path / "run", PHASE_1), weights(tmp_path / "run", STEPS)
@@ -189,7 +189,7 @@ def test_phase_1_changes_only_what_its_loss_reaches(store, tmp_path):
     assert {counts[name] for name in frozen} == {PHASE_2} and {counts[name] for name in set(names) - frozen} == {STEPS}
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", CASEConfig.ablations)
 def test_every_ablation_trains_and_leaves_alone_what_it_switches_off(store, tmp_path, ablation):
     config = tiny_run(ablation=ablation, phase1_steps=1, max_steps=2)
     run(store, tmp_path / "run", config)
