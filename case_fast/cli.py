@@ -68,6 +68,7 @@ def _train_arguments(parser: ArgumentParser) -> None:
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
 
     parser.add_argument("run", type=str, help="folder that train made")
@@ -75,17 +76,18 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", type=str, default="test", help="train, valid or test")
     parser.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_class_arguments(GenerationConfig)
 
 
 def _chat_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
 
     parser.add_argument("run", type=str, help="folder that train made")
     parser.add_argument("--knowledge", type=str | None, default=None,
                         help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
     parser.add_class_arguments(GenerationConfig)
 

@@ -18,12 +18,13 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
-BASE = {"", "errors", "text_files", "files", "batch", "html"}  # "" stands for the package itself: its version
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html"}  # "" stands for the package itself: its version
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
     "text_files": set(),
     "files": set(),
+    "devices": set(),
     "batch": set(),
     "html": set(),
     "equations": set(),
@@ -39,7 +40,7 @@ MAY_IMPORT = {
 }
 # What these parts may import from outside the standard library.
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files")}
-OUTSIDE |= {"batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
+OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 ALL = {"cli", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 

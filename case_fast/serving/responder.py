@@ -20,6 +20,7 @@ from case_fast.data.featurizer import Example, Featurizer, TextTable, prompts
 from case_fast.data.graphs import CONCEPT
 from case_fast.data.pack import make_batch
 from case_fast.data.text import detokenize, normalize_space, tokenize
+from case_fast.devices import resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError
 from case_fast.generation import Generated, GenerationConfig, generate
 from case_fast.knowledge import (
@@ -233,7 +234,7 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
     """Open a run folder for talking; reads local files only, and the source of knowledge when it is first needed.
 
     Args:
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or cuda:N.
         knowledge: "bundled", "atomic:PATH" or "comet:DIR" in place of the source that the run's data was prepared with.
         checkpoint: "best", or the step of one of the run's checkpoints.
 
@@ -264,7 +265,7 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
 def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") -> tuple[CASE, torch.device]:
     """The model of a run, in evaluation mode, and the device it is on; arguments and errors as `load`."""
     run = Path(run)
-    chosen = _device(device)
+    chosen = resolve_device(device)
     if not run.is_dir():
         raise CheckpointError(f"{run}: run folder not found. Make one with: case-fast train --data STORE --out {run}")
     best = run / "best"
@@ -296,18 +297,6 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
 def _require(path: Path, remedy: str) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: this part of the run is missing. {remedy}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; give auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this machine has no GPU that torch can use; give cpu or auto")
-    return device
 
 
 def _open_knowledge(run: Path, recorded: str, cache: str | None, given: str | None, device: str) -> KnowledgeSource:

@@ -2,6 +2,5 @@
 
 from case_fast.training.config import PRESETS, TrainConfig, preset
 from case_fast.training.loop import NotFinite, TrainResult, train
-from case_fast.training.process import default_device
 
-__all__ = ["PRESETS", "NotFinite", "TrainConfig", "TrainResult", "default_device", "preset", "train"]
+__all__ = ["PRESETS", "NotFinite", "TrainConfig", "TrainResult", "preset", "train"]

@@ -18,6 +18,7 @@ from torch import nn
 
 from case_fast.batch import Batch
 from case_fast.data import Store
+from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import CASE, CASEOutput
 from case_fast.training.checkpoint import (
@@ -33,7 +34,7 @@ from case_fast.training.checkpoint import (
 )
 from case_fast.training.config import TrainConfig
 from case_fast.training.log import Display, RunLog
-from case_fast.training.process import StopRequest, default_device, device_name, peak_memory, reproducible
+from case_fast.training.process import StopRequest, peak_memory, reproducible
 from case_fast.training.run import RunFolder
 from case_fast.training.sampler import Sampler
 from case_fast.training.schedule import EarlyStopping, noam
@@ -77,7 +78,7 @@ def train(
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
-    device = default_device(config.device)
+    device = resolve_device(config.device)
     config = config.resolved(len(store.featurizer.vocabulary))
     run = RunFolder.open(out, config, store, resume)
     try:

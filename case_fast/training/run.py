@@ -27,13 +27,13 @@ import torch
 
 import case_fast
 from case_fast.data import Store
+from case_fast.devices import device_in_words
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.files import sync, whole_folder, write_json
 from case_fast.models import CASE
 from case_fast.training.checkpoint import writing
 from case_fast.training.config import TrainConfig, differences
 from case_fast.training.log import plain
-from case_fast.training.process import device_name
 
 _OURS = ("config.json", "manifest.json", "log.jsonl", "features", "best", "checkpoints")
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub")
@@ -133,7 +133,7 @@ class RunFolder:
         manifest = self.read("manifest.json")
         now = {
             "command": shlex.join(sys.argv),
-            "device": _device_in_words(device),
+            "device": device_in_words(device),
             "system": platform.platform(),
             "versions": _versions(),
         }
@@ -191,8 +191,3 @@ def _versions() -> dict[str, str]:
     for name in _PACKAGES:
         found[name] = torch.__version__ if name == "torch" else metadata.version(name)
     return found
-
-
-def _device_in_words(device: torch.device) -> str:
-    # results are equal bit for bit only with as many threads
-    return f"{device} ({device_name(device)}), {torch.get_num_threads()} CPU threads"

@@ -287,14 +287,6 @@ def test_damaged_weights_are_named(copy):
         load(copy, "cpu")
 
 
-def test_devices(run):
-    with pytest.raises(ConfigError, match="device 'abacus' is unknown; give auto, cpu or cuda"):
-        load(run, "abacus")
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="no GPU that torch can use; give cpu or auto"):
-            load(run, "cuda")
-
-
 # ---- knowledge
 
 

@@ -24,7 +24,7 @@ from training_helpers import PHASE_1, PHASE_2, MemoryStore, outcome, records, ru
 from case_fast.data import Featurizer
 from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import ABLATIONS, CASE
-from case_fast.training import NotFinite, TrainConfig, default_device, loop, train
+from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
 
 STEPS = PHASE_1 + PHASE_2
@@ -384,14 +384,6 @@ def test_one_process_at_a_time(store, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 2, again)
         run(store, tmp_path / "run")
-
-
-def test_devices():
-    assert default_device("cpu") == torch.device("cpu")
-    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "meta", "cuda:99", ""):
-        with pytest.raises(ConfigError, match="device"):
-            default_device(name)
 
 
 def test_a_store_without_a_split(store, tmp_path):
