@@ -198,7 +198,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
     from case_fast.data import open_store
     from case_fast.evaluation import evaluate
     from case_fast.generation import generate_all
-    from case_fast.serving.responder import load_model
+    from case_fast.runs import Run, load_model
 
     store = open_store(data)
     model, chosen = load_model(run, device)
@@ -213,7 +213,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
             return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
-        return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
+        return evaluate(model, store, split, Run(run).evaluation(split), replies, limit=limit, batch_size=batch_size,
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 

@@ -32,10 +32,11 @@ MAY_IMPORT = {
     "models": {"ops", "equations"},
     "knowledge": set(),
     "data": {"knowledge"},
-    "training": {"models", "data"},
+    "runs": {"models", "data"},
+    "training": {"models", "data", "runs", "generation"},
     "generation": {"models", "data"},
-    "evaluation": {"models", "data"},
-    "serving": {"models", "data", "knowledge", "generation"},
+    "evaluation": {"models", "data", "runs", "generation"},
+    "serving": {"models", "data", "knowledge", "runs", "generation"},
     "bench": set(),  # finds the benchmarks of a checkout, which import what they like
 }
 # What these parts may import from outside the standard library.

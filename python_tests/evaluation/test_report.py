@@ -15,7 +15,6 @@ from rich.console import Console
 from case_fast.errors import CheckpointError
 from case_fast.evaluation import evaluate, write_report
 from case_fast.evaluation.figures import Curve, curve_svg, running_mean
-from case_fast.evaluation.run import Run
 from case_fast.html import Html, page, tag
 from case_fast.models import CASE
 from case_fast.training import preset, train
@@ -235,17 +234,6 @@ def test_a_strange_accuracy(run, value):
     next(metric for metric in found["metrics"] if metric["name"] == "acc_1")["value"] = value
     path.write_text(json.dumps(found))
     read(write_report(run))
-
-
-def test_the_last_record_of_a_step_counts(tmp_path):
-    lines = [{"event": "step", "phase": 2, "step": s, "losses": {"kl": v}} for s, v in ((2, 1), (4, 2), (2, 3))]
-    lines += [{"event": "step", "phase": 1, "step": 6, "losses": {"kl": 9}}, {"event": "validation", "step": 2, "kl": 7}]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run = Run.read(tmp_path)
-    assert run.series("step", "kl", 2) == ([2, 4], [3, 2])
-    assert run.series("step", "kl") == ([2, 4, 6], [3, 2, 9])
-    assert run.series("validation", "kl") == ([2], [7])
-    assert run.series("step", "absent") == ([], [])
 
 
 def test_html_escapes_all_but_html():
