@@ -86,19 +86,24 @@ def test_a_folder_with_other_files_takes_a_new_run_and_keeps_them(tmp_path):
 
 
 def test_another_process_is_kept_out_as_long_as_one_trains(tmp_path):
-    code = "import sys; from case_fast.runs import Run\nwith Run(sys.argv[1]).held(resume=False): pass"
+    code = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB); print('held', flush=True)"
 
-    def other() -> str:
-        return subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120,
-                              cwd=Path(__file__).parents[1]).stderr
+    def other(then: str) -> subprocess.Popen:
+        """A process that takes the lock, and what it does while it has it."""
+        command = [sys.executable, "-c", f"{code}; {then}", str(tmp_path / ".lock")]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     with Run(tmp_path).held(resume=False):
-        said = f"another process is training in {tmp_path}. Wait for it, or choose another folder"
-        assert said in other()
-    assert other() == ""
+        assert "BlockingIOError" in other("pass").communicate(timeout=60)[1]
+    holder = other("sys.stdin.read()")
+    assert holder.stdout.readline() == "held\n"
+    said = f"another process is training in {tmp_path}. Wait for it, or choose another folder"
+    with pytest.raises(CheckpointError, match=said), Run(tmp_path).held(resume=False):
+        pass
+    holder.communicate(timeout=60)
     with pytest.raises(ZeroDivisionError), Run(tmp_path).held(resume=False):
         raise ZeroDivisionError
-    assert other() == ""
+    assert other("pass").communicate(timeout=60) == ("held\n", "")
 
 
 def test_what_a_killed_process_left_goes_when_the_run_is_taken_up(copy):
