@@ -37,7 +37,7 @@ def held_out(model: CASE, batches: list[Any]) -> dict[str, float]:
     found: dict[str, list[float]] = {"coarse_above_chance": [], "own_first": [], "saturated": [], "emotion_accuracy": []}
     for batch in batches:
         out = model(batch)
-        known = batch.cu_knowledge.diff() > 0  # the others have no cognition and are no pairs
+        known = batch.case.cu_knowledge.diff() > 0  # the others have no cognition and are no pairs
         cognition, affection = out.r_cog[known], out.r_emo[known]
         projected = cognition if model.config.mim_score == "dot" else cognition @ model.w_coarse
         score = projected @ affection.T  # the sigmoid keeps the order

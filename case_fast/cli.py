@@ -12,10 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
@@ -56,15 +57,20 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
 
 
-def _train_arguments(parser: ArgumentParser) -> None:
-    from case_fast.training import PRESETS, TrainConfig
+def _train_arguments(parser: ArgumentParser, kind: str = "case") -> None:
+    from case_fast.models import MODELS, model_class
+    from case_fast.training import config_class
 
+    presets = model_class(kind).presets
     parser.add_argument("--config", action="config", help="YAML or JSON file of settings")
     parser.add_argument("--data", type=str, required=True, help="store that prepare made")
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
-    parser.add_argument("--preset", type=str, default="paper", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--kind", type=str, default=kind, help=argparse.SUPPRESS)  # as the config.json of a run has it
+    parser.add_argument("--preset", type=str, default=next(iter(presets)), help=f"settings to start from: {', '.join(presets)}")
     parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(config_class(kind))
+    (model,) = [action for action in parser._actions if action.option_strings == ["--model"]]
+    model.metavar, model.help = "NAME", f"which model: {', '.join(MODELS)}; here follow the settings of {kind}"
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -248,7 +254,7 @@ def _demo(args: Namespace, console: Console) -> None:
     from case_fast.evaluation import write_report
     from case_fast.generation import GenerationConfig
     from case_fast.serving import load
-    from case_fast.training import PRESETS, TrainConfig, train
+    from case_fast.training import preset, train
 
     started = time.monotonic()
     out = Path(args.out)
@@ -259,7 +265,7 @@ def _demo(args: Namespace, console: Console) -> None:
     store = prepare(PrepareSettings("bundled", "bundled", "bundled", "bundled", str(store_path)), _Stages(console))
     _prepared(store, console)
     console.rule("2  train: phase 1 on L_BOW, phase 2 on the whole objective")
-    train(store, run, TrainConfig.from_dict(PRESETS["demo"]), console=console)
+    train(store, run, preset("demo"), console=console)
     console.rule("3  evaluate on the toy test split")
     run_evaluation(str(run), str(store_path), "test", None, 32, "auto", GenerationConfig(), console)
     console.rule("4  five replies, beam search")
@@ -303,7 +309,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                 _prepare_arguments, _prepare),
     "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
                 _inspect_arguments, _inspect),
-    "train": ("Train CASE in two phases: a run folder with log, checkpoints and the best weights.", _train_arguments, _train),
+    "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.", _train_arguments,
+              _train),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", _chat_arguments, _chat),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
@@ -313,16 +320,33 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
 }
 
 
-def _preset(words: Sequence[str]) -> dict[str, Any]:
+def _named_model(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the other words.
+
+    A bare --model would be a file of settings to jsonargparse.
+    """
+    from case_fast.models import model_class
+
+    named, files = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
+    named.add_argument("--model", "--kind")
+    found, rest = named.parse_known_args(words)
+    files.add_argument("--config", action="append", default=[])
+    kind = found.model
+    for path in files.parse_known_args(rest)[0].config:  # they stay where they are: what comes later overrides them
+        with suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the parser says what is wrong with the file
+            kind = kind or yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("kind")
+    kind = kind or "case"
+    model_class(kind)
+    return kind, ["--kind", kind, *rest]
+
+
+def _preset(words: Sequence[str], kind: str) -> dict[str, Any]:
     """The settings that --preset names: defaults, so that --config and --key value still override them."""
-    from case_fast.training import PRESETS
+    from case_fast.training import preset_values
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", default="paper")
-    name = finder.parse_known_args(words)[0].preset
-    if name not in PRESETS:
-        raise ConfigError(f"--preset {name!r} is unknown; one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    finder.add_argument("--preset", default="")
+    return preset_values(finder.parse_known_args(words)[0].preset, kind)
 
 
 def _overview() -> str:
@@ -368,9 +392,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     description, arguments, run = _COMMANDS[name]
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
-        arguments(parser)
         if name == "train":
-            parser.set_defaults(_preset(rest))
+            kind, rest = _named_model(rest)
+            _train_arguments(parser, kind)
+            parser.set_defaults(_preset(rest, kind))
+        else:
+            arguments(parser)
         run(parser.instantiate(parser.parse_args(rest)), console)
     except Interrupted as stopped:
         errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)

@@ -34,7 +34,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
@@ -43,7 +42,8 @@ from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError
 from case_fast.files import plain, sync, whole_folder, write_json
-from case_fast.models import CASE, CASEConfig
+from case_fast.models import DialogueModel, build
+from case_fast.models.base import read_config
 from case_fast.text_files import ReadReport, read_lines
 
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub")
@@ -150,7 +150,7 @@ class Run:
         with writing("the manifest", self.manifest):
             write_json(self.manifest, self.read_manifest() | {"finished": _now(), **plain(facts)})
 
-    def save_best(self, model: CASE) -> None:
+    def save_best(self, model: DialogueModel) -> None:
         """Replace RUN/best. Of its files only the weights differ within a run, so replacing each replaces all at once."""
         with (
             writing("the best weights", self.best),
@@ -235,7 +235,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 # ---- opening it for use
 
 
-def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") -> tuple[CASE, torch.device]:
+def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") -> tuple[DialogueModel, torch.device]:
     """The model of a run, in evaluation mode, and the device it is on.
 
     Args:
@@ -263,21 +263,12 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
     _require(files.best / _MODEL, remedy)
     _require(weights / _WEIGHTS, remedy)
     try:
-        model = _best_model(files.best, chosen) if weights == files.best else _model_of_step(files.best, weights)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        settings = read_config(files.best)
+        model = build(settings.pop("model", "case"), **settings)
+        model.load_weights(weights / _WEIGHTS)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{weights}: damaged, or not of this model ({error}). {remedy}") from error
     return model.to(chosen).eval(), chosen
-
-
-def _best_model(best: Path, device: torch.device) -> CASE:
-    return CASE.from_pretrained(best, map_location=str(device))
-
-
-def _model_of_step(best: Path, checkpoint: Path) -> CASE:
-    """The weights of a checkpoint, in a model of the best weights' settings."""
-    model = CASE(CASEConfig(**json.loads((best / _MODEL).read_text(encoding="utf-8"))))
-    safetensors.torch.load_model(model, checkpoint / _WEIGHTS)
-    return model
 
 
 def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, Any]]:

@@ -29,13 +29,15 @@ MAY_IMPORT = {
     "html": set(),
     "equations": set(),
     "ops": {"equations", "_native"},
-    "models": {"ops", "equations"},
+    "equations_baselines": {"ops", "equations"},
+    "models": {"ops", "equations", "equations_baselines"},
     "knowledge": set(),
     "data": {"knowledge"},
     "runs": {"models", "data"},
-    "training": {"models", "data", "runs", "generation"},
+    "references": {"models"},
+    "training": {"models", "data", "runs", "references", "generation"},
     "generation": {"models", "data"},
-    "evaluation": {"models", "data", "runs", "generation"},
+    "evaluation": {"models", "data", "runs", "references", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},
     "bench": set(),  # finds the benchmarks of a checkout, which import what they like
 }

@@ -86,11 +86,11 @@ def test_a_folder_with_other_files_takes_a_new_run_and_keeps_them(tmp_path):
 
 
 def test_another_process_is_kept_out_as_long_as_one_trains(tmp_path):
-    code = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB); print('held', flush=True)"
+    code = "import fcntl, sys; lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
     def other(then: str) -> subprocess.Popen:
         """A process that takes the lock, and what it does while it has it."""
-        command = [sys.executable, "-c", f"{code}; {then}", str(tmp_path / ".lock")]
+        command = [sys.executable, "-c", f"{code}; print('held', flush=True); {then}", str(tmp_path / ".lock")]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     with Run(tmp_path).held(resume=False):

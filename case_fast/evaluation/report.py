@@ -16,11 +16,12 @@ from scipy.stats import binomtest
 
 from case_fast import __version__
 from case_fast.errors import CheckpointError
-from case_fast.evaluation.evaluate import PAPER_NOTE, Evaluation, heading
+from case_fast.evaluation.evaluate import Evaluation, heading
 from case_fast.evaluation.figures import Curve, curve_svg
 from case_fast.evaluation.metrics import format_value
 from case_fast.files import write_text
 from case_fast.html import Html, Node, facts, page, section, tag
+from case_fast.models import MODELS, model_class
 from case_fast.runs import Record, lookup
 
 EXAMPLES = 10
@@ -28,7 +29,7 @@ _SPLITS = ("test", "valid", "train")  # order of the page
 _LOSSES = {
     "loss": "Total loss", "generation": "Generation, L_gen", "diversity": "Diversity, L_div", "emotion": "Emotion, L_emo",
     "bow": "Bag of words, L_BOW", "kl": "Prior and posterior, L_KL", "coarse": "Coarse alignment, L_coarse",
-    "fine": "Fine alignment, L_fine",
+    "fine": "Fine alignment, L_fine", "smoothed": "Generation, label smoothed",
 }
 _OTHER = {
     "lr": "Learning rate", "grad_norm": "Gradient norm", "examples_per_second": "Dialogues a second",
@@ -36,7 +37,7 @@ _OTHER = {
 }
 _TOY = (
     "The dialogues are the few hundred that come with case_fast. The figures show that every part works; they say nothing on "
-    "how well CASE answers, and do not belong beside the paper's."
+    "how well the model answers, and do not belong beside the paper's."
 )
 _LIMITS = (
     "One run is one seed: differences to another run that are smaller than those between seeds mean nothing. No figure here "
@@ -84,8 +85,8 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 def _page(run: Reported) -> str:
     name = run.files.path.resolve().name
     return page(
-        f"CASE run {name}",
-        tag("header", tag("h1", f"CASE run “{name}” ", _state(run)), tag("p", _about(run), class_="muted")),
+        f"{_model(run)} run {name}",
+        tag("header", tag("h1", f"{_model(run)} run “{name}” ", _state(run)), tag("p", _about(run), class_="muted")),
         _tiles(run), _missing(run), _facts(run), _meaning(run), _training(run),
         [_evaluation(evaluation, predictions) for evaluation, predictions in run.evaluations],
         _everything(run),
@@ -95,6 +96,12 @@ def _page(run: Reported) -> str:
 
 
 # ---- what kind of run it is
+
+
+def _model(run: Reported) -> str:
+    """Its name for people: that of its class."""
+    kind = lookup(run.config, "kind") or "case"
+    return model_class(kind).__name__ if kind in MODELS else str(kind)
 
 
 def _bundled(run: Reported) -> bool:
@@ -154,7 +161,7 @@ def _missing(run: Reported) -> Node:
         where = f"phase {last.get('phase')} at step {last.get('step')}"
         items.append((f"Training has not ended: the log stops in {where}. To go on:", again))
     if run.records and _best(run) is None:
-        items.append(("There is no validation yet; validations come in phase 2.", None))
+        items.append(("There is no validation yet; validations come in the last phase.", None))
     if not run.evaluations:
         items.append(("The run has not been evaluated.", f"case-fast evaluate {folder} --data {store} --split test"))
     if not run.manifest and not any("manifest.json" in problem for problem in run.problems):
@@ -293,15 +300,32 @@ def _training(run: Reported) -> Node:
         validation.append(Curve("Emotion accuracy", steps, values, marked=marked, level=(1 / 32, "guessing")))
     if validation:
         parts += [tag("h3", "Validation"), _charts("v", validation)]
-    for phase, about, names in ((1, "L_BOW alone", {"bow": _LOSSES["bow"]}), (2, "the whole objective", _LOSSES)):
-        if curves := _curves(run, phase, names):
-            parts += [tag("h3", f"Training loss, phase {phase}: {about}"), _charts(f"p{phase}", curves)]
+    phases = _phases(run)
+    for place, (phase, about) in enumerate(phases.items()):
+        # the whole is not shown beside the only loss that it is made of
+        losses = [name for record in run.records if record.get("phase") == phase for name in (record.get("losses") or {})]
+        names = dict.fromkeys(losses) if len(set(losses)) == 1 else dict.fromkeys(["loss", *losses])
+        if curves := _curves(run, phase, {name: _LOSSES.get(name, name) for name in names}):
+            title = f"Training loss, phase {place + 1}: {about}" if len(phases) > 1 else "Training loss"
+            parts += [tag("h3", title), _charts(f"p{phase}", curves)]
     if other := _curves(run, None, _OTHER):
         parts += [tag("h3", "How training went"), _charts("o", other)]
     if not parts:
         return None
     note = "Bold lines are running means of the pale ones. Steps count across both phases."
     return section("Training", tag("p", note, class_="muted"), parts)
+
+
+_PHASES = {"bow": "L_BOW alone", "all": "the whole objective"}
+
+
+def _phases(run: Reported) -> dict[Any, str]:
+    """The phases that the log has steps of, in order, and what each trained; earlier versions gave CASE's two other names."""
+    names = {record.get("phase"): str(record.get("name")) for record in run.records if record.get("event") == "phase"}
+    earlier = {"phase 1 (L_BOW)": "bow", "phase 2 (all losses)": "all"}
+    numbers = dict.fromkeys(record.get("phase") for record in run.records if record.get("event") == "step")
+    said = {number: earlier.get(names.get(number, ""), names.get(number, "")) for number in numbers}
+    return {number: _PHASES.get(name, name or "unnamed") for number, name in said.items()}
 
 
 def _curves(run: Reported, phase: int | None, names: dict[str, str]) -> list[Curve]:
@@ -334,7 +358,7 @@ def _evaluation(evaluation: Evaluation, predictions: list[dict[str, Any]]) -> Ht
     return section(
         heading(evaluation),
         tag("table", tag("thead", head), tag("tbody", rows)),
-        tag("p", "↑ higher is better, ↓ lower is better." + (f" {PAPER_NOTE}" if paper else ""), class_="muted"),
+        tag("p", "↑ higher is better, ↓ lower is better." + (f" {evaluation.paper_note}" if paper else ""), class_="muted"),
         _confusion(evaluation), _examples(predictions),
     )
 
@@ -377,8 +401,8 @@ def _example(found: dict[str, Any]) -> Html:
     true, guess, probability = found.get("emotion"), found.get("predicted"), found.get("probability")
     sure = f" {100 * probability:.0f} %" if isinstance(probability, (int, float)) else ""
     right = true == guess
-    emotion = tag("p", tag("span", "emotion", class_="who"), f"{true or 'unknown'}, predicted ",
-                  tag("span", f"{guess}{sure} {'✓' if right else '✗'}", class_="good" if right else "bad"))
+    predicted = (", predicted ", tag("span", f"{guess}{sure} {'✓' if right else '✗'}", class_="good" if right else "bad"))
+    emotion = tag("p", tag("span", "emotion", class_="who"), true or "unknown", predicted if guess else None)
     return tag("div", turns,
                tag("p", tag("span", "reply of the model", class_="who"), str(found.get("reply") or "(empty)"), class_="reply"),
                tag("p", tag("span", "reply of the person", class_="who"), str(found.get("reference") or "(none)")),

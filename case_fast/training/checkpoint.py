@@ -236,8 +236,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tenso
 
 
 def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Strict `load_state_dict`: every name, shape and dtype must agree, or `CheckpointError` says which does not."""
-    expected = model.state_dict()
+    """Strict `load_state_dict`: every name, shape and dtype must agree, or `CheckpointError` says which does not. What the model
+    calls retired is read over."""
+    expected, retired = model.state_dict(), getattr(model, "retired", ())
+    tensors = {name: x for name, x in tensors.items() if name not in retired}
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors if name not in expected]
     wrong += [
@@ -247,7 +249,7 @@ def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise CheckpointError(f"the weights do not fit the model: {'; '.join(wrong[:5])}")
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(tensors)
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

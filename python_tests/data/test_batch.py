@@ -150,29 +150,29 @@ def test_equal_sub_utterances_share_a_reaction_row():
     one = example("a b .", {"a b .": {"xReact": ["happy", "d"], "xWant": ["c", "e"]}}, texts)  # u_0 = u_1
     three = example("a . a . b .", {"a .": {"xReact": ["e"], "xNeed": ["d"]}, "b .": {"xWant": ["a"]}}, texts)  # u_1 = u_2
     batch = check([one, three], texts)
-    assert batch.reaction_dialogue.tolist() == [0, 1, 1, 1]  # rows: u; u_0, u_1, u_3
-    assert [row.tolist() for row in split_rows(batch.reaction, batch.cu_reaction)] == [
+    assert batch.case.reaction_dialogue.tolist() == [0, 1, 1, 1]  # rows: u; u_0, u_1, u_3
+    assert [row.tolist() for row in split_rows(batch.case.reaction, batch.case.cu_reaction)] == [
         VOCABULARY.encode(["happy", "d"]), [], VOCABULARY.encode(["e"]), [],
     ]
-    assert batch.reaction_first.tolist() == [0, 1] and batch.has_reaction.tolist() == [True, False, True, False]
+    assert batch.case.reaction_first.tolist() == [0, 1] and batch.has_reaction.tolist() == [True, False, True, False]
     # the knowledge of u_0 and that of u_1 belong to the one row; of the other dialogue to u_1 twice, and to u_3
-    assert batch.knowledge_reaction.tolist() == [0, 0, 0, 0, 2, 2, 3]
+    assert batch.case.knowledge_reaction.tolist() == [0, 0, 0, 0, 2, 2, 3]
 
 
 def test_dialogues_with_one_sentence_text_do_not_share_rows_across_dialogues():
     texts = TextTable(VOCABULARY)
     inferences = {"a .": {"xReact": ["d"]}}
     batch = check([example("a .", inferences, texts), example("a .", inferences, texts)], texts)
-    assert batch.reaction_dialogue.tolist() == [0, 1]
-    assert batch.cu_text.tolist() == [0, 3]  # the text itself is encoded once
+    assert batch.case.reaction_dialogue.tolist() == [0, 1]
+    assert batch.case.cu_text.tolist() == [0, 3]  # the text itself is encoded once
 
 
 def test_no_knowledge_no_words_no_reply():
     texts = TextTable(VOCABULARY)
     batch = check([example("", {}, texts, "")], texts)
     assert batch.context.tolist() == [CLS] and batch.target.tolist() == [EOS] and batch.decoder_input.tolist() == [BOS]
-    assert batch.knowledge.shape == batch.reaction.shape == (0,) and batch.has_reaction.tolist() == [False]
-    assert batch.cu_knowledge.tolist() == [0, 0] and batch.concept_word.tolist() == [CLS]
+    assert batch.case.knowledge.shape == batch.case.reaction.shape == (0,) and batch.has_reaction.tolist() == [False]
+    assert batch.case.cu_knowledge.tolist() == [0, 0] and batch.concept.word.tolist() == [CLS]
     check([example("", {}, texts, ""), example("a . b", {"b": {"xWant": ["c"]}}, texts)], texts)
 
 
@@ -181,7 +181,7 @@ def test_only_reactions_and_only_one_relation():
     check([example("a", {"a": {"xReact": ["b"]}}, texts)], texts)
     for relation in ("xIntent", "xNeed", "xWant", "xEffect"):
         batch = check([example("a", {"a": {relation: ["b"]}}, texts)], texts)
-        assert batch.knowledge.tolist() == [2, 3] and batch.has_reaction.tolist() == [False]
+        assert batch.case.knowledge.tolist() == [2, 3] and batch.has_reaction.tolist() == [False]
 
 
 def test_an_empty_batch_is_refused():

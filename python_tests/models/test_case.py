@@ -136,7 +136,7 @@ def test_reading_needs_no_reply():
     model, batch = tiny_model().eval(), random_batch(5)
     out = model(batch)
     blank = replace(
-        batch, response=batch.response * 0, target=batch.target * 0, decoder_input=batch.decoder_input * 0, emotion=-1
+        batch, response=batch.case.response * 0, target=batch.target * 0, decoder_input=batch.decoder_input * 0, emotion=-1
     )
     reading = model.read(blank)
     assert reading.log_prior_cognition.exp().equal(out.prior_cognition) and reading.gate.equal(out.gate)
@@ -188,14 +188,14 @@ def test_without_a_graph_encoder_the_initial_vertices_stand_in():
     model = ablated_model("w/o Graph").eval()
     reading = model.read(batch)
     d = model.config.d_model
-    position = eq.sinusoidal_position(batch.concept_position, d)
-    initial = model.embedding(batch.concept_word) * d**0.5 + position + model.vertex_type(batch.concept_type)
+    position = eq.sinusoidal_position(batch.concept.position, d)
+    initial = model.embedding(batch.concept.word) * d**0.5 + position + model.vertex_type(batch.concept.type)
     same(reading.concept, initial, 1e-6)
-    text = model.embedding(batch.text) * d**0.5 + eq.sinusoidal_position(
-        eq.segment_positions(batch.cu_text, len(batch.text)), d
+    text = model.embedding(batch.case.text) * d**0.5 + eq.sinusoidal_position(
+        eq.segment_positions(batch.case.cu_text, len(batch.case.text)), d
     )
-    vertices = model.cognition_encoder(text, batch.cu_text)[batch.cu_text[:-1]][batch.cognition_text]
-    same(reading.knowledge, vertices[batch.knowledge], 1e-6)
+    vertices = model.cognition_encoder(text, batch.case.cu_text)[batch.case.cu_text[:-1]][batch.case.cognition_text]
+    same(reading.knowledge, vertices[batch.case.knowledge], 1e-6)
 
 
 def test_config_refuses_what_cannot_work():
@@ -237,7 +237,7 @@ def test_empty_knowledge(concepts: bool, size: int):
     for number, missing in enumerate(SUBSETS):
         kept = tuple(r for r in RELATIONS if r not in missing)
         batch = make_batch(*dialogues_with(kept, concepts, size))
-        assert (batch.concept_type == 0).all() or concepts
+        assert (batch.concept.type == 0).all() or concepts
         model = models[number % 2]
         out = model(batch)
         found = grads(model, out.loss)
@@ -246,7 +246,7 @@ def test_empty_knowledge(concepts: bool, size: int):
         assert not wrong, (missing, wrong)
         no_cognition = set(missing) >= set(RELATIONS[:4])
         if no_cognition:
-            assert len(batch.knowledge) == 0 and (out.r_cog == 0).all()
+            assert len(batch.case.knowledge) == 0 and (out.r_cog == 0).all()
             kl = eq.discernment_kl(out.posterior_concept.log(), out.prior_concept.log(), size)
             same(out.losses["kl"], kl, 1e-4)
         if no_cognition or "xReact" in missing:
@@ -359,11 +359,11 @@ def test_sampled_negatives_advance_in_training_only():
     assert again(batch).losses["fine"].equal(model(batch).losses["fine"])  # the counter is saved
     assert ablated_model(None, num_negatives=3, seed=6)(batch).losses["fine"].item() != losses[0]
     # the counter is the low word of the key, the seed the high one
-    pairs = batch.has_reaction[batch.knowledge_reaction]
+    pairs = batch.has_reaction[batch.case.knowledge_reaction]
     row = torch.cumsum(batch.has_reaction, 0) - 1
     fresh = ablated_model(None, num_negatives=3, seed=5).eval()
     knowledge, reaction = fresh.read(batch).knowledge[pairs], fresh.read(batch).reaction[batch.has_reaction]
-    loss = eq.bilinear_mim(knowledge, reaction, fresh.w_fine, row[batch.knowledge_reaction[pairs]], 3, 5 << 32)
+    loss = eq.bilinear_mim(knowledge, reaction, fresh.w_fine, row[batch.case.knowledge_reaction[pairs]], 3, 5 << 32)
     same(loss, quiet[0], 1e-6)
     full = ablated_model(None).eval()(batch)
     assert full.losses["coarse"].equal(fresh(batch).losses["coarse"])  # only L_fine is sampled
@@ -410,10 +410,10 @@ def test_intensity():
     batch = random_batch(5)
     off, after, inside = (tiny_model(intensity=kind).eval() for kind in ("off", "after", "before_norm"))
     plain = off.read(batch).concept
-    same(after.read(batch).concept, plain * (1 + batch.concept_intensity)[:, None], 1e-6)
+    same(after.read(batch).concept, plain * (1 + batch.concept.intensity)[:, None], 1e-6)
     assert close(inside.read(batch).concept, plain, 1e-3)  # it cancels in the norm
     assert not close(after.read(batch).concept, plain, 1e-1)
-    strong = replace(batch, concept_intensity=batch.concept_intensity + 1)
+    strong = replace(batch, concept_intensity=batch.concept.intensity + 1)
     assert all(a.equal(b) for (_, a), (_, b) in zip(tensors(off(batch)), tensors(off(strong)), strict=True))
 
 
@@ -441,7 +441,7 @@ def test_bfloat16_autocast_is_finite_and_close():
         "nll",
     ):
         assert getattr(out, name).dtype == torch.float32, name
-    sums = eq.segment_sum(out.prior_concept, batch.concept.dialogue, batch.size)
+    sums = eq.segment_sum(out.prior_concept, batch.concept.graph.dialogue, batch.size)
     same(sums, torch.ones(batch.size), 1e-6)
     found = grads(model, out.loss)
     assert all(g is not None and g.isfinite().all() and g.dtype == torch.float32 for g in found.values())

@@ -77,10 +77,10 @@ def per_dialogue(model: CASE, batch: Batch) -> list[dict[str, Tensor]]:
     packed = {
         "logits": (model.output(out.hidden), batch.cu_target),
         "nll": (out.nll, batch.cu_target),
-        "prior_cognition": (out.prior_cognition, batch.cu_knowledge),
-        "posterior_cognition": (out.posterior_cognition, batch.cu_knowledge),
-        "prior_concept": (out.prior_concept, batch.concept.cu_vertices),
-        "posterior_concept": (out.posterior_concept, batch.concept.cu_vertices),
+        "prior_cognition": (out.prior_cognition, batch.case.cu_knowledge),
+        "posterior_cognition": (out.posterior_cognition, batch.case.cu_knowledge),
+        "prior_concept": (out.prior_concept, batch.concept.graph.cu_vertices),
+        "posterior_concept": (out.posterior_concept, batch.concept.graph.cu_vertices),
     }
     whole = {name: getattr(out, name) for name in ("gate", "emotion_logits", "r_cog", "r_emo", "r_aff")}
     rows = {name: split_rows(tensor, cu) for name, (tensor, cu) in packed.items()} | whole
@@ -130,8 +130,8 @@ def test_nan_in_one_dialogue_stays_there():
     clean = per_dialogue(model, batch)
     assert model(batch).loss.isfinite()
     for victim in (0, 4, 8):
-        intensity = batch.concept_intensity.clone()
-        intensity[batch.concept.dialogue == victim] = torch.nan
+        intensity = batch.concept.intensity.clone()
+        intensity[batch.concept.graph.dialogue == victim] = torch.nan
         spoiled = replace(batch, concept_intensity=intensity)
         for b, (before, after) in enumerate(zip(clean, per_dialogue(model, spoiled), strict=True)):
             if b == victim:
@@ -139,7 +139,7 @@ def test_nan_in_one_dialogue_stays_there():
             else:
                 assert all(after[name].equal(before[name]) for name in before)
         out = model(spoiled)
-        has_knowledge = bool(batch.cu_knowledge[victim + 1] > batch.cu_knowledge[victim])
+        has_knowledge = bool(batch.case.cu_knowledge[victim + 1] > batch.case.cu_knowledge[victim])
         assert bool(out.losses["coarse"].isnan()) == has_knowledge and out.loss.isnan()
 
 

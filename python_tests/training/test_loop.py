@@ -405,7 +405,7 @@ def test_nan_in_a_batch_is_noticed_in_that_step(tmp_path, step):
         if split == "train":
             seen.append(indices)
             if len(seen) == step:
-                batch.concept_intensity[0] = float("nan")
+                batch.concept.intensity[0] = float("nan")
         return batch
 
     store.on_batch = poison
@@ -442,7 +442,7 @@ def test_nan_in_a_validation_stops_the_run_with_a_dump(tmp_path):
 
     def poison(split, indices, batch):
         if split == "valid":
-            batch.concept_intensity[0] = float("nan")
+            batch.concept.intensity[0] = float("nan")
         return batch
 
     store.on_batch = poison
