@@ -321,9 +321,10 @@ _PHASES = {"bow": "L_BOW alone", "all": "the whole objective"}
 
 def _phases(run: Reported) -> dict[Any, str]:
     """The phases that the log has steps of, in order, and what each trained; earlier versions gave CASE's two other names."""
-    names = {record.get("phase"): str(record.get("name")) for record in run.records if record.get("event") == "phase"}
+    numbered = [record for record in run.records if isinstance(record.get("phase"), int)]
+    names = {record["phase"]: str(record.get("name")) for record in numbered if record.get("event") == "phase"}
     earlier = {"phase 1 (L_BOW)": "bow", "phase 2 (all losses)": "all"}
-    numbers = dict.fromkeys(record.get("phase") for record in run.records if record.get("event") == "step")
+    numbers = dict.fromkeys(record["phase"] for record in numbered if record.get("event") == "step")
     said = {number: earlier.get(names.get(number, ""), names.get(number, "")) for number in numbers}
     return {number: _PHASES.get(name, name or "unnamed") for number, name in said.items()}
 

@@ -12,7 +12,7 @@ import pytest
 from case_fast import __version__, cli
 from case_fast.data import open_store
 from case_fast.errors import Interrupted
-from case_fast.training import config as training_config
+from case_fast.models import CASE
 
 SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--phase1-steps", "2", "--max-steps", "4", "--validate-every", "2",
          "--valid-limit", "8", "--min-steps", "0", "--log-every", "1"]
@@ -79,7 +79,7 @@ def test_missing_arguments_are_named(capsys):
         (["chat", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["merge-cache", "new.sqlite", "nowhere.sqlite"], "nowhere.sqlite: cache of inferences not found"),
-        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "--preset 'papr' is unknown; one of paper, demo"),
+        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "case has no preset 'papr'; it has paper, demo"),
         (["prepare", "--dialogues", "nowhere", "--knowledge", "bundled", "--conceptnet", "bundled", "--lexicon", "bundled",
           "--out", "s"], "nowhere"),
         (["prepare", "--dialogues", "bundled", "--knowledge", "commet:x", "--conceptnet", "bundled", "--lexicon", "bundled",
@@ -106,7 +106,7 @@ def test_inspect_shows_an_example_and_gives_json(sample_store, capsys):
 
 
 def test_key_value_overrides_config_overrides_preset(sample_store, tmp_path, monkeypatch):
-    monkeypatch.setitem(training_config.PRESETS, "demo", {"patience": 7, "batch_size": 5, "seed": 3})
+    monkeypatch.setitem(CASE.presets, "demo", {"patience": 7, "batch_size": 5, "seed": 3})
     settings = tmp_path / "mine.yaml"
     settings.write_text("batch_size: 6\nseed: 4\nmodel:\n  d_model: 16\n")
     out = tmp_path / "run"
@@ -168,7 +168,7 @@ def test_an_interruption_is_no_error(monkeypatch, capsys):
 def test_demo_goes_the_whole_way(tmp_path, capsys, monkeypatch):
     tiny = {"model": {"d_model": 16, "ffn": 16}, "phase1_steps": 1, "max_steps": 2, "validate_every": 1, "min_steps": 0,
             "valid_limit": 4}
-    monkeypatch.setitem(training_config.PRESETS, "demo", tiny)
+    monkeypatch.setitem(CASE.presets, "demo", tiny)
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     shown = said(capsys)
     assert shown.count("speaker ") == 5 and "case-fast prepare --dialogues" in shown
