@@ -74,6 +74,7 @@ def _train_arguments(parser: ArgumentParser, kind: str = "case") -> None:
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
 
     parser.add_argument("run", type=str, help="folder that train made")
@@ -81,17 +82,18 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", type=str, default="test", help="train, valid or test")
     parser.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_class_arguments(GenerationConfig)
 
 
 def _chat_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
 
     parser.add_argument("run", type=str, help="folder that train made")
     parser.add_argument("--knowledge", type=str | None, default=None,
                         help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
     parser.add_class_arguments(GenerationConfig)
 
@@ -202,7 +204,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
     from case_fast.data import open_store
     from case_fast.evaluation import evaluate
     from case_fast.generation import generate_all
-    from case_fast.serving.responder import load_model
+    from case_fast.runs import Run, load_model
 
     store = open_store(data)
     model, chosen = load_model(run, device)
@@ -217,7 +219,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
             return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
-        return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
+        return evaluate(model, store, split, Run(run).evaluation(split), replies, limit=limit, batch_size=batch_size,
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 

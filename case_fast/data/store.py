@@ -13,6 +13,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +264,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         parts = (found["counts"]["examples"], found["files"], found["knowledge"])
         sound = isinstance(found["fingerprint"], str) and all(isinstance(part, dict) for part in parts)
+        emotions = list(found["emotions"])
     except (KeyError, TypeError):
         sound = False
     if not sound:
         raise DataError(path, "entries are missing or damaged", _REMEDY)
+    for label, (stored, ours) in enumerate(zip_longest(emotions, EMOTIONS)):  # an example holds its emotion's place alone
+        if stored != ours:
+            raise DataError(path, f"emotion {label} is {stored!r} in this store and {ours!r} in this version", _REMEDY)
     return found
 
 

@@ -7,22 +7,25 @@ import json
 import math
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from scipy.stats import binomtest
 
 from case_fast import __version__
+from case_fast.errors import CheckpointError
 from case_fast.evaluation.evaluate import Evaluation, heading
 from case_fast.evaluation.figures import Curve, curve_svg
 from case_fast.evaluation.metrics import format_value
-from case_fast.evaluation.run import Run, lookup
 from case_fast.files import write_text
 from case_fast.html import Html, Node, facts, page, section, tag
 from case_fast.models import MODELS, model_class
+from case_fast.runs import Record, lookup
 
 EXAMPLES = 10
+_SPLITS = ("test", "valid", "train")  # order of the page
 _LOSSES = {
     "loss": "Total loss", "generation": "Generation, L_gen", "diversity": "Diversity, L_div", "emotion": "Emotion, L_emo",
     "bow": "Bag of words, L_BOW", "kl": "Prior and posterior, L_KL", "coarse": "Coarse alignment, L_coarse",
@@ -42,6 +45,27 @@ _LIMITS = (
 )
 
 
+@dataclass
+class Reported(Record):
+    """The record of a run with its evaluations: those of RUN/evaluation/, test first, with their predictions."""
+
+    evaluations: list[tuple[Evaluation, list[dict[str, Any]]]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        run = super().read(path)
+        folders = [item for item in run.files.evaluations.glob("*") if item.is_dir()]
+        order = {split: place for place, split in enumerate(_SPLITS)}
+        for folder in sorted(folders, key=lambda item: (order.get(item.name, len(order)), item.name)):
+            try:
+                evaluation = Evaluation.load(folder)
+            except CheckpointError as error:
+                run.problems.append(str(error))
+            else:
+                run.evaluations.append((evaluation, list(run.lines(folder / "predictions.jsonl"))))
+        return run
+
+
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run folder, RUN/report.html unless ``out`` names a file, and return its path.
 
@@ -51,15 +75,15 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: the folder is missing or nothing in it belongs to a run.
     """
-    found = Run.read(run)
-    path = Path(out) if out is not None else found.path / "report.html"
+    found = Reported.read(run)
+    path = Path(out) if out is not None else found.files.report
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, _page(found))
     return path
 
 
-def _page(run: Run) -> str:
-    name = run.path.resolve().name
+def _page(run: Reported) -> str:
+    name = run.files.path.resolve().name
     return page(
         f"{_model(run)} run {name}",
         tag("header", tag("h1", f"{_model(run)} run “{name}” ", _state(run)), tag("p", _about(run), class_="muted")),
@@ -74,33 +98,33 @@ def _page(run: Run) -> str:
 # ---- what kind of run it is
 
 
-def _model(run: Run) -> str:
+def _model(run: Reported) -> str:
     """Its name for people: that of its class."""
     kind = lookup(run.config, "kind") or "case"
     return model_class(kind).__name__ if kind in MODELS else str(kind)
 
 
-def _bundled(run: Run) -> bool:
+def _bundled(run: Reported) -> bool:
     return bool(lookup(run.manifest, "store.bundled")) or any(evaluation.bundled for evaluation, _ in run.evaluations)
 
 
-def _finished(run: Run) -> bool:
+def _finished(run: Reported) -> bool:
     return run.newest("end", "step", "resume", "failure").get("event") == "end"
 
 
-def _state(run: Run) -> Html:
+def _state(run: Reported) -> Html:
     if _finished(run):
         return tag("span", "finished", class_="pill")
     return tag("span", "not finished" if run.records else "no log", class_="pill warn")
 
 
-def _about(run: Run) -> str:
+def _about(run: Reported) -> str:
     what = "the toy dialogues bundled with case_fast" if _bundled(run) else "prepared dialogues"
     ablation = lookup(run.config, "ablation")
     return f"Empathetic dialogue, trained on {what}" + (f"; ablation {ablation}." if ablation else ".")
 
 
-def _tiles(run: Run) -> Node:
+def _tiles(run: Reported) -> Node:
     tiles: list[tuple[str, str]] = []
     if run.evaluations:
         evaluation = run.evaluations[0][0]
@@ -113,18 +137,18 @@ def _tiles(run: Run) -> Node:
     return tag("div", boxes, class_="tiles") if boxes else None
 
 
-def _best(run: Run) -> tuple[int, float] | None:
+def _best(run: Reported) -> tuple[int, float] | None:
     """(step, value) of the best validation perplexity, whose weights a run keeps."""
     points = [(value, step) for step, value in zip(*run.series("validation", "ppl"), strict=True) if value == value]
     value, step = min(points, default=(0.0, 0))
     return (step, value) if points else None
 
 
-def _missing(run: Run) -> Node:
+def _missing(run: Reported) -> Node:
     """What is not there yet, each with the command that makes it."""
-    folder = shlex.quote(str(run.path))
+    folder = shlex.quote(str(run.files.path))
     store = shlex.quote(_store(run) or "STORE")
-    settings = f"--config {shlex.quote(str(run.path / 'config.json'))} " if run.config else ""
+    settings = f"--config {shlex.quote(str(run.files.config))} " if run.config else ""
     again = f"case-fast train {settings}--data {store} --out {folder} --resume"
     items: list[tuple[str, str | None]] = []
     last = run.newest("step", "phase", "failure")
@@ -149,11 +173,11 @@ def _missing(run: Run) -> Node:
     return tag("section", tag("h2", "What is missing"), said, class_="warn")
 
 
-def _store(run: Run) -> str | None:
+def _store(run: Reported) -> str | None:
     return _text(lookup(run.manifest, "store.path"))
 
 
-def _facts(run: Run) -> Html:
+def _facts(run: Reported) -> Html:
     m = run.manifest
     counts = run.store.get("counts")
     vocabulary = lookup(counts, "vocabulary")
@@ -213,7 +237,7 @@ def _duration(started: Any, ended: Any) -> str | None:
 # ---- in plain words
 
 
-def _meaning(run: Run) -> Html:
+def _meaning(run: Reported) -> Html:
     said: list[Node] = []
     if _bundled(run):
         said.append((tag("b", "A toy run. "), _TOY))
@@ -259,7 +283,7 @@ def _in_words(evaluation: Evaluation) -> Iterator[Node]:
 # ---- training
 
 
-def _training(run: Run) -> Node:
+def _training(run: Reported) -> Node:
     if not run.records:
         return None
     best = _best(run)
@@ -295,11 +319,11 @@ def _training(run: Run) -> Node:
 _PHASES = {"bow": "L_BOW alone", "all": "the whole objective"}
 
 
-def _of_phases(run: Run, event: str) -> list[dict[str, Any]]:
+def _of_phases(run: Reported, event: str) -> list[dict[str, Any]]:
     return [record for record in run.records if record.get("event") == event and isinstance(record.get("phase"), int)]
 
 
-def _phases(run: Run) -> dict[Any, str]:
+def _phases(run: Reported) -> dict[Any, str]:
     """The phases that the log has steps of, in order, and what each trained; earlier versions gave CASE's two other names."""
     names = {record["phase"]: str(record.get("name")) for record in _of_phases(run, "phase")}
     earlier = {"phase 1 (L_BOW)": "bow", "phase 2 (all losses)": "all"}
@@ -308,7 +332,7 @@ def _phases(run: Run) -> dict[Any, str]:
     return {number: _PHASES.get(name, name or "unnamed") for number, name in said.items()}
 
 
-def _curves(run: Run, phase: int | None, names: dict[str, str]) -> list[Curve]:
+def _curves(run: Reported, phase: int | None, names: dict[str, str]) -> list[Curve]:
     found = [(name, *run.series("step", name, phase)) for name in names]
     return [Curve(names[name], steps, values, smooth=name != "lr")
             for name, steps, values in found if any(value == value for value in values)]
@@ -389,7 +413,7 @@ def _example(found: dict[str, Any]) -> Html:
                emotion, class_="example")
 
 
-def _everything(run: Run) -> Node:
+def _everything(run: Reported) -> Node:
     found = [("Settings, config.json", run.config), ("Manifest, manifest.json", run.manifest)]
     parts = [tag("details", tag("summary", title), tag("pre", json.dumps(values, ensure_ascii=False, indent=2)))
              for title, values in found if values]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from case_fast.batch import Batch
@@ -22,7 +19,7 @@ from case_fast.data.graphs import CONCEPT
 from case_fast.data.pack import make_batch
 from case_fast.data.text import detokenize, normalize_space, tokenize
 from case_fast.data.vocabulary import Vocabulary
-from case_fast.errors import CheckpointError, ConfigError, DataError
+from case_fast.errors import ConfigError, DataError
 from case_fast.generation import Generated, GenerationConfig, generate
 from case_fast.knowledge import (
     COGNITION_RELATIONS,
@@ -33,8 +30,8 @@ from case_fast.knowledge import (
     open_source,
 )
 from case_fast.models import DialogueModel, Why
-from case_fast.models import load as load_pretrained
 from case_fast.models.base import evaluating
+from case_fast.runs import Run, load_features, load_model
 
 _log = logging.getLogger("case_fast")
 _SHOWN_EMOTIONS = 5
@@ -261,95 +258,31 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
     """Open a run folder for talking; reads local files only, and the source of knowledge when it is first needed.
 
     Args:
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or cuda:N.
         knowledge: "bundled", "atomic:PATH" or "comet:DIR" in place of the source that the run's data was prepared with.
         checkpoint: "best", or the step of one of the run's checkpoints.
 
     Raises:
         CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
     """
-    run = Path(run)
     model, chosen = load_model(run, device, checkpoint)
-    features = run / "features"
-    remedy = f"Remove {features}, then write it again: case-fast train --data STORE --out {run} --resume"
-    for name in ("vocabulary.json", "features.json", "knowledge.json"):
-        _require(features / name, remedy)
-    try:
-        featurizer = Featurizer.load(features)
-        recorded = json.loads((features / "knowledge.json").read_text(encoding="utf-8"))
-        spec, cache = str(recorded["spec"]), recorded.get("cache")
-    except DataError as error:
-        raise CheckpointError(f"{error.path}: {error.problem}. {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{features / 'knowledge.json'}: damaged ({error!r}). {remedy}") from error
-    words = len(featurizer.vocabulary)
-    if words != model.config.vocab_size:
-        problem = f"{words} words, the model has {model.config.vocab_size}: they are of different runs"
-        raise CheckpointError(f"{features}: {problem}. {remedy}")
-    return Responder(model, featurizer, lambda: _open_knowledge(run, spec, cache, knowledge, str(chosen)))
+    featurizer, recorded = load_features(run, model.config.vocab_size)
+    return Responder(model, featurizer, lambda: _open_knowledge(Run(run), recorded, knowledge, str(chosen)))
 
 
-def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") -> tuple[DialogueModel, torch.device]:
-    """The model of a run, in evaluation mode, and the device it is on; arguments and errors as `load`."""
-    run = Path(run)
-    chosen = _device(device)
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: run folder not found. Make one with: case-fast train --data STORE --out {run}")
-    best = run / "best"
-    if not best.is_dir():
-        raise CheckpointError(
-            f"{best}: the run has no weights to use yet; training writes them at its first validation. Go on with it: "
-            f"case-fast train --data STORE --out {run} --resume"
-        )
-    weights = best
-    if checkpoint != "best":
-        weights = run / "checkpoints" / (f"{int(checkpoint):08d}" if checkpoint.isdecimal() else "none")
-        if not weights.is_dir():
-            steps = sorted(path.name for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
-            raise ConfigError(f"checkpoint {checkpoint!r} is not in {run}; give one of {', '.join(['best', *steps])}")
-    remedy = f"Put a copy of it back, or train again: case-fast train --data STORE --out {run}"
-    _require(best / "config.json", remedy)
-    _require(weights / "model.safetensors", remedy)
-    try:
-        if weights == best:
-            model = load_pretrained(best, str(chosen))
-        else:
-            model = load_pretrained(best, str(chosen))
-            model.load_weights(weights / "model.safetensors")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{weights}: damaged, or not of this model ({error}). {remedy}") from error
-    return model.to(chosen).eval(), chosen
-
-
-def _require(path: Path, remedy: str) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: this part of the run is missing. {remedy}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; give auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this machine has no GPU that torch can use; give cpu or auto")
-    return device
-
-
-def _open_knowledge(run: Path, recorded: str, cache: str | None, given: str | None, device: str) -> KnowledgeSource:
+def _open_knowledge(run: Run, recorded: dict[str, Any], given: str | None, device: str) -> KnowledgeSource:
     """The source that was asked for or recorded, behind the cache if one was recorded."""
+    spec, cache = recorded["spec"], recorded.get("cache")
     try:
-        source = open_source(given or recorded, device)
+        source = open_source(given or spec, device)
     except DataError as error:
         if given:
             raise
-        remedy = f"The run was prepared with {recorded}: give its place now with --knowledge, or use --knowledge bundled"
+        remedy = f"The run was prepared with {spec}: give its place now with --knowledge, or use --knowledge bundled"
         raise DataError(error.path, error.problem, remedy) from error
     if cache is None:
         return source
-    for path in (Path(cache), run / "knowledge.sqlite"):
-        if os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) if path.exists() else path.parent == run):
+    for path in (Path(cache), run.cache):
+        if os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) if path.exists() else path == run.cache):
             return CachedSource(source, InferenceCache(path))
     return source

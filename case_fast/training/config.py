@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
+from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
 
@@ -177,6 +179,20 @@ def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name} is {run.get(name)!r} in the run and {now.get(name)!r} now" for name in names if run.get(name) != now.get(name)
     ]
+
+
+def refuse_changes(run: Path, ran: Mapping[str, Any], ran_on: Mapping[str, Any], config: TrainConfig, store: Store) -> None:
+    """`ConfigError` naming what differs between what ``run`` was started with, as far as it is known, and what it resumes with.
+
+    Args:
+        ran: its `TrainConfig.as_dict`. ran_on: "path" and "fingerprint" of its store.
+    """
+    found = differences(ran, config.as_dict()) if ran else []
+    if ran_on.get("fingerprint", store.fingerprint) != store.fingerprint:
+        of_run = f"{ran_on.get('path')} ({str(ran_on['fingerprint'])[:12]})"
+        found.append(f"the store is {of_run} in the run and {store.path} ({store.fingerprint[:12]}) now")
+    if found:
+        raise ConfigError(f"{run} cannot be resumed so: {'; '.join(found)}. Use what it ran with, or start another run")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

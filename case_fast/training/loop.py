@@ -18,9 +18,11 @@ from torch import nn
 
 from case_fast.batch import Batch
 from case_fast.data import Store
+from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import DialogueModel, Output, model_class
 from case_fast.references import read_references
+from case_fast.runs import Run, writing
 from case_fast.training.checkpoint import (
     MAX_HEADER_BYTES,
     Checkpoint,
@@ -30,12 +32,10 @@ from case_fast.training.checkpoint import (
     optimizer_tensors,
     rng_state,
     set_rng_state,
-    writing,
 )
-from case_fast.training.config import TrainConfig
+from case_fast.training.config import TrainConfig, refuse_changes
 from case_fast.training.log import Display, RunLog
-from case_fast.training.process import StopRequest, default_device, device_name, peak_memory, reproducible
-from case_fast.training.run import RunFolder
+from case_fast.training.process import StopRequest, peak_memory, reproducible
 from case_fast.training.sampler import Sampler, step_seed
 from case_fast.training.schedule import EarlyStopping, noam
 
@@ -77,19 +77,19 @@ def train(
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
-    device = default_device(config.device)
+    device = resolve_device(config.device)
     config = config.resolved(len(store.featurizer.vocabulary))
-    run = RunFolder.open(out, config, store, resume)
-    try:
+    with Run(out).held(resume) as run:
+        if resume:
+            ran_on = run.read_manifest().get("store")
+            refuse_changes(run.path, run.read_config(), ran_on if isinstance(ran_on, dict) else {}, config, store)
         with (
             reproducible(config.seed, config.deterministic, device),
             StopRequest() as stop,
             Display(console or Console()) as display,
+            ThreadPoolExecutor(1, "case_fast batches") as pool,
         ):
-            with ThreadPoolExecutor(1, "case_fast batches") as pool:
-                return Trainer(store, run, config, device, display, stop, pool, resume).train()
-    finally:
-        run.release()
+            return Trainer(store, run, config, device, display, stop, pool, resume).train()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class StepTaken:
 class Trainer:
     """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases."""
 
-    def __init__(self, store: Store, run: RunFolder, config: TrainConfig, device: torch.device, display: Display,
+    def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, display: Display,
                  stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):
         self.store, self.run, self.config, self.device = store, run, config, device
         self.display, self.stop, self.pool = display, stop, pool
@@ -119,13 +119,13 @@ class Trainer:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.optimizer = torch.optim.Adam(self.parameters, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        self.checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
-        run.set_up(config, store, device)
+        run.set_up(config.as_dict(), store, device)
         self.model.set_phase(self.phase_name)
         with writing("the log", run.path):
-            self.log = RunLog(run.path, self.step if resume else None)
+            self.log = RunLog(run, self.step if resume else None)
         self.batches = self._ahead(self._training_batch, itertools.count(self.step))
         self.recent: deque[StepTaken] = deque(maxlen=config.log_every)
 
@@ -407,7 +407,7 @@ class Trainer:
     def _take(self, found: Checkpoint) -> None:
         try:
             ran, ran_on, state = found.state["config"], found.state["store"], found.state["stopping"]
-            self.run.compare(ran, ran_on, self.config, self.store)
+            refuse_changes(self.run.path, ran, ran_on, self.config, self.store)
             load_model(self.model, found.tensors["model"])
             load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
             self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])

@@ -46,7 +46,7 @@ def found(store, tmp_path_factory):
     return SimpleNamespace(model=model, evaluation=evaluation, out=out)
 
 
-def test_values_against_an_oracle_in_numpy(store, found):
+def test_values_are_those_of_an_oracle_in_numpy(store, found):
     model = found.model.eval()
     model.set_phase("all")
     nll, right, replies = [], [], []
@@ -89,7 +89,7 @@ def test_values_do_not_depend_on_the_batch_size(store, found, tmp_path):
         assert ours.value == pytest.approx(theirs.value, rel=1e-5) and ours.signature == theirs.signature
 
 
-def test_files(store, found):
+def test_the_files_hold_the_metrics_and_a_line_an_example(store, found):
     assert sorted(path.name for path in found.out.iterdir()) == [
         "confusion.png", "metrics.json", "metrics.md", "predictions.jsonl",
     ]
@@ -168,19 +168,19 @@ def test_a_model_with_nan_weights_gives_reasons_not_a_crash(store, tmp_path):
 @pytest.mark.parametrize(
     "split, limit, message", [("dev", None, "it has train, valid, test"), ("test", 0, "limit must be at least 1")]
 )
-def test_arguments_that_cannot_work(store, tmp_path, split, limit, message):
+def test_arguments_that_cannot_work_are_refused_before_a_folder_is_made(store, tmp_path, split, limit, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(tiny(store), store, split, tmp_path / "out", first_words(store), limit=limit)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_another_store(store, tmp_path):
+def test_a_model_of_another_store_is_refused(store, tmp_path):
     model = CASE(CASEConfig(vocab_size=20, d_model=16, ffn=16))
     with pytest.raises(ConfigError, match="the model knows 20 words"):
         evaluate(model, store, "test", tmp_path, first_words(store))
 
 
-def test_progress_and_table(store, tmp_path):
+def test_progress_is_told_and_the_table_shown(store, tmp_path):
     seen, stream = [], io.StringIO()
     evaluate(tiny(store), store, "test", tmp_path, first_words(store), limit=4, batch_size=3,
              console=Console(file=stream, width=160), progress=lambda *done: seen.append(done))

@@ -119,7 +119,7 @@ def test_key_value_overrides_config_overrides_preset(sample_store, tmp_path, mon
     assert (chosen["model"]["d_model"], chosen["model"]["ffn"]) == (16, 8)
 
 
-def test_an_ablation_is_a_setting(sample_store, tmp_path, capsys):
+def test_an_ablation_is_a_setting_and_an_unknown_one_is_named(sample_store, tmp_path, capsys):
     words = ["train", "--data", str(sample_store.path), "--out", str(tmp_path / "run"), *SMALL, "--ablation", "w/o CSGraph"]
     assert cli.main(words) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["cognition_graph"] is False
@@ -134,7 +134,7 @@ def test_a_run_is_not_trained_over_but_resumed(run, sample_store, capsys):
     assert cli.main([*words, "--resume"]) == 0
 
 
-def test_evaluate_report_and_chat(run, sample_store, capsys, monkeypatch):
+def test_a_run_is_evaluated_reported_and_talked_to(run, sample_store, capsys, monkeypatch):
     assert cli.main(["evaluate", str(run), "--data", str(sample_store.path), "--limit", "6", "--strategy", "beam"]) == 0
     metrics = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
     assert "decoding=beam" in json.dumps(metrics)
