@@ -35,7 +35,6 @@ MAY_IMPORT = {
     "generation": {"models", "data"},
     "evaluation": {"models", "data"},
     "serving": {"models", "data", "knowledge", "generation"},
-    "bench": set(),  # finds the benchmarks of a checkout, which import what they like
 }
 # What these parts may import from outside the standard library.
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files")}
