@@ -63,7 +63,7 @@ def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: 
 
 def _measure(family: Family, case: Case, peers: Peers, clock: Clock, counts: list[int], rounds: int, budget: float, until: float,
              tell: Callable[[str, int, int], None]) -> dict[str, Any]:
-    tell(f"{case.name}: float64", 0, 1)
+    tell(f"{case.name}, float64", 0, 1)
     torch.set_num_threads(counts[-1])
     expected = family.truth(case)
     on_gpu = family.device == "cuda"
@@ -105,7 +105,7 @@ def _measure(family: Family, case: Case, peers: Peers, clock: Clock, counts: lis
             rows[name, mode] |= _numbers(timing)
         ready, work, timing = {}, None, None  # each may hold gigabytes
     if not on_gpu:
-        tell(f"{case.name}: memory", 0, 1)
+        tell(f"{case.name}, memory", 0, 1)
         timed = [row for row in rows.values() if "median_ms" in row and "yardstick" not in row]
         extra = memory.measure(family.name, case.name, [(row["peer"], row["mode"], row["threads"]) for row in timed])
         for row, taken in zip(timed, extra, strict=True):

@@ -48,7 +48,3 @@ def small() -> None:
                 leaves = [x.detach().requires_grad_() for x in case.inputs]
                 out = ops.cross_attention(leaves[0], case.cu_hidden, case.sources_of(tuple(leaves[1:])), **dropout)
                 torch.autograd.grad(out, leaves, case.grad_out)
-                source, of = case.sources[0], torch.tensor([1, 0, 3, 1], device="cuda")
-                query, key, value = (x.detach().requires_grad_() for x in (source.key, source.key, source.value))
-                out = ops.packed_attention(query, key, value, source.cu_keys, source.cu_keys, causal=True, key_of=of)
-                torch.autograd.grad(out.square().sum(), (query, key, value))
