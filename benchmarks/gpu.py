@@ -65,7 +65,8 @@ def bench(out: Path, budget: float) -> bool:
         Whether every family could be measured, and none of our results was wrong.
     """
     until = time.monotonic() + budget
-    found: dict[str, Any] = {"device": device(), "copy_tb_s": copy_rate(), "cases": [], "failed": {}}
+    found: dict[str, Any] = {"device": device(), "copy_tb_s": copy_rate(), "budget_s": budget, "in_time": True, "cases": [],
+                             "failed": {}}
     tables: dict[tuple, dict[str, Any]] = {}
     for with_peers in (False, True):
         for name in families():
@@ -84,6 +85,7 @@ def bench(out: Path, budget: float) -> bool:
             except Exception as error:  # the other families are still measured
                 found["failed"][name] = f"{type(error).__name__}: {error}"
                 print(f"{name}: {found['failed'][name]}", flush=True)
+    found["in_time"] = time.monotonic() <= until  # else cases or peers are missing
     out.write_text(json.dumps(found, indent=1))
     return not found["failed"]
 

@@ -37,7 +37,7 @@ def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: 
         sizes: names that the family's ``case_of`` knows; default its sizes.
         quick: three rounds of what needs no compilation, on one thread: whether all works, not how fast it is.
         rounds, budget: samples of each, and seconds for all samples of a size and mode.
-        until: of `time.monotonic`; peers whose turn comes later are left out.
+        until: of `time.monotonic`; after it no case is begun, and the peers of the one that has begun are left out.
         tell: called with what is being done, steps done, steps in all.
 
     Raises:
@@ -54,6 +54,8 @@ def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: 
     try:
         for size in sizes:
             for dtype in DTYPES[family.device]:
+                if time.monotonic() > until:
+                    return
                 case = family.case_of(size, device=family.device, dtype=getattr(torch, dtype))
                 yield {"dtype": dtype, **_measure(family, case, peers, clock, counts, rounds, budget, until, tell)}
                 del case
@@ -77,7 +79,7 @@ def _measure(family: Family, case: Case, peers: Peers, clock: Clock, counts: lis
             tell(f"{case.name}, {mode}: checking {name}", place, len(peers))
             rows[name, mode] = row = {"peer": name, "mode": mode}
             try:
-                if time.monotonic() > until:
+                if name != OURS and time.monotonic() > until:
                     raise Unfit("the time was over")
                 work = prepared(prepare, case, mode)
                 if isinstance(work, Yardstick):

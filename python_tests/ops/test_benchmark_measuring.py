@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import case_fast
-from benchmarks import command, families, measure, memory, report
+from benchmarks import command, families, gpu, measure, memory, report
 from benchmarks import run as running
 from benchmarks.clock import CpuClock, CudaClock, Prepared
 from benchmarks.family import DTYPES, family_of
@@ -192,8 +192,14 @@ def test_a_peer_without_a_backward_pass_is_left_out_of_that_mode():
 
 def test_peers_are_left_out_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(memory, "measurable", lambda: False)
-    (case,) = run(FAMILY, ["8"], quick=True, until=0.0)
-    assert {row["left_out"] for row in case["rows"]} == {"the time was over"} and not report.summary(case)
+    assert not [*run(FAMILY, ["8"], quick=True, until=0.0)]
+    moments = iter([0.0, 0.0, *[2.0] * 99])
+    monkeypatch.setattr(running.time, "monotonic", lambda: next(moments))
+    (case,) = run(FAMILY, ["8", "9"], quick=True, until=1.0)
+    left_out = {(row["peer"], row["mode"]): row.get("left_out") for row in case["rows"]}
+    assert all(left_out[OURS, mode] is None for mode in MODES)
+    assert left_out["equations.py, eager", "forward"] is None  # its turn came in time
+    assert {why for (peer, mode), why in left_out.items() if peer != OURS and mode == MODES[1]} == {"the time was over"}
 
 
 # ---- on a GPU
@@ -201,20 +207,20 @@ def test_peers_are_left_out_when_the_time_is_over(monkeypatch):
 
 @pytest.mark.parametrize("name", families())
 def test_what_runs_on_a_gpu_is_known(name):
-    cpu, gpu = family_of(name), family_of(name, "cuda")
-    assert next(iter(cpu.peers)) == next(iter(gpu.peers)) == OURS
-    ways = [peer for peer in gpu.peers if is_ours(peer)]
-    assert len(ways) > 1 and {peer for peer in gpu.peers if peer not in ways} < set(cpu.peers)
+    cpu, cuda = family_of(name), family_of(name, "cuda")
+    assert next(iter(cpu.peers)) == next(iter(cuda.peers)) == OURS
+    ways = [peer for peer in cuda.peers if is_ours(peer)]
+    assert len(ways) > 1 and {peer for peer in cuda.peers if peer not in ways} < set(cpu.peers)
     size = cpu.quick_sizes[0]
     for way in ways:
         try:
-            work = gpu.peers[way](gpu.case_of(size))
+            work = cuda.peers[way](cuda.case_of(size))
         except ConfigError as error:  # a backend that this machine lacks
             assert "CASE_FAST_BACKEND" in str(error)
             continue
         with work.switch():
             pass
-    assert all(gpu.case_of(size).name == size for size in gpu.sizes if size not in ("1e5", "65536"))
+    assert all(cuda.case_of(size).name == size for size in cuda.sizes if size not in ("1e5", "65536"))
 
 
 def test_a_run_on_a_gpu_takes_the_same_way(monkeypatch, tmp_path):
@@ -249,6 +255,36 @@ def test_a_run_on_a_gpu_takes_the_same_way(monkeypatch, tmp_path):
     table = report.write("graph_attention", found, cases, tmp_path)[1].read_text()
     assert "; a GPU, " in table and "| backward | timed as |" in table and "| 40, bfloat16 | forward |" in table
     assert "plain torch is in float32 or bfloat16" in table and "All float32" not in table
+
+
+def test_the_benchmarks_of_gpu_sh_measure_ours_first_and_peers_beside_ours(monkeypatch, tmp_path, capsys):
+    def family_on_gpu(name, device):
+        assert device == "cuda"
+        peers = {OURS: PEERS[OURS], "case_fast, again": PEERS[OURS], "right": PEERS["equations.py, eager"]}
+        if name == "broken":
+            peers[OURS] = broken(OURS, lambda out: out * 1.01)
+        return replace(FAMILY, peers=peers, sizes=["8"], device="cuda",
+                       case_of=lambda size, device="cpu", dtype=torch.float32: case_of(size, dtype=dtype))
+
+    monkeypatch.setattr(gpu, "device", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "copy_rate", lambda: 3.0)
+    monkeypatch.setattr(gpu, "families", lambda: ["broken", "graph_attention"])
+    monkeypatch.setattr(gpu, "family_of", family_on_gpu)
+    monkeypatch.setattr(running, "clock_of", lambda device: CpuClock())
+    monkeypatch.setattr(memory, "extra_bytes_on_gpu", lambda call: 7)
+    assert not gpu.bench(tmp_path / "bench.json", 60)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found["failed"]) == ["broken"] and "WrongResult" in found["failed"]["broken"] and found["in_time"]
+    assert [(case["family"], case["name"], case["dtype"]) for case in found["cases"]] == [
+        ("graph_attention", "8", dtype) for dtype in DTYPES["cuda"]]
+    for case in found["cases"]:
+        rows = [(row["peer"], row["mode"]) for row in case["rows"]]
+        assert sorted(rows) == sorted({*rows}) and {peer for peer, _ in rows} == {OURS, "case_fast, again", "right"}
+        assert all(row["median_ms"] > 0 for row in case["rows"])
+    assert " us\n" in capsys.readouterr().out
+    assert gpu.bench(tmp_path / "late.json", -1)
+    late = json.loads((tmp_path / "late.json").read_text())
+    assert not late["in_time"] and not late["cases"]
 
 
 @pytest.mark.parametrize("refuses", [False, True])
