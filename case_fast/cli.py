@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,30 @@ def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
 
 
-def _bench_arguments(parser: ArgumentParser) -> None:
-    from case_fast.bench import families
+def _benchmarks() -> Any:
+    """benchmarks/ of the checkout that this package lies in; it is not installed with the package."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "command.py").is_file():
+        raise ConfigError("the benchmarks are not installed with the package: clone the repository of case_fast, run "
+                          "pip install -e '.[bench]' in it, and case-fast bench measures there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    return import_module("benchmarks")
 
-    parser.add_argument("family", type=str, help=f"kernels to measure: {', '.join(families()) or 'none outside a checkout'}")
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    families = ", ".join(_benchmarks().families())
+    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}")
+    parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
+                        help="measure nothing; print what was measured before, of this family or all")
+    parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
     parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
     parser.add_argument("--budget", type=float, default=30.0,
                         help="seconds that all samples of a case and mode may take, at least five of each peer")
-    parser.add_argument("--out", type=str, default="bench", help="folder for JSON, Markdown table and picture")
+    parser.add_argument("--out", type=str | None, default=None,
+                        help="folder for JSON, Markdown table and picture; default bench, and none with --show")
 
 
 @contextmanager
@@ -283,8 +299,18 @@ def _demo(args: Namespace, console: Console) -> None:
 
 
 def _bench(args: Namespace, console: Console) -> None:
-    from case_fast.bench import bench
+    _benchmarks()
+    from rich.markdown import Markdown
 
+    from benchmarks.command import bench, show
+
+    if args.show is not None:
+        for text, paths in show(args.show or args.family, args.machine, Path(args.out) if args.out else None):
+            console.print(Markdown(text)) if console.is_terminal else print(text)
+            _print_paths(paths, console)
+        return
+    if not args.family:
+        raise ConfigError("bench needs a family of kernels to measure, or --show; case-fast bench --help names them")
     sizes = [size.strip() for size in args.sizes.split(",") if size.strip()]
     with _bar(console) as progress:
         task = progress.add_task("", total=None)
@@ -294,11 +320,15 @@ def _bench(args: Namespace, console: Console) -> None:
                 console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
-        lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told, args.budget)
+        lines, paths = bench(args.family, sizes, args.quick, Path(args.out or "bench"), told, args.budget, args.device)
     for line in lines:
         costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
                       f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}", highlight=False, soft_wrap=True)
+    _print_paths(paths, console)
+
+
+def _print_paths(paths: Sequence[Path], console: Console) -> None:
     for path in paths:
         console.print(f"{path}", highlight=False, soft_wrap=True)
 

@@ -39,7 +39,6 @@ MAY_IMPORT = {
     "generation": {"models", "data", "equations"},
     "evaluation": {"models", "data", "runs", "references", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},
-    "bench": set(),  # finds the benchmarks of a checkout, which import what they like
 }
 # What these parts may import from outside the standard library.
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files")}
