@@ -48,7 +48,7 @@ def make_batch(examples: Sequence[Example], texts: Texts) -> Batch:
     reaction_first: list[int] = []
     knowledge_reaction: list[np.ndarray] = []
     for dialogue, e in enumerate(examples):
-        # Sub-utterances of equal text share one row, so that none is a negative of itself (case.md, fine MIM).
+        # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
         row_of: dict[int, int] = {}
         sub_row = []
         for sub, text in enumerate(e.sub_utterance.tolist()):
