@@ -18,10 +18,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 ROOT = Path(__file__).resolve().parents[1]
 # Family -> the case that stands for a batch of the paper, and its name in words; families in the order of the rows.
 NAMED = {
-    "graph_attention": ("paper", "graphs of 16 dialogues"),
+    "graph_attention": ("paper", "16 graphs of 84 vertices"),
     "cross_attention": ("step16", "the next word of 16 replies"),
     "bilinear_mim": ("fine", "1 280 inferences with 64 reactions"),
-    "linear_cross_entropy": ("480x24000", "480 words of 24 000"),
+    "linear_cross_entropy": ("480x24000", "480 words of a vocabulary of 24 000"),
 }
 INK, PALE, OURS, GRID = "#1f2328", "#6e7781", "#0969da", "#d8dee4"
 
@@ -61,7 +61,7 @@ def draw(machine: str, out: Path) -> None:
     axes.set_yticks(range(len(families)), families, fontsize=10, color=INK, family="monospace")
     axes.set_ylim(len(families) - 0.6, -0.7)
     axes.set_xscale("log")
-    axes.set_xlim(0.6, 6)
+    axes.set_xlim(0.6, 7)
     axes.xaxis.set_major_locator(FixedLocator([0.7, 1, 1.5, 2, 3, 4, 5]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
