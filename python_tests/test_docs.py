@@ -124,9 +124,8 @@ def test_each_function_of_the_equations_is_in_the_file_beside_it():
     assert len(rows) >= 17
     for equation, functions, file, *_ in rows:
         body = ast.parse((ROOT / file.strip("`")).read_text(encoding="utf-8")).body
-        defined = {node.name for node in body if isinstance(node, ast.FunctionDef)}
-        defined |= {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
-        assert set(re.findall(r"`(\w+)`", functions)) <= defined, equation
+        defined = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert set(re.findall(r"`(\w+)", functions)) <= defined, equation
 
 
 def test_the_python_of_the_readme_runs(sample_store, tmp_path):
