@@ -14,13 +14,13 @@ import torch
 
 import case_fast.models
 from case_fast import cli
-from case_fast.training import train
-from case_fast.training.config import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 IN_THE_TREE = ("case_fast", "csrc", "benchmarks", "python_tests", "docs")
+SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--phase1-steps", "2", "--max-steps", "4", "--validate-every", "2",
+         "--valid-limit", "8", "--device", "cpu"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -131,12 +131,10 @@ def test_each_function_of_the_equations_is_in_the_file_beside_it():
 def test_the_python_of_the_readme_runs(sample_store, tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "sample.store").symlink_to(sample_store.path)
-    small = {"d_model": 16, "ffn": 16}
-    config = preset("demo", model=small, phase1_steps=2, max_steps=4, validate_every=2, valid_limit=8, min_steps=0, device="cpu")
-    train(sample_store, tmp_path / "demo" / "run", config)
     (block,) = blocks(README, "python")
     names: dict[str, object] = {}
     with chdir(tmp_path):
+        assert cli.main(["train", "--preset", "demo", "--data", "demo/sample.store", "--out", "demo/run", *SMALL]) == 0
         exec(compile(block, "README.md", "exec"), names)
     assert names["reply"].text and torch.isfinite(names["output"].loss)
     assert (tmp_path / "weights" / "model.safetensors").is_file()
