@@ -35,7 +35,7 @@ from rich.progress import (
 from case_fast import __version__
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
 
-_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see the README):
+_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see docs/data.md):
 
   case-fast prepare --dialogues empatheticdialogues --knowledge atomic:atomic2020 \\
       --conceptnet conceptnet-assertions-5.7.0.csv.gz --lexicon NRC-VAD-Lexicon.txt --embeddings glove.6B.300d.txt --out ed.store

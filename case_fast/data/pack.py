@@ -75,7 +75,7 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
     reaction_first: list[int] = []
     of_knowledge: list[np.ndarray] = []
     for dialogue, e in enumerate(examples):
-        # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, fine MIM).
+        # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
         row_of: dict[int, int] = {}
         sub_row = []
         for sub, index in enumerate(e.sub_utterance.tolist()):
