@@ -1,9 +1,9 @@
 """A packed batch: what a model reads, without padding; the one structure that data and models share.
 
 Ragged arrays lie end to end; ``cu_*`` (n + 1,) holds where each item starts. What padding would hold does not exist. It comes in
-parts: ``dialogue`` is always there, the others are there where a model asked for them (`DialogueModel.needs`), else None. What a part
-can know without a model (which rows belong together, which take part in a loss) is computed when it is packed, so that no model has to
-ask a GPU for the size of anything.
+parts: ``dialogue`` is always there, the others are there where a model asked for them (`DialogueModel.needs`), else None. What a
+part can know without a model (which rows belong together, which take part in a loss) is computed when it is packed, so that no
+model has to ask a GPU for the size of anything.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class CasePart(_Tensors):
     Attributes:
         response, response_role: (Y,) [CLS] and the reply's words, as the two encoders read the reply; cu_response (B + 1,).
         text: (S,) [CLS] + words of the distinct knowledge texts of the batch; cu_text (n_text + 1,).
-        distinct_word, distinct_position: (U,) the distinct pairs of a word and its place in a text, in order; text_distinct (S,) the
-            pair at each row of ``text``: what depends on these two alone need be computed U times instead of S.
+        distinct_word, distinct_position: (U,) the distinct pairs of a word and its place in a text, in order; text_distinct (S,)
+            the pair at each row of ``text``: what depends on these two alone need be computed U times instead of S.
         cognition: graphs G_CS; cognition_text (V_cs,) the text of each vertex.
         knowledge: (K,) the vertices of G_CS that are commonsense knowledge, in order; cu_knowledge (B + 1,),
             knowledge_dialogue (K,), knowledge_reaction (K,) row of the reaction er_i that belongs to the same sub-utterance.
@@ -75,9 +75,9 @@ class CasePart(_Tensors):
         reaction_context: (C,) positions of the context that each reaction row is fused with; cu_reaction_context (R + 1,).
         known: (B',) the dialogues that have knowledge, the pairs of L_coarse.
         with_reaction: (R',) the reaction rows that have a text.
-        paired: (P,) the places in ``knowledge`` whose sub-utterance has such a reaction, the pairs of L_fine; positive (P,) the place of
-            that reaction in ``with_reaction``; negatives_affection, negatives_cognition (P,): how many negatives each pair has over
-            reactions and over knowledge (Eq. 11).
+        paired: (P,) the places in ``knowledge`` whose sub-utterance has such a reaction, the pairs of L_fine; positive (P,) the
+            place of that reaction in ``with_reaction``; negatives_affection, negatives_cognition (P,): how many negatives each pair
+            has over reactions and over knowledge (Eq. 11).
     """
 
     response: Tensor

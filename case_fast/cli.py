@@ -339,8 +339,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                 _prepare_arguments, _prepare),
     "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
                 _inspect_arguments, _inspect),
-    "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.", _train_arguments,
-              _train),
+    "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
+              _train_arguments, _train),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", _chat_arguments, _chat),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
@@ -351,10 +351,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
 
 
 def _named_model(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the other words.
-
-    A bare --model would be a file of settings to jsonargparse.
-    """
+    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the other
+    words: a bare --model would be a file of settings to jsonargparse."""
     from case_fast.models import model_class
 
     named, files = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))

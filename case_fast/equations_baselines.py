@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor, smoothing: float, pad: int) -> Tensor:
+def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor, smoothing: float, pad: int
+                   ) -> Tensor:
     """(M,) KL of the smoothed target distribution to the model's, up to its entropy, which has no gradient.
 
     The target has 1 - smoothing at the word itself, smoothing / (V - 2) at every other word but PAD, which has 0. Without any
@@ -28,6 +29,6 @@ def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, 
 
 
 def emotion_scale(scale: str, dialogues: int, words: int) -> float:
-    """lambda of L = L_gen + lambda L_emo, L_gen a mean over target words: "one" 1; "dialogue" B / M, as if both were summed over the
-    batch; "batch" 1 / M, as if the words were summed and the emotions averaged, which the released Multi-TRS, MoEL and MIME do."""
+    """lambda of L = L_gen + lambda L_emo, L_gen a mean over target words: "one" 1; "dialogue" B / M, as if both were summed over
+    the batch; "batch" 1 / M, as if words were summed and emotions averaged, which the released Multi-TRS, MoEL and MIME do."""
     return {"one": 1.0, "dialogue": dialogues / max(words, 1), "batch": 1 / max(words, 1)}[scale]

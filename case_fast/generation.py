@@ -134,7 +134,8 @@ def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequen
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         chosen = [indices[place] for place in places]
-        found.update(zip(places, generate(model, store.batch(split, chosen, model.needs, seed=0).to(device), config, chosen), strict=True))
+        batch = store.batch(split, chosen, model.needs, seed=0).to(device)
+        found.update(zip(places, generate(model, batch, config, chosen), strict=True))
         if progress:
             progress(len(found), len(order))
     return [found[place] for place in range(len(order))]

@@ -20,7 +20,7 @@ class References:
     Attributes:
         nll: -log P of the target words of each reply, EOS included.
         emotion: (n, emotions) log-probabilities, None where the model predicts no emotion; label: (n,), -1 where unknown.
-        losses: mean of each loss over the replies, "loss" the whole; of a word for "generation". Empty where losses were not asked for.
+        losses: mean of each loss over the replies, "loss" the whole; of a word for "generation". Empty where not asked for.
     """
 
     nll: list[np.ndarray]
@@ -46,7 +46,8 @@ class References:
         return float((self.emotion.argmax(1) == self.label)[known].sum() / max(known.sum(), 1))
 
 
-def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Callable[[Batch], Output] | None = None) -> References:
+def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Callable[[Batch], Output] | None = None
+                    ) -> References:
     """Teacher forcing over batches that hold the replies, on the model's device.
 
     Args:

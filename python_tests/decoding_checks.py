@@ -183,8 +183,8 @@ class Tally:
         return all(gap < GAP for gap in self.gaps) and self.different <= SHARE * self.contexts
 
 
-def compare(model: DialogueModel, batches: Sequence[Batch], config: GenerationConfig, tell: Callable[[int], None] = lambda done: None
-            ) -> dict[tuple[str, str], Tally]:
+def compare(model: DialogueModel, batches: Sequence[Batch], config: GenerationConfig,
+            tell: Callable[[int], None] = lambda done: None) -> dict[tuple[str, str], Tally]:
     """For each pair of ways, how many replies differ and by what gap."""
     tallies = {pair: Tally() for pair in PAIRS}
     double = copy.deepcopy(model).double()

@@ -4,8 +4,8 @@
     PYTHONPATH=AFTER  python python_tests/golden.py compare before.json --store ed.store --run ed.run
 
 Of a prepared store: losses and gradients of batches in both phases, and the weights after 20 steps of the trainer, without
-dropout and with it; with --run also greedy and beam replies of that run to 200 contexts. Equal bits need one processor, one torch and
-one number of threads. Exit status 1 where something differs.
+dropout and with it; with --run also greedy and beam replies of that run to 200 contexts. Equal bits need one processor, one torch
+and one number of threads. Exit status 1 where something differs.
 
 Dropout seeds used to be drawn from torch's generator inside forward; since they come with the batch, the code after is given that
 old rule here, so that everything else can be compared.
@@ -76,7 +76,8 @@ def losses_and_gradients(store: Store, config: CASEConfig) -> dict[str, Any]:
         found[f"phase {phase}: gradients"] = {
             name: digest([p.grad]) for name, p in model.named_parameters() if p.grad is not None
         }
-        found[f"phase {phase}: norm"] = float(sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+        squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+        found[f"phase {phase}: norm"] = float(sum(squares) ** 0.5)
     return found
 
 
@@ -125,13 +126,16 @@ def values(store: Store, run: Path | None, config: CASEConfig) -> dict[str, Any]
 def machine() -> dict[str, str | int]:
     from case_fast.ops import native_report
 
-    name = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"processor": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "simd": native_report().get("simd", "")}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    simd = native_report().get("simd", "")
+    return {"processor": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "simd": simd}
 
 
 def differing(before: Any, after: Any, name: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
-        return [found for key in {**before, **after} for found in differing(before.get(key), after.get(key), f"{name}.{key}".strip("."))]
+        parts = [differing(before.get(key), after.get(key), f"{name}.{key}".strip(".")) for key in {**before, **after}]
+        return [found for part in parts for found in part]
     return [] if before == after else [f"{name}: {before} before, {after} after"]
 
 

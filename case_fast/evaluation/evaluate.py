@@ -76,9 +76,9 @@ class Evaluation:
     @property
     def paper_note(self) -> str:
         """What must be known beside the published values."""
-        return (f"The paper's column is that of {self.published.get('source')}: the official test set, greedy decoding, with GloVe and "
-                "the paper's own vocabulary (CASE: and COMET). It is a reference, comparable only under the same data, vocabulary and "
-                "inputs.")
+        return (f"The paper's column is that of {self.published.get('source')}: the official test set, greedy decoding, with GloVe "
+                "and the paper's own vocabulary (CASE: and COMET). It is a reference, comparable only under the same data, vocabulary "
+                "and inputs.")
 
     @classmethod
     def load(cls, folder: str | Path) -> Evaluation:
@@ -88,7 +88,7 @@ class Evaluation:
             found = json.loads(path.read_text(encoding="utf-8"))
             metrics = [Metric(**metric) for metric in found.pop("metrics")]
             published = {name: value for name, value in found.pop("paper", {}).items() if name != "note"}
-            published.setdefault("source", "CASE in Table 1 of Zhou et al. (ACL 2023)")  # the only one before sources were written down
+            published.setdefault("source", "Zhou et al. (ACL 2023), Table 1")  # the only one before sources were written down
             known = {name: found.pop(name) for name in ("split", "examples", "size", "bundled")}
             _typed(known, split=str, examples=int, size=int, bundled=bool)
             for metric in metrics:

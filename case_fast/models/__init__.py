@@ -44,9 +44,10 @@ def load(folder: str | Path, map_location: str = "cpu") -> DialogueModel:
     folder = Path(folder)
     name = read_config(folder).get("model", "case")
     if name not in MODELS:
-        raise CheckpointError(f"{folder} holds the model {name!r}, which this version does not know; it knows {', '.join(MODELS)}")
+        known = ", ".join(MODELS)
+        raise CheckpointError(f"{folder} holds the model {name!r}, which this version does not know; it knows {known}")
     return model_class(name).from_pretrained(folder, map_location)
 
 
-__all__ = ["CASE", "MODELS", "CASEConfig", "CASEOutput", "DialogueModel", "ModelConfig", "Output", "Reading", "Why", "build", "load",
-           "model_class"]
+__all__ = ["CASE", "MODELS", "CASEConfig", "CASEOutput", "DialogueModel", "ModelConfig", "Output", "Reading", "Why", "build",
+           "load", "model_class"]

@@ -1,7 +1,7 @@
 """The contract of a model: what training, decoding, evaluation, chat, report and tables know of it, and nothing more.
 
-A model is one file with a `ModelConfig` and a `DialogueModel`, and one line in `case_fast.models.MODELS`. It writes ``read`` (what it
-understands of a context, before a reply is known) and ``forward`` (the losses); decoding follows from the `Reading`.
+A model is one file with a `ModelConfig` and a `DialogueModel`, and one line in `case_fast.models.MODELS`. It writes ``read`` (what
+it understands of a context, before a reply is known) and ``forward`` (the losses); decoding follows from the `Reading`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class ModelConfig:
     def ablation(self) -> str:
         """The ablation that these settings are, "" for the whole model or a mixture that has no name."""
         touched = {setting for changed in self.ablations.values() for setting in changed}
-        changed = {name: getattr(self, name) for name in touched if getattr(self, name) != type(self).__dataclass_fields__[name].default}
+        defaults = {item.name: item.default for item in fields(self)}
+        changed = {name: getattr(self, name) for name in touched if getattr(self, name) != defaults[name]}
         return next((name for name, row in self.ablations.items() if dict(row) == changed), "")
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Output:
 
     Attributes:
         loss: the scalar to minimise. losses: its parts by name, before their weights.
-        hidden: (M, d) what the model's ``output`` makes next-word scores of; nll, prediction (M,): -log P of the target word, argmax.
+        hidden: (M, d) what the model's ``output`` makes next-word scores of; nll, prediction (M,): -log P of the target, argmax.
         emotion_logits: (B, emotions) log-probabilities; None where the model predicts no emotion.
         diagnostics: numbers worth a line in the log.
     """
@@ -172,7 +173,7 @@ class Why:
 
 
 class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", tags=["empathetic-dialogue"]):
-    """A model that answers dialogues. ``model(batch)`` takes a packed `Batch` and returns an `Output`; ``.loss.backward()`` trains it.
+    """A model that answers dialogues: ``model(batch)`` takes a packed `Batch` and returns an `Output`; ``.loss.backward()`` trains.
 
     A subclass makes ``embedding`` (the shared word table), ``decoder`` and ``output`` (d -> words) among its own parts, ends its
     constructor with ``self.finish()``, and writes `read` and `forward`.
@@ -314,7 +315,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
         return eq.full_precision(self.output(self._decode_step(words, position, state)))
 
-    def next_words(self, words: Tensor, position: int, state: DecoderState, k: int, never: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def next_words(self, words: Tensor, position: int, state: DecoderState, k: int, never: Sequence[int] = ()
+                   ) -> tuple[Tensor, Tensor]:
         """The k most probable next words and their log-probabilities among those not in ``never``, (B * beams, k) each.
 
         The scores are those of `next_word_logits`; log-probabilities come first, the best and then the lowest word first.
@@ -345,7 +347,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         folder = Path(folder)
         config = read_config(folder)
         if (found := config.get("model", "case")) != cls.Config.kind:
-            raise CheckpointError(f"{folder} holds the model {found}, not {cls.Config.kind}: case_fast.models.load opens any of them")
+            remedy = "case_fast.models.load opens any of them"
+            raise CheckpointError(f"{folder} holds the model {found}, not {cls.Config.kind}: {remedy}")
         try:
             model = cls(cls.Config.from_dict(config))
             model.load_weights(folder / "model.safetensors")
@@ -367,7 +370,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings in FOLDER/config.json, the model's name among them (absent: case); `CheckpointError` if they cannot be read."""
+    """The settings in FOLDER/config.json, the model's name among them (absent: case); `CheckpointError` if there are none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):

@@ -25,8 +25,8 @@ class CASEConfig(ModelConfig):
     """Everything that decides the shape and the objective of `CASE`; the defaults are the paper's.
 
     Attributes:
-        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout: as in `ModelConfig`; EOS is not
-            counted by the diversity loss.
+        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout: as in `ModelConfig`; EOS is
+            not counted by the diversity loss.
         cognition_relations: types of edges in G_CS.
         graph_dropout: of the graph encoders.
         cognition_graph, concept_graph: graph encoders on; off, the initial vertex embeddings stand in (Table 2).
@@ -217,13 +217,14 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
     def unreached(self, phase: str) -> Iterator[nn.Module | nn.Parameter]:
         if phase == "bow":
             yield from (self.reaction_encoder, self.reaction_fusion, self.reaction_context_encoder, self.phi_cognition,
-                        self.phi_concept, self.w_coarse, self.w_fine, self.w_aff, self.w_emo, self.fusion, self.decoder, self.output)
+                        self.phi_concept, self.w_coarse, self.w_fine, self.w_aff, self.w_emo, self.fusion, self.decoder,
+                        self.output)
 
     # ---- reading the context (sections 3.1 and 3.2)
 
     def _context_words(self, batch: Batch) -> dict[str, Tensor]:
-        return {"text": batch.case.text, "concept": batch.concept.word, "context": batch.context, "context_role": batch.context_role,
-                "reaction": batch.case.reaction}
+        return {"text": batch.case.text, "concept": batch.concept.word, "context": batch.context,
+                "context_role": batch.context_role, "reaction": batch.case.reaction}
 
     def _graph_vectors(self, batch: Batch, words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """cs_i of the knowledge vertices (K, d) and ec_i of all concept vertices (V_ec, d)."""
@@ -232,12 +233,13 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         texts = self.cognition_encoder(texts, case.cu_text, first_only=True, seed=seed_at(batch.seed, "texts"))
         cognition = eq.take(texts, case.cognition_text)
         if c.cognition_graph:
-            g = case.cognition
-            cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation, seed=seed_at(batch.seed, "cognition graph"))
+            g, seed = case.cognition, seed_at(batch.seed, "cognition graph")
+            cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation, seed=seed)
         concept = self.place(words["concept"], part.position) + self.vertex_type(part.type)
         if c.concept_graph:
-            g, inside = part.graph, part.intensity if c.intensity == "before_norm" else None
-            concept = self.concept_graph(concept, g.indptr, g.indices, intensity=inside, seed=seed_at(batch.seed, "concept graph"))
+            g, seed = part.graph, seed_at(batch.seed, "concept graph")
+            inside = part.intensity if c.intensity == "before_norm" else None
+            concept = self.concept_graph(concept, g.indptr, g.indices, intensity=inside, seed=seed)
             if c.intensity == "after":
                 concept = eq.superimpose_intensity(concept, part.intensity)
         return eq.take(cognition, case.knowledge), concept

@@ -31,7 +31,7 @@ def seed_at(seed: int, place: str | int) -> int:
 
 
 class Dropping(nn.Module):
-    """A layer with dropout by counter, inside the kernels: which weights go depends on a seed alone, and not on any random state."""
+    """A layer with dropout by counter, inside the kernels: which weights go depends on a seed alone, not on any random state."""
 
     def __init__(self, dropout_p: float):
         super().__init__()
@@ -56,7 +56,8 @@ class Attention(Dropping):
         """(..., d) to (..., H, D)."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False, seed: int = 0) -> Tensor:
+    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False, seed: int = 0
+                ) -> Tensor:
         """rows (Tq, d) attend to memory (Tk, d) of the same sequence; returns (Tq, d). ``seed``: of dropout."""
         q, k, v = self.split(self.query(rows)), self.split(self.key(memory)), self.split(self.value(memory))
         dropout_p, seed = self.drop(seed)

@@ -1,4 +1,4 @@
-"""Transformer (Vaswani et al., 2017) and Multi-TRS (Rashkin et al., 2019): one encoder, one decoder, with Multi-TRS an emotion head."""
+"""Transformer (Vaswani et al., 2017), one encoder and one decoder, and Multi-TRS (Rashkin et al., 2019), with an emotion head."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
     def _read(self, batch: Batch, words: dict[str, Tensor]) -> Reading:
         rows = self.place_packed(words["context"] + words["context_role"], batch.cu_context)
         rows = self.encoder(rows, batch.cu_context, seed=seed_at(batch.seed, "context"))
-        return Reading(memories=[Memory(rows, batch.cu_context)], emotion_logits=self._emotion(eq.take(rows, batch.cu_context[:-1])))
+        emotion = self._emotion(eq.take(rows, batch.cu_context[:-1]))
+        return Reading(memories=[Memory(rows, batch.cu_context)], emotion_logits=emotion)
 
     def _emotion(self, summary: Tensor) -> Tensor | None:
         """Log-probabilities of the emotions from the [CLS] rows (B, d)."""
@@ -99,7 +100,8 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         if reading.emotion_logits is not None:
             losses["emotion"] = eq.emotion_loss(reading.emotion_logits, batch.emotion)
             loss = loss + self._emotion_weight(batch) * losses["emotion"]
-        return Output(loss=loss, losses=losses, hidden=hidden, nll=nll, prediction=prediction, emotion_logits=reading.emotion_logits)
+        return Output(loss=loss, losses=losses, hidden=hidden, nll=nll, prediction=prediction,
+                      emotion_logits=reading.emotion_logits)
 
     def _emotion_weight(self, batch: Batch) -> float:
         """lambda of L_emo."""
@@ -111,8 +113,8 @@ class MultiTRSConfig(TransformerConfig):
     """The settings of `MultiTRS`; the defaults are those that its published figures come from.
 
     Attributes:
-        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout, attention_width, label_smoothing: as
-            in `TransformerConfig`.
+        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout, attention_width,
+            label_smoothing: as in `TransformerConfig`.
         gamma_emotion, emotion_scale: L_emo counts gamma_emotion times `case_fast.equations_baselines.emotion_scale`.
     """
 

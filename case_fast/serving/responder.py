@@ -72,10 +72,10 @@ class Reply:
 
     Attributes:
         text: the reply; ``words`` before they were joined.
-        emotion: the speaker's predicted emotion; ``emotions``: the most probable ones with their probabilities. None and empty where
-            the model predicts none.
-        inferences: by falling weight; the weights add up to 1 when there are any. Those, reactions and concepts are empty where the
-            model reads no such thing.
+        emotion: the speaker's predicted emotion; ``emotions``: the most probable ones with their probabilities. None and empty
+            where the model predicts none.
+        inferences: by falling weight; the weights add up to 1 when there are any. Those, reactions and concepts are empty where
+            the model reads no such thing.
         reactions: inferred reactions of the speaker. concepts: by falling weight.
         unknown_words: context words that the vocabulary lacks. truncated: how many context words were cut off at the front.
         gate: share of the concepts' side in the affection (mu of Eq. 15); None where the model has none.
@@ -199,7 +199,8 @@ def _inferences(example: Example, texts: TextTable, knowledge: Tensor) -> tuple[
     # Vertices of equal words count as one: u_0 and u_1 of a one-sentence utterance have the same inferences.
     weights: dict[tuple[str, str, str], float] = {}
     for text, sub, relation, weight in zip(
-        example.knowledge.tolist(), example.knowledge_sub.tolist(), example.knowledge_relation.tolist(), knowledge.tolist(), strict=True
+        example.knowledge.tolist(), example.knowledge_sub.tolist(), example.knowledge_relation.tolist(), knowledge.tolist(),
+        strict=True,
     ):
         key = (subs[sub], COGNITION_RELATIONS[relation], texts.text(text))
         weights[key] = weights.get(key, 0.0) + weight

@@ -25,7 +25,8 @@ class TrainConfig:
         model: the model's settings, whose class says which model it is; vocab_size is always taken from the store.
         ablation: a row of the model's ablations (for CASE Table 2: "w/o Graph", ...) to switch off.
         seed: seed of the weights, of dropout and of the order of examples.
-        phase1_epochs: epochs of phase 1, for a model that has two (CASE: on L_BOW alone); phase1_steps: steps of it, in place of epochs.
+        phase1_epochs: epochs of phase 1, for a model that has two phases (CASE: on L_BOW alone).
+        phase1_steps: steps of it, in place of epochs.
         batch_size: dialogues a step.
         warmup: Noam warm-up in steps, counted across all phases; lr_scale: factor on Noam's learning rate.
         betas, eps: of Adam.
@@ -139,7 +140,7 @@ class TrainConfig:
 
 
 def preset(name: str = "", kind: str = "case", **changes: Any) -> TrainConfig:
-    """The settings of a model's preset ("": its first) with ``changes`` on top; ``model`` may be a mapping of a few of its fields.
+    """The settings of a model's preset ("": its first) with ``changes`` on top; ``model`` may be a mapping of some of its fields.
 
     Raises:
         ConfigError: no such model or preset, an unknown setting, or a value that cannot work.
@@ -162,7 +163,8 @@ def preset_values(name: str = "", kind: str = "case") -> dict[str, Any]:
 def config_class(kind: str) -> type[TrainConfig]:
     """`TrainConfig` with the type of one model's settings in it, as the command line reads types."""
     settings = model_class(kind).Config
-    made = make_dataclass("TrainConfig", [("model", settings, field(default_factory=settings))], bases=(TrainConfig,), frozen=True)
+    model = ("model", settings, field(default_factory=settings))
+    made = make_dataclass("TrainConfig", [model], bases=(TrainConfig,), frozen=True)
     made.__doc__ = TrainConfig.__doc__
     return made
 

@@ -223,7 +223,8 @@ class Trainer:
 
     def _introduce(self) -> None:
         self.display.line(
-            f"{type(self.model).__name__} with {self.parameter_count:,} trained parameters on {self.device} ({device_name(self.device)}); "
+            f"{type(self.model).__name__} with {self.parameter_count:,} trained parameters on {self.device} "
+            f"({device_name(self.device)}); "
             f"{self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
@@ -370,7 +371,8 @@ class Trainer:
         self.validated = self.step
         seconds = time.perf_counter() - started
         self.log.write(
-            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures, seconds=round(seconds, 2)
+            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures,
+            seconds=round(seconds, 2),
         )
         verdict = "the best so far" if better else f"not better than at step {self.stopping.best_step + self.phase_1_steps:,}"
         if self.stopping.failures:

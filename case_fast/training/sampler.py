@@ -26,7 +26,7 @@ def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of all that is drawn in a step by counter (`Batch.seed`): 63 bits of Philox, on counters that no epoch's order uses."""
+    """The seed of all that is drawn in a step by counter (`Batch.seed`): 63 bits of Philox, on counters that no epoch uses."""
     return int(np.random.Philox(key=seed, counter=1 << 255 | step << 128).random_raw()) >> 1
 
 

@@ -144,7 +144,8 @@ def test_each_dialogue_is_as_if_alone():
     together = make_batch(examples, texts)
     for place, example in enumerate(examples):
         alone = make_batch([example], texts)
-        for part, field, cu in (("", "context", "cu_context"), ("", "target", "cu_target"), ("case", "response_role", "cu_response")):
+        rows = (("", "context", "cu_context"), ("", "target", "cu_target"), ("case", "response_role", "cu_response"))
+        for part, field, cu in rows:
             whole, own = (getattr(batch, part) if part else batch for batch in (together, alone))
             assert split_rows(getattr(whole, field), getattr(whole, cu))[place].tolist() == getattr(own, field).tolist()
         graph = together.concept.graph

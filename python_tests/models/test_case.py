@@ -379,7 +379,8 @@ def test_forward_asks_the_device_for_no_size_and_draws_no_seed(monkeypatch):
         asked = {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::randint", "aten::masked_select"}
         assert len(seen.names) > 50 and not seen.names & asked
     source = "".join(path.read_text() for path in Path(inspect.getfile(CASE)).parent.glob("*.py"))
-    forward = re.sub(r"class DecoderState.*?(?=^class )", "", source, flags=re.S | re.M)  # it chooses among hypotheses, in decoding
+    # a decoder's state chooses among hypotheses, in decoding
+    forward = re.sub(r"class DecoderState.*?(?=^class )", "", source, flags=re.S | re.M)
     assert not re.findall(r"\.(?:nonzero|item|tolist)\(|randint", forward)
 
 

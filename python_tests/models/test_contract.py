@@ -92,7 +92,8 @@ def test_cached_decoding_is_uncached_decoding_whatever_the_batch(name):
 def test_reading_sees_neither_the_reply_nor_the_emotion(name):
     model, batch = tiny(name).eval(), random_batch(5)
     case = replace(batch.case, response=batch.case.response * 0 + 9, response_role=batch.case.response_role * 0 + 9)
-    other = replace(batch, emotion=(batch.emotion + 7) % 32, target=batch.target * 0, decoder_input=batch.decoder_input * 0, case=case)
+    other = replace(batch, emotion=(batch.emotion + 7) % 32, target=batch.target * 0, decoder_input=batch.decoder_input * 0,
+                    case=case)
     found = dict(tensors(model.read(other)))
     assert found and all(tensor.equal(found[path]) for path, tensor in tensors(model.read(batch)))
 
@@ -233,7 +234,8 @@ def test_weights_of_earlier_versions_load(name, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     save_file(weights | {"draws": torch.tensor(7)}, tmp_path / "model.safetensors")
     for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):
-        assert loaded.config == model.config and all(a.equal(b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+        assert loaded.config == model.config
+        assert all(a.equal(b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     with pytest.raises(ConfigError, match="there is no model 'cem'; one of case, "):
         build("cem")
     with pytest.raises(ConfigError, match="unknown setting colour of case"):

@@ -33,7 +33,8 @@ def test_as_many_parameters_as_the_closed_form_says(name, recipe, words, expecte
 
 def test_label_smoothing_is_the_divergence_from_the_smoothed_target():
     words, rows, smoothing, pad = 11, 7, 0.1, 0
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((rows, 5), (words, 5), (words,)))
+    shapes = (rows, 5), (words, 5), (words,)
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     target = torch.randint(1, words, (rows,))
     nll, _ = eq.linear_cross_entropy(hidden, weight, bias, target)
     found = eqb.label_smoothed(nll, hidden, target, weight, bias, smoothing, pad)
