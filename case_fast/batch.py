@@ -76,8 +76,8 @@ class CasePart(_Tensors):
         known: (B',) the dialogues that have knowledge, the pairs of L_coarse.
         with_reaction: (R',) the reaction rows that have a text.
         paired: (P,) the places in ``knowledge`` whose sub-utterance has such a reaction, the pairs of L_fine; positive (P,) the
-            place of that reaction in ``with_reaction``; negatives_affection, negatives_cognition (P,): how many negatives each pair
-            has over reactions and over knowledge (Eq. 11).
+            place of that reaction in ``with_reaction``; negatives_affection, negatives_cognition (P,): how many negatives each
+            pair has over reactions and over knowledge (Eq. 11).
     """
 
     response: Tensor

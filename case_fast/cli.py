@@ -351,8 +351,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
 
 
 def _named_model(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the other
-    words: a bare --model would be a file of settings to jsonargparse."""
+    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the
+    other words: a bare --model would be a file of settings to jsonargparse."""
     from case_fast.models import model_class
 
     named, files = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))

@@ -76,9 +76,9 @@ class Evaluation:
     @property
     def paper_note(self) -> str:
         """What must be known beside the published values."""
-        return (f"The paper's column is that of {self.published.get('source')}: the official test set, greedy decoding, with GloVe "
-                "and the paper's own vocabulary (CASE: and COMET). It is a reference, comparable only under the same data, vocabulary "
-                "and inputs.")
+        return (f"The paper's column is that of {self.published.get('source')}: the official test set, greedy decoding, with "
+                "GloVe and the paper's own vocabulary (CASE: and COMET). It is a reference, comparable only under the same data, "
+                "vocabulary and inputs.")
 
     @classmethod
     def load(cls, folder: str | Path) -> Evaluation:

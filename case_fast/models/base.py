@@ -1,7 +1,7 @@
 """The contract of a model: what training, decoding, evaluation, chat, report and tables know of it, and nothing more.
 
-A model is one file with a `ModelConfig` and a `DialogueModel`, and one line in `case_fast.models.MODELS`. It writes ``read`` (what
-it understands of a context, before a reply is known) and ``forward`` (the losses); decoding follows from the `Reading`.
+A model is one file with a `ModelConfig` and a `DialogueModel`, and one line in `case_fast.models.MODELS`. It writes ``read``
+(what it understands of a context, before a reply is known) and ``forward`` (the losses); decoding follows from the `Reading`.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Why:
 
 
 class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", tags=["empathetic-dialogue"]):
-    """A model that answers dialogues: ``model(batch)`` takes a packed `Batch` and returns an `Output`; ``.loss.backward()`` trains.
+    """A model that answers dialogues: ``model(batch)`` takes a packed `Batch`, returns an `Output`; ``.loss.backward()`` trains.
 
     A subclass makes ``embedding`` (the shared word table), ``decoder`` and ``output`` (d -> words) among its own parts, ends its
     constructor with ``self.finish()``, and writes `read` and `forward`.
