@@ -12,7 +12,7 @@ import pytest
 from case_fast import __version__, cli
 from case_fast.data import open_store
 from case_fast.errors import Interrupted
-from case_fast.models import CASE
+from case_fast.models import CASE, MODELS, model_class
 
 SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--phase1-steps", "2", "--max-steps", "4", "--validate-every", "2",
          "--valid-limit", "8", "--min-steps", "0", "--log-every", "1"]
@@ -145,6 +145,38 @@ def test_a_run_is_evaluated_reported_and_talked_to(run, sample_store, capsys, mo
     monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n"))
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
     assert "emotion" in said(capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "case"])
+def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, tmp_path, capsys, monkeypatch):
+    run, store = tmp_path / "run", str(sample_store.path)
+    words = ["train", "--model", name, "--data", store, "--out", str(run), "--preset", "frame", *SMALL]
+    assert cli.main(words) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["kind"] == name and (config["model"]["layers"], config["model"]["d_model"]) == (1, 16)
+    again = ["train", "--config", str(run / "config.json"), "--data", store, "--out", str(run), "--resume", "--max-steps", "6"]
+    assert cli.main(again) == 0 and "after 6 steps" in said(capsys)
+    assert cli.main(["evaluate", str(run), "--data", store, "--limit", "6"]) == 0
+    written = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    metrics = {metric["name"]: metric for metric in written["metrics"]}
+    predicts = model_class(name).published[""].get("acc_1") is not None
+    assert (metrics["acc_1"]["value"] is not None) == predicts and metrics["ppl"]["value"] > 1
+    shown = said(capsys)
+    assert predicts or "n/a: the model predicts no emotion" in shown
+    assert cli.main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert f"{model_class(name).__name__} run" in text and "Training loss" in text and "phase 1" not in text
+    assert ("Emotion accuracy" in text) and ("no value: the model predicts no emotion" in text) != predicts
+    monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n/why\n"))
+    assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
+    shown = said(capsys)
+    assert "No commonsense inferences." in shown and ("No predicted emotion." in shown) != predicts
+
+
+def test_an_unknown_model_is_named_with_those_that_there_are(capsys):
+    for words in (["--model", "cem"], ["--model=cem"], ["--kind", "cem"]):
+        assert cli.main(["train", *words, "--data", "x", "--out", "y"]) == 1
+        assert "there is no model 'cem'; one of case, transformer, multi-trs" in said(capsys)
 
 
 def test_merge_cache_adds_what_is_new(sample_store, tmp_path, capsys):
