@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import families
+from benchmarks.family import family_of
 from benchmarks.measure import MODES
-from benchmarks.run import family_of
-from case_fast.bench import families
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,21 +1,25 @@
-"""How things are measured: checked against float64, at their own best number of threads, in turns."""
+"""How things are measured: checked against float64, at their own best number of threads, in turns; on CPU and GPU alike."""
 
 from __future__ import annotations
 
 import gc
-import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import Clock, Prepared
+
 OURS = "case_fast"
 MODES = ("forward", "forward+backward")
+BACKWARD = "backward"  # alone, again and again after one forward pass; on a GPU
 SLACK = 4  # a peer adds in another order than plain torch; a wrong formula is off by far more than this many times its error
 
 
@@ -55,7 +59,7 @@ class Work:
 
     function(*leaves) -> out, or a tuple of them where nothing is trained; leaves and grad_out in the peer's own layout, which
     ``pack`` turns into the case's, given (out,) or (out, a gradient for each leaf). ``part`` is a piece of the function's work
-    that is worth naming.
+    that is worth naming. ``switch`` chooses among our kernels: it is on whenever the work is checked or timed.
     """
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -66,18 +70,30 @@ class Work:
     part: Callable[[], object] | None = None
     part_name: str = ""
     note: str = ""
+    switch: Callable[[], AbstractContextManager] = nullcontext
 
     def __post_init__(self) -> None:
         self.leaves = tuple(x.detach().requires_grad_(self.trains) for x in self.leaves)
 
-    def run(self, mode: str) -> tuple[Tensor, ...]:
-        """(out,), or (out, a gradient for each leaf); a tuple of outputs as it is."""
-        if mode == MODES[0]:
+    def call(self, mode: str) -> Callable[[], tuple[Tensor, ...]]:
+        """What is timed; it gives (out,), or (out, a gradient for each leaf), or a tuple of outputs as it is."""
+
+        def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
                 out = self.function(*self.leaves)
             return out if isinstance(out, tuple) else (out,)
-        out = self.function(*self.leaves)
-        return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
+
+        def both() -> tuple[Tensor, ...]:
+            out = self.function(*self.leaves)
+            return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
+
+        if mode == BACKWARD:
+            once = self.function(*self.leaves)
+            return lambda: (once.detach(), *torch.autograd.grad(once, self.leaves, self.grad_out, retain_graph=True))
+        return {MODES[0]: forward, MODES[1]: both}[mode]
+
+    def run(self, mode: str) -> tuple[Tensor, ...]:
+        return self.call(mode)()
 
     def check(self, mode: str, truth: Truth) -> float:
         """The largest error over its limit. Raises WrongResult where it is above 1."""
@@ -89,6 +105,10 @@ class Yardstick:
     """Work of the same size that computes nothing to be checked, such as bare matrix products: timed in turns, no rival."""
 
     calls: dict[str, Callable[[], object]]  # by mode
+    switch = nullcontext
+
+    def call(self, mode: str) -> Callable[[], object]:
+        return self.calls[mode]
 
     def run(self, mode: str) -> tuple[Tensor, ...]:
         self.calls[mode]()
@@ -97,6 +117,26 @@ class Yardstick:
     def check(self, mode: str, truth: Truth) -> float:
         self.run(mode)
         return 0.0
+
+
+def prepared(prepare: Callable[[Any], Work | Yardstick], case: Case, mode: str) -> Work | Yardstick:
+    """A peer made ready for this mode of a case.
+
+    Raises:
+        Unfit: it cannot do the case, or not in this mode.
+    """
+    work = prepare(case)
+    if isinstance(work, Yardstick):
+        if mode not in work.calls:
+            raise Unfit(f"has no {mode} alone")
+    elif mode != MODES[0] and not work.trains:
+        raise Unfit(work.note)
+    return work
+
+
+def is_ours(peer: str) -> bool:
+    """OURS, or another way to run our kernels: "case_fast, plan rows"."""
+    return peer.split(",")[0] == OURS
 
 
 @dataclass
@@ -133,11 +173,14 @@ def _distance(actual: Tensor, expected: Tensor) -> float:
 
 @dataclass
 class Timing:
-    """Seconds a call; one sample a round."""
+    """A peer that is ready to take turns, and its seconds a call; one sample a round."""
 
+    prepared: Prepared
     threads: int
     error: float  # the largest error over its limit, at most 1
-    samples: list[float]
+    taken: float  # seconds a call, the best of a few
+    switch: Callable[[], AbstractContextManager] = nullcontext
+    samples: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -151,36 +194,25 @@ class Timing:
         return low, high
 
 
-def thread_counts() -> list[int]:
-    """1, 2, 4, ... and all the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return sorted({*(2**i for i in range(int(math.log2(cores)) + 1)), cores})
-
-
-def seconds(call: Callable[[], object], calls: int = 1) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - started) / calls
-
-
-def tune(work: Work | Yardstick, mode: str, truth: Truth, counts: Iterable[int]) -> tuple[Timing, float]:
-    """Check the results at each number of threads, then find the fastest; (an empty Timing, seconds a call).
+def tune(work: Work | Yardstick, mode: str, truth: Truth, clock: Clock, counts: Iterable[int]) -> Timing:
+    """Check the results at each number of threads, then find the fastest; a Timing without samples.
 
     Raises:
         WrongResult: before anything was timed at that number of threads.
     """
-    best: tuple[Timing, float] | None = None
-    for threads in counts:
-        torch.set_num_threads(threads)
-        error = work.check(mode, truth)  # torch.compile compiles here, for this number of threads
-        taken, deadline = seconds(lambda: work.run(mode)), time.perf_counter() + 2
-        for _ in range(8):
-            if time.perf_counter() > deadline:
-                break
-            taken = min(taken, seconds(lambda: work.run(mode)))
-        if best is None or taken < best[1]:
-            best = Timing(threads, error, []), taken
+    best: Timing | None = None
+    with work.switch():
+        for threads in counts:
+            torch.set_num_threads(threads)
+            error = work.check(mode, truth)  # torch.compile compiles here, for this number of threads
+            ready = clock.prepare(lambda: work.call(mode))
+            taken, deadline = clock.seconds(ready.run), time.perf_counter() + 2
+            for _ in range(8):
+                if time.perf_counter() > deadline:
+                    break
+                taken = min(taken, clock.seconds(ready.run))
+            if best is None or taken < best.taken:
+                best = Timing(ready, threads, error, taken, work.switch)
     assert best is not None
     return best
 
@@ -195,7 +227,7 @@ def busy() -> float | None:
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
-def take_turns(ready: dict[str, tuple[Work | Yardstick, Timing, float]], mode: str, rounds: int, budget: float,
+def take_turns(timings: dict[str, Timing], clock: Clock, rounds: int, budget: float,
                tell: Callable[[int, int], None] = lambda done, total: None) -> float | None:
     """Fill the timings: in each round each in turn, calls for about 10 ms to warm up (below 0.2 s), then as many timed.
 
@@ -205,21 +237,28 @@ def take_turns(ready: dict[str, tuple[Work | Yardstick, Timing, float]], mode: s
     Returns:
         How many cores others kept busy meanwhile; a run to publish has nearly none.
     """
-    calls = {name: max(1, min(50, round(0.01 / taken))) for name, (_, _, taken) in ready.items()}
-    round_takes = sum(taken * calls[name] * (1 + (taken < 0.2)) for name, (_, _, taken) in ready.items())
-    rounds = min(rounds, max(5, int(budget / round_takes))) if ready else 0
-    gc.collect()
-    gc.disable()
+    calls = {name: max(1, min(50, round(0.01 / timing.taken))) for name, timing in timings.items()}
+    round_takes = sum(timing.taken * calls[name] * (1 + (timing.taken < 0.2)) for name, timing in timings.items())
+    rounds = min(rounds, max(5, int(budget / round_takes))) if timings else 0
     before, started = busy(), time.perf_counter()
-    try:
+    with _no_collection():
         for done in range(rounds):
-            for name, (work, timing, taken) in ready.items():
+            for name, timing in timings.items():
                 torch.set_num_threads(timing.threads)
-                for _ in range(calls[name] if taken < 0.2 else 0):
-                    work.run(mode)
-                timing.samples.append(seconds(lambda run=work.run: run(mode), calls[name]))
+                with timing.switch():
+                    if timing.taken < 0.2:
+                        clock.seconds(timing.prepared.run, calls[name])
+                    timing.samples.append(clock.seconds(timing.prepared.run, calls[name]))
             tell(done + 1, rounds)
-    finally:
-        gc.enable()
     after = busy()
     return None if before is None or after is None else max(0.0, (after - before) / (time.perf_counter() - started))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,4 +1,5 @@
-"""Peak memory of a peer beyond its inputs, output and gradients: how far the resident set rises, in a process of its own.
+"""Peak memory of a peer beyond its inputs, output and gradients: on a CPU how far the resident set rises, in a process of its
+own; on a GPU what torch's allocator says.
 
 The resident set sees what any library allocates, not torch alone. glibc is told to give each block above 64 KiB back at once,
 so that what one peer has freed does not hide what the next one takes. Linux only; finer than about 0.3 MB it cannot tell.
@@ -20,7 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HOW = "rise of the peak resident set (VmHWM, reset before the call) over a warmed-up process, less output and gradients"
+from benchmarks.family import family_of
+
+HOW = {
+    "cpu": "rise of the peak resident set (VmHWM, reset before the call) over a warmed-up process, less output and gradients",
+    "cuda": "rise of the peak of torch's allocator over what was allocated before the call, less output and gradients",
+}
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -45,10 +51,24 @@ def extra_bytes(call: Callable[[], tuple[Tensor, ...]]) -> int:
         _RESET.write_text("5")
         before = _resident("VmRSS")
         results = call()
-        kept = sum(size for _, size in {(x.data_ptr(), x.nbytes) for x in results})
-        taken.append(_resident("VmHWM") - before - kept)
+        taken.append(_resident("VmHWM") - before - _kept(results))
         del results
     return max(0, *taken)
+
+
+def extra_bytes_on_gpu(call: Callable[[], tuple[Tensor, ...]]) -> int:
+    """As `extra_bytes`; called once, and warmed up before. Of torch's allocator, which every peer uses."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call()
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - _kept(results))
+
+
+def _kept(results: tuple[Tensor, ...]) -> int:
+    return sum(size for _, size in {(x.data_ptr(), x.nbytes) for x in results})
 
 
 def measure(family: str, case: str, wanted: list[tuple[str, str, int]]) -> list[int | None]:
@@ -66,8 +86,6 @@ def measure(family: str, case: str, wanted: list[tuple[str, str, int]]) -> list[
 
 
 def main() -> None:
-    from benchmarks.run import family_of
-
     request: dict[str, Any] = json.load(sys.stdin)
     family = family_of(request["family"])
     case = family.case_of(request["case"])

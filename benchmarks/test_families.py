@@ -7,8 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.measure import Case, Truth, Unfit, Work, thread_counts, tune
-from benchmarks.run import Family, family_of
+from benchmarks.clock import CpuClock
+from benchmarks.family import Family, family_of
+from benchmarks.measure import Case, Truth, Unfit, prepared, tune
 from case_fast.errors import ConfigError
 
 
@@ -25,15 +26,15 @@ def checked_case(name: str, size: str) -> tuple[Family, Case, Truth]:
 def test_peer(benchmark, request, family, size, mode, peer):
     known, case, expected = checked_case(family, size)
     torch.compiler.reset()
+    if mode not in case.modes:
+        pytest.skip(f"{size}: no {mode}")
     try:
-        work = known.peers[peer](case)
+        work = prepared(known.peers[peer], case, mode)
     except Unfit as why:
         pytest.skip(f"{peer}: {why}")
-    if mode not in case.modes or (isinstance(work, Work) and mode != case.modes[0] and not work.trains):
-        pytest.skip(f"{peer}: no {mode}")
-    given = request.config.getoption("--threads")
-    timing, _ = tune(work, mode, expected, [given] if given else thread_counts())  # raises WrongResult
+    clock, given = CpuClock(), request.config.getoption("--threads")
+    timing = tune(work, mode, expected, clock, [given] if given else clock.thread_counts())  # raises WrongResult
     torch.set_num_threads(timing.threads)
     benchmark.group = f"{family}, {size}, {mode}"
     benchmark.extra_info.update(threads=timing.threads, error_over_limit=timing.error)
-    benchmark(work.run, mode)
+    benchmark(timing.prepared.run)

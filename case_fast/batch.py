@@ -1,15 +1,23 @@
 """A packed batch: what a model reads, without padding; the one structure that data and models share.
 
-Ragged arrays lie end to end; ``cu_*`` (n + 1,) holds where each item starts. What padding would hold does not exist.
+Ragged arrays lie end to end; ``cu_*`` (n + 1,) holds where each item starts. What padding would hold does not exist. It comes in
+parts: ``dialogue`` is always there, the others are there where a model asked for them (`DialogueModel.needs`), else None. What a
+part can know without a model (which rows belong together, which take part in a loss) is computed when it is packed, so that no
+model has to ask a GPU for the size of anything.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from case_fast.errors import ConfigError
+
+PARTS = ("dialogue", "case", "concept")
 
 
 class _Tensors:
@@ -51,37 +59,35 @@ class Graphs(_Tensors):
 
 
 @dataclass
-class Batch(_Tensors):
-    """B listener turns. All index tensors are int64.
+class CasePart(_Tensors):
+    """What CASE reads of B dialogues beside their words: knowledge texts, G_CS, reactions, and the reply as the encoders read it.
 
     Attributes:
-        context, context_role: (T,) [CLS] and the context's words, with role tokens; cu_context (B + 1,).
         response, response_role: (Y,) [CLS] and the reply's words, as the two encoders read the reply; cu_response (B + 1,).
-        decoder_input, target: (M,) BOS + words, and words + EOS; cu_target (B + 1,).
-        emotion: (B,) label, -1 where unknown.
         text: (S,) [CLS] + words of the distinct knowledge texts of the batch; cu_text (n_text + 1,).
+        distinct_word, distinct_position: (U,) the distinct pairs of a word and its place in a text, in order; text_distinct (S,)
+            the pair at each row of ``text``: what depends on these two alone need be computed U times instead of S.
         cognition: graphs G_CS; cognition_text (V_cs,) the text of each vertex.
         knowledge: (K,) the vertices of G_CS that are commonsense knowledge, in order; cu_knowledge (B + 1,),
             knowledge_dialogue (K,), knowledge_reaction (K,) row of the reaction er_i that belongs to the same sub-utterance.
         reaction: (r,) words of the reactions of each distinct sub-utterance of a dialogue, end to end; cu_reaction (R + 1,).
-        reaction_dialogue: (R,); reaction_first: (B,) row of er_0; has_reaction (R,) bool, whether there was a text.
+        reaction_dialogue: (R,); reaction_first: (B,) row of er_0.
         reaction_context: (C,) positions of the context that each reaction row is fused with; cu_reaction_context (R + 1,).
-        concept: graphs G_EC; concept_word, concept_position, concept_type (V_ec,), concept_intensity (V_ec,) float32.
+        known: (B',) the dialogues that have knowledge, the pairs of L_coarse.
+        with_reaction: (R',) the reaction rows that have a text.
+        paired: (P,) the places in ``knowledge`` whose sub-utterance has such a reaction, the pairs of L_fine; positive (P,) the
+            place of that reaction in ``with_reaction``; negatives_affection, negatives_cognition (P,): how many negatives each
+            pair has over reactions and over knowledge (Eq. 11).
     """
 
-    size: int
-    context: Tensor
-    context_role: Tensor
-    cu_context: Tensor
     response: Tensor
     response_role: Tensor
     cu_response: Tensor
-    decoder_input: Tensor
-    target: Tensor
-    cu_target: Tensor
-    emotion: Tensor
     text: Tensor
     cu_text: Tensor
+    distinct_word: Tensor
+    distinct_position: Tensor
+    text_distinct: Tensor
     cognition: Graphs
     cognition_text: Tensor
     knowledge: Tensor
@@ -92,14 +98,63 @@ class Batch(_Tensors):
     cu_reaction: Tensor
     reaction_dialogue: Tensor
     reaction_first: Tensor
-    has_reaction: Tensor
     reaction_context: Tensor
     cu_reaction_context: Tensor
-    concept: Graphs
-    concept_word: Tensor
-    concept_position: Tensor
-    concept_type: Tensor
-    concept_intensity: Tensor
+    known: Tensor
+    with_reaction: Tensor
+    paired: Tensor
+    positive: Tensor
+    negatives_affection: Tensor
+    negatives_cognition: Tensor
+
+
+@dataclass
+class ConceptPart(_Tensors):
+    """The emotional concept graphs G_EC: [CLS], the context's words, the concepts.
+
+    Attributes:
+        graph: G_EC.
+        word, position, type: (V_ec,) of each vertex; type 1 is a concept. intensity: (V_ec,) float32, w of each vertex.
+    """
+
+    graph: Graphs
+    word: Tensor
+    position: Tensor
+    type: Tensor
+    intensity: Tensor
+
+
+@dataclass
+class Batch(_Tensors):
+    """B listener turns. All index tensors are int64.
+
+    Attributes:
+        size: B.
+        seed: of everything that is drawn in a forward pass by counter (dropout, negatives), in [0, 2^63): one number a step.
+        context, context_role: (T,) [CLS] and the context's words, with role tokens; cu_context (B + 1,).
+        decoder_input, target: (M,) BOS + words, and words + EOS; cu_target (B + 1,).
+        emotion: (B,) label, -1 where unknown.
+        case, concept: the other parts, or None.
+    """
+
+    size: int
+    seed: int
+    context: Tensor
+    context_role: Tensor
+    cu_context: Tensor
+    decoder_input: Tensor
+    target: Tensor
+    cu_target: Tensor
+    emotion: Tensor
+    case: CasePart | None = None
+    concept: ConceptPart | None = None
 
     def __len__(self) -> int:
         return self.size
+
+    def require(self, parts: Iterable[str]) -> Self:
+        """The batch itself; `ConfigError` if it lacks one of the parts that a model needs."""
+        if missing := [part for part in parts if part != "dialogue" and getattr(self, part) is None]:
+            raise ConfigError(f"the batch lacks what the model reads: {', '.join(missing)}; make it with "
+                              "store.batch(split, indices, model.needs)")
+        return self

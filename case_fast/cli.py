@@ -12,10 +12,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
@@ -33,7 +35,7 @@ from rich.progress import (
 from case_fast import __version__
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
 
-_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see the README):
+_REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see docs/data.md):
 
   case-fast prepare --dialogues empatheticdialogues --knowledge atomic:atomic2020 \\
       --conceptnet conceptnet-assertions-5.7.0.csv.gz --lexicon NRC-VAD-Lexicon.txt --embeddings glove.6B.300d.txt --out ed.store
@@ -56,18 +58,24 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
 
 
-def _train_arguments(parser: ArgumentParser) -> None:
-    from case_fast.training import PRESETS, TrainConfig
+def _train_arguments(parser: ArgumentParser, kind: str = "case") -> None:
+    from case_fast.models import MODELS, model_class
+    from case_fast.training import config_class
 
+    presets = model_class(kind).presets
     parser.add_argument("--config", action="config", help="YAML or JSON file of settings")
     parser.add_argument("--data", type=str, required=True, help="store that prepare made")
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
-    parser.add_argument("--preset", type=str, default="paper", help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--kind", type=str, default=kind, help=argparse.SUPPRESS)  # as the config.json of a run has it
+    parser.add_argument("--preset", type=str, default=next(iter(presets)), help=f"settings to start from: {', '.join(presets)}")
     parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(config_class(kind))
+    (model,) = [action for action in parser._actions if action.option_strings == ["--model"]]
+    model.metavar, model.help = "NAME", f"which model: {', '.join(MODELS)}; here follow the settings of {kind}"
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
 
     parser.add_argument("run", type=str, help="folder that train made")
@@ -75,17 +83,18 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", type=str, default="test", help="train, valid or test")
     parser.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_class_arguments(GenerationConfig)
 
 
 def _chat_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
 
     parser.add_argument("run", type=str, help="folder that train made")
     parser.add_argument("--knowledge", type=str | None, default=None,
                         help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
     parser.add_class_arguments(GenerationConfig)
 
@@ -104,15 +113,30 @@ def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
 
 
-def _bench_arguments(parser: ArgumentParser) -> None:
-    from case_fast.bench import families
+def _benchmarks() -> Any:
+    """benchmarks/ of the checkout that this package lies in; it is not installed with the package."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "command.py").is_file():
+        raise ConfigError("the benchmarks are not installed with the package: clone the repository of case_fast, run "
+                          "pip install -e '.[bench]' in it, and case-fast bench measures there")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    return import_module("benchmarks")
 
-    parser.add_argument("family", type=str, help=f"kernels to measure: {', '.join(families()) or 'none outside a checkout'}")
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    families = ", ".join(_benchmarks().families())
+    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}")
+    parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
+                        help="measure nothing; print what was measured before, of this family or all")
+    parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
     parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
     parser.add_argument("--budget", type=float, default=30.0,
                         help="seconds that all samples of a case and mode may take, at least five of each peer")
-    parser.add_argument("--out", type=str, default="bench", help="folder for JSON, Markdown table and picture")
+    parser.add_argument("--out", type=str | None, default=None,
+                        help="folder for JSON, Markdown table and picture; default bench, and none with --show")
 
 
 @contextmanager
@@ -196,7 +220,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
     from case_fast.data import open_store
     from case_fast.evaluation import evaluate
     from case_fast.generation import generate_all
-    from case_fast.serving.responder import load_model
+    from case_fast.runs import Run, load_model
 
     store = open_store(data)
     model, chosen = load_model(run, device)
@@ -211,7 +235,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
             return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
-        return evaluate(model, store, split, Path(run) / "evaluation" / split, replies, limit=limit, batch_size=batch_size,
+        return evaluate(model, store, split, Run(run).evaluation(split), replies, limit=limit, batch_size=batch_size,
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 
@@ -246,7 +270,7 @@ def _demo(args: Namespace, console: Console) -> None:
     from case_fast.evaluation import write_report
     from case_fast.generation import GenerationConfig
     from case_fast.serving import load
-    from case_fast.training import PRESETS, TrainConfig, train
+    from case_fast.training import preset, train
 
     started = time.monotonic()
     out = Path(args.out)
@@ -257,7 +281,7 @@ def _demo(args: Namespace, console: Console) -> None:
     store = prepare(PrepareSettings("bundled", "bundled", "bundled", "bundled", str(store_path)), _Stages(console))
     _prepared(store, console)
     console.rule("2  train: phase 1 on L_BOW, phase 2 on the whole objective")
-    train(store, run, TrainConfig.from_dict(PRESETS["demo"]), console=console)
+    train(store, run, preset("demo"), console=console)
     console.rule("3  evaluate on the toy test split")
     run_evaluation(str(run), str(store_path), "test", None, 32, "auto", GenerationConfig(), console)
     console.rule("4  five replies, beam search")
@@ -275,8 +299,18 @@ def _demo(args: Namespace, console: Console) -> None:
 
 
 def _bench(args: Namespace, console: Console) -> None:
-    from case_fast.bench import bench
+    _benchmarks()
+    from rich.markdown import Markdown
 
+    from benchmarks.command import bench, show
+
+    if args.show is not None:
+        for text, paths in show(args.show or args.family, args.machine, Path(args.out) if args.out else None):
+            console.print(Markdown(text)) if console.is_terminal else print(text)
+            _print_paths(paths, console)
+        return
+    if not args.family:
+        raise ConfigError("bench needs a family of kernels to measure, or --show; case-fast bench --help names them")
     sizes = [size.strip() for size in args.sizes.split(",") if size.strip()]
     with _bar(console) as progress:
         task = progress.add_task("", total=None)
@@ -286,11 +320,15 @@ def _bench(args: Namespace, console: Console) -> None:
                 console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
-        lines, paths = bench(args.family, sizes, args.quick, Path(args.out), told, args.budget)
+        lines, paths = bench(args.family, sizes, args.quick, Path(args.out or "bench"), told, args.budget, args.device)
     for line in lines:
         costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
                       f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}", highlight=False, soft_wrap=True)
+    _print_paths(paths, console)
+
+
+def _print_paths(paths: Sequence[Path], console: Console) -> None:
     for path in paths:
         console.print(f"{path}", highlight=False, soft_wrap=True)
 
@@ -301,7 +339,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                 _prepare_arguments, _prepare),
     "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
                 _inspect_arguments, _inspect),
-    "train": ("Train CASE in two phases: a run folder with log, checkpoints and the best weights.", _train_arguments, _train),
+    "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
+              _train_arguments, _train),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", _chat_arguments, _chat),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
@@ -311,16 +350,31 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
 }
 
 
-def _preset(words: Sequence[str]) -> dict[str, Any]:
+def _named_model(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the
+    other words: a bare --model would be a file of settings to jsonargparse."""
+    from case_fast.models import model_class
+
+    named, files = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
+    named.add_argument("--model", "--kind")
+    found, rest = named.parse_known_args(words)
+    files.add_argument("--config", action="append", default=[])
+    kind = found.model
+    for path in files.parse_known_args(rest)[0].config:  # they stay where they are: what comes later overrides them
+        with suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the parser says what is wrong with the file
+            kind = kind or yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("kind")
+    kind = kind or "case"
+    model_class(kind)
+    return kind, ["--kind", kind, *rest]
+
+
+def _preset(words: Sequence[str], kind: str) -> dict[str, Any]:
     """The settings that --preset names: defaults, so that --config and --key value still override them."""
-    from case_fast.training import PRESETS
+    from case_fast.training import preset_values
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", default="paper")
-    name = finder.parse_known_args(words)[0].preset
-    if name not in PRESETS:
-        raise ConfigError(f"--preset {name!r} is unknown; one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    finder.add_argument("--preset", default="")
+    return preset_values(finder.parse_known_args(words)[0].preset, kind)
 
 
 def _overview() -> str:
@@ -366,9 +420,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     description, arguments, run = _COMMANDS[name]
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
-        arguments(parser)
         if name == "train":
-            parser.set_defaults(_preset(rest))
+            kind, rest = _named_model(rest)
+            _train_arguments(parser, kind)
+            parser.set_defaults(_preset(rest, kind))
+        else:
+            arguments(parser)
         run(parser.instantiate(parser.parse_args(rest)), console)
     except Interrupted as stopped:
         errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)

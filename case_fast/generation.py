@@ -18,10 +18,9 @@ from torch import Tensor
 from case_fast.batch import Batch
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
+from case_fast.equations import greatest
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models.case import CASE, Reading, greatest
-from case_fast.models.layers import Memory
-from case_fast.models.mode import evaluating
+from case_fast.models.base import DialogueModel, Reading, evaluating
 
 _HEAD = 1024  # words within which top-p nearly always ends
 
@@ -89,7 +88,7 @@ class Generated:
     ended_by: Literal["eos", "length"]
 
 
-def generate(model: CASE, batch: Batch, config: GenerationConfig, first_index: int | Sequence[int] = 0,
+def generate(model: DialogueModel, batch: Batch, config: GenerationConfig, first_index: int | Sequence[int] = 0,
              reading: Reading | None = None) -> list[Generated]:
     """One reply for each dialogue of ``batch``; its own reply and emotion are not looked at.
 
@@ -113,7 +112,7 @@ def generate(model: CASE, batch: Batch, config: GenerationConfig, first_index: i
         return _one_by_one(model, reading, config, numbers)
 
 
-def generate_all(model: CASE, store: Store, split: str, indices: Sequence[int] | None = None,
+def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequence[int] | None = None,
                  config: GenerationConfig | None = None, batch_size: int = 16, device: torch.device | str | None = None,
                  progress: Callable[[int, int], None] | None = None) -> list[Generated]:
     """Replies to the examples ``indices`` (None: all) of a store's split, in their order.
@@ -135,7 +134,8 @@ def generate_all(model: CASE, store: Store, split: str, indices: Sequence[int] |
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         chosen = [indices[place] for place in places]
-        found.update(zip(places, generate(model, store.batch(split, chosen).to(device), config, chosen), strict=True))
+        batch = store.batch(split, chosen, model.needs, seed=0).to(device)
+        found.update(zip(places, generate(model, batch, config, chosen), strict=True))
         if progress:
             progress(len(found), len(order))
     return [found[place] for place in range(len(order))]
@@ -185,9 +185,9 @@ def _checked(score: float) -> float:
 # ---- the three strategies
 
 
-def _one_by_one(model: CASE, reading: Reading, config: GenerationConfig, numbers: Sequence[int]) -> list[Generated]:
+def _one_by_one(model: DialogueModel, reading: Reading, config: GenerationConfig, numbers: Sequence[int]) -> list[Generated]:
     """Greedy search and sampling: one hypothesis a dialogue; a dialogue that has ended leaves the batch."""
-    device = reading.context.device
+    device = reading.device
     state = model.start_decoding(reading)
     going = list(range(len(numbers)))  # the dialogues still in the batch
     words = torch.full((len(going),), BOS, device=device)
@@ -231,11 +231,11 @@ def _normalised(score: float, length: int, config: GenerationConfig) -> float:
     return score / length**config.length_penalty
 
 
-def _beam(model: CASE, reading: Reading, config: GenerationConfig, dialogues: int) -> list[Generated]:
+def _beam(model: DialogueModel, reading: Reading, config: GenerationConfig, dialogues: int) -> list[Generated]:
     """Beam search: at each step the ``beams`` best continuations of a dialogue live on; those that end with EOS compete for
     the reply. It ends when no open hypothesis can beat the best ended one, whatever its length; one beam is greedy search.
     """
-    device, beams = reading.context.device, config.beams
+    device, beams = reading.device, config.beams
     state = model.start_decoding(reading, beams)
     going = list(range(dialogues))
     words = torch.full((dialogues * beams,), BOS, device=device)
@@ -285,7 +285,7 @@ def _beam(model: CASE, reading: Reading, config: GenerationConfig, dialogues: in
 # ---- the reference
 
 
-def generate_uncached(model: CASE, batch: Batch, config: GenerationConfig) -> list[Generated]:
+def generate_uncached(model: DialogueModel, batch: Batch, config: GenerationConfig) -> list[Generated]:
     """What `generate` must give for greedy and beam search, as plainly as it can be said.
 
     One dialogue at a time; the decoder reads the whole of every hypothesis again for each word; nothing stops early.
@@ -297,10 +297,9 @@ def generate_uncached(model: CASE, batch: Batch, config: GenerationConfig) -> li
     with evaluating(model):
         reading = model.read(batch)
         for dialogue in range(batch.size):
-            memories = [memory.rows[memory.cu[dialogue] : memory.cu[dialogue + 1]] for memory in reading.memories]
             open_, ended = [((), 0.0)], []
             for step in range(config.max_words):
-                logits = _next_logits(model, memories, [words for words, _ in open_])
+                logits = _next_logits(model, reading, dialogue, [words for words, _ in open_])
                 score = torch.log_softmax(_forbid(logits, config, step), dim=1)
                 score = score + torch.tensor([s for _, s in open_], device=score.device, dtype=score.dtype).unsqueeze(1)
                 value, place = score.flatten().sort(descending=True, stable=True)
@@ -316,10 +315,9 @@ def generate_uncached(model: CASE, batch: Batch, config: GenerationConfig) -> li
     return replies
 
 
-def _next_logits(model: CASE, memories: list[Tensor], hypotheses: list[tuple[int, ...]]) -> Tensor:
+def _next_logits(model: DialogueModel, reading: Reading, dialogue: int, hypotheses: list[tuple[int, ...]]) -> Tensor:
     """(n, V) scores of the word after each hypothesis, all of one length, by the decoder over the whole of them."""
-    count, device = len(hypotheses), memories[0].device
-    words = torch.tensor([[BOS, *hypothesis] for hypothesis in hypotheses], device=device)
-    cu = torch.arange(count + 1, device=device) * words.shape[1]
-    copies = [Memory(rows.repeat(count, 1), torch.arange(count + 1, device=device) * rows.shape[0]) for rows in memories]
-    return model.reply_logits(words.flatten(), cu, copies, last_only=True)
+    count = len(hypotheses)
+    words = torch.tensor([[BOS, *hypothesis] for hypothesis in hypotheses], device=reading.device)
+    cu = torch.arange(count + 1, device=reading.device) * words.shape[1]
+    return model.reply_logits(words.flatten(), cu, reading.repeat(dialogue, count), last_only=True)

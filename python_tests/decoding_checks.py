@@ -32,9 +32,9 @@ from case_fast import equations as eq
 from case_fast.batch import Batch
 from case_fast.data.vocabulary import BOS, EOS
 from case_fast.generation import Generated, GenerationConfig, _forbid, generate
-from case_fast.models import CASE
+from case_fast.models import DialogueModel, load
+from case_fast.models.base import evaluating
 from case_fast.models.layers import Memory
-from case_fast.models.mode import evaluating
 
 GAP, SHARE = 1e-4, 0.005
 STRATEGIES = {"greedy": GenerationConfig(), "beam 5": GenerationConfig("beam", beams=5)}
@@ -49,14 +49,17 @@ Trace = list[dict[int, set[Words]]]  # for each dialogue: the hypotheses that li
 class Uncached:
     """A decoder's state without a cache: the inputs of all words so far, read again at each step; memories are copied."""
 
-    def __init__(self, decoder: torch.nn.Module, memories: Sequence[Memory], beams: int):
+    def __init__(self, decoder: torch.nn.Module, memories: Sequence[Memory], beams: int = 1, start: Tensor | None = None,
+                 added: Tensor | None = None):
         self.decoder, self.memories, self.beams = decoder, memories, beams
+        self.start, self.added = (None if x is None else x.repeat_interleave(beams, 0) for x in (start, added))
         count = memories[0].cu.numel() - 1
         self.dialogue = torch.arange(count).repeat_interleave(beams)  # of each hypothesis
         self.inputs = memories[0].rows.new_empty(count * beams, 0, memories[0].rows.shape[1])
 
     def reorder(self, origin: Tensor) -> None:
         self.inputs, self.dialogue = self.inputs[origin], self.dialogue[origin]
+        self.added = None if self.added is None else self.added[origin]
 
     def keep(self, dialogues: Tensor) -> None:
         self.reorder((dialogues[:, None] * self.beams + torch.arange(self.beams)).flatten())
@@ -71,12 +74,12 @@ class Uncached:
             offsets = torch.cat([size.new_zeros(1), size.cumsum(0)])
             row = eq.segment_positions(offsets, int(offsets[-1])) + memory.cu[self.dialogue].repeat_interleave(size)
             copies.append(Memory(eq.take(memory.rows, row), offsets))
-        return eq.take(self.decoder(self.inputs.flatten(0, 1), cu, copies), cu[1:] - 1)
+        return eq.take(self.decoder(self.inputs.flatten(0, 1), cu, copies, added=self.added), cu[1:] - 1)
 
 
 @contextmanager
 def without_cache(decoder: torch.nn.Module) -> Iterator[None]:
-    decoder.start = lambda memories, beams=1: Uncached(decoder, memories, beams)
+    decoder.start = lambda *given, **named: Uncached(decoder, *given, **named)
     decoder.step = lambda x, state: state.step(x)
     try:
         yield
@@ -85,9 +88,9 @@ def without_cache(decoder: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def traced(model: CASE, trace: Trace) -> Iterator[None]:
+def traced(model: DialogueModel, trace: Trace) -> Iterator[None]:
     """Notes in ``trace`` which hypotheses of each dialogue live at each length."""
-    start, decode = model.start_decoding, model._decode
+    start, decode = model.start_decoding, model._decode_step
 
     def start_decoding(reading: object, beams: int = 1) -> object:
         state = start(reading, beams)
@@ -115,11 +118,11 @@ def traced(model: CASE, trace: Trace) -> Iterator[None]:
             trace[state.first + number][position] = set(state.said[place * beams : (place + 1) * beams])
         return decode(words, position, state)
 
-    model.start_decoding, model._decode = start_decoding, decoded
+    model.start_decoding, model._decode_step = start_decoding, decoded
     try:
         yield
     finally:
-        del model.start_decoding, model._decode
+        del model.start_decoding, model._decode_step
 
 
 @contextmanager
@@ -135,7 +138,7 @@ def backend(name: str) -> Iterator[None]:
             os.environ["CASE_FAST_BACKEND"] = before
 
 
-def decode(model: CASE, batch: Batch, config: GenerationConfig, way: str) -> tuple[list[Generated], Trace]:
+def decode(model: DialogueModel, batch: Batch, config: GenerationConfig, way: str) -> tuple[list[Generated], Trace]:
     """The replies of one batch by one of WAYS, and how they were found."""
     name, cached = WAYS[way]
     trace: Trace = []
@@ -143,14 +146,11 @@ def decode(model: CASE, batch: Batch, config: GenerationConfig, way: str) -> tup
         return generate(model, batch, config), trace
 
 
-def score(model: CASE, batch: Batch, dialogue: int, words: Words, config: GenerationConfig) -> float:
+def score(model: DialogueModel, batch: Batch, dialogue: int, words: Words, config: GenerationConfig) -> float:
     """log P of words (EOS included where they end with it) after BOS; exact enough to judge: in float64 by equations.py."""
     with backend("reference"), evaluating(model):
-        memories = []
-        for memory in model.read(batch).memories:
-            rows = memory.rows[memory.cu[dialogue] : memory.cu[dialogue + 1]]
-            memories.append(Memory(rows, torch.tensor([0, len(rows)])))
-        logits = model.reply_logits(torch.tensor([BOS, *words[:-1]]), torch.tensor([0, len(words)]), memories)
+        alone = model.read(batch).repeat(dialogue, 1)
+        logits = model.reply_logits(torch.tensor([BOS, *words[:-1]]), torch.tensor([0, len(words)]), alone)
         for step in range(len(words)):
             _forbid(logits[step : step + 1], config, step)
         return float(logits.log_softmax(1)[torch.arange(len(words)), torch.tensor(words)].sum())
@@ -183,8 +183,8 @@ class Tally:
         return all(gap < GAP for gap in self.gaps) and self.different <= SHARE * self.contexts
 
 
-def compare(model: CASE, batches: Sequence[Batch], config: GenerationConfig, tell: Callable[[int], None] = lambda done: None
-            ) -> dict[tuple[str, str], Tally]:
+def compare(model: DialogueModel, batches: Sequence[Batch], config: GenerationConfig,
+            tell: Callable[[int], None] = lambda done: None) -> dict[tuple[str, str], Tally]:
     """For each pair of ways, how many replies differ and by what gap."""
     tallies = {pair: Tally() for pair in PAIRS}
     double = copy.deepcopy(model).double()
@@ -218,11 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of contexts")
     options = parser.parse_args(arguments)
     weights = options.run / "best"
-    model = CASE.from_pretrained(weights if weights.is_dir() else options.run)
+    model = load(weights if weights.is_dir() else options.run)
     store = case_fast.open_store(options.store)
     order = torch.randperm(store.size(options.split), generator=torch.Generator().manual_seed(options.seed))
     chosen, size = order[: options.contexts].tolist(), options.batch_size
-    batches = [store.batch(options.split, chosen[at : at + size]) for at in range(0, len(chosen), size)]
+    batches = [store.batch(options.split, chosen[at : at + size], model.needs, 0) for at in range(0, len(chosen), size)]
     print(f"{len(chosen)} contexts of {options.split}, batches of {size}; replies may differ only where the deciding scores lie "
           f"within {GAP:g}, and in at most {SHARE:.1%}\n")
     print("| strategy | ways | contexts | distinct | equal | near ties | violations | largest gap | |")

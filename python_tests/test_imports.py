@@ -18,28 +18,31 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
-BASE = {"", "errors", "text_files", "files", "batch", "html"}  # "" stands for the package itself: its version
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html"}  # "" stands for the package itself: its version
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
     "text_files": set(),
     "files": set(),
+    "devices": set(),
     "batch": set(),
     "html": set(),
     "equations": set(),
+    "equations_baselines": {"ops", "equations"},
     "ops": {"equations", "_native"},
-    "models": {"ops", "equations"},
+    "models": {"ops", "equations", "equations_baselines"},
     "knowledge": set(),
     "data": {"knowledge"},
-    "training": {"models", "data"},
-    "generation": {"models", "data"},
-    "evaluation": {"models", "data"},
-    "serving": {"models", "data", "knowledge", "generation"},
-    "bench": set(),  # finds the benchmarks of a checkout, which import what they like
+    "runs": {"models", "data"},
+    "references": {"models"},
+    "training": {"models", "data", "runs", "references", "generation"},
+    "generation": {"models", "data", "equations"},
+    "evaluation": {"models", "data", "runs", "references", "generation"},
+    "serving": {"models", "data", "knowledge", "runs", "generation"},
 }
 # What these parts may import from outside the standard library.
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files")}
-OUTSIDE |= {"batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
+OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 ALL = {"cli", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 
@@ -87,6 +90,74 @@ def test_import_direction(path):
         if not allowed:
             wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+# ---- circles
+
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def module_of(dotted: str) -> str | None:
+    """The module of the package that a dotted name is or lies in: case_fast.data.Store is a name of case_fast.data."""
+    parts = dotted.split(".")
+    return next((found for end in range(len(parts), 0, -1) if (found := ".".join(parts[:end])) in MODULES), None)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """module -> the modules that it names in imports, inside functions too: those may be there for speed, never to hide that
+    two files need each other."""
+    graph = {name: {module_of(dotted) for _, dotted in imported_modules(path, ast.parse(path.read_text()))} - {None, PACKAGE.name}
+             for name, path in MODULES.items()}
+    return graph | {PACKAGE.name: set()}  # the package itself loads its lazy names when it is asked
+
+
+def part_graph() -> dict[str, set[str]]:
+    """part -> the parts that it imports; a lazy name counts as the part that it loads."""
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        found = {part_imported(module) for _, module in imported_modules(path, ast.parse(path.read_text()))
+                 if module.split(".")[0] == PACKAGE.name}
+        graph.setdefault(part_of(path), set()).update(found - {part_of(path), ""})
+    return graph | {"": set()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle in order, [] if there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, above: list[str]) -> list[str]:
+        if node in above:
+            return [*above[above.index(node) :], node]
+        if node not in done:
+            for other in sorted(graph.get(node, ())):
+                if found := walk(other, [*above, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in graph if (found := walk(node, []))), [])
+
+
+def test_no_circle_among_modules():
+    graph = module_graph()
+    assert "case_fast.data.store" in graph["case_fast.data"] and len(graph) == len(FILES)
+    assert "case_fast.knowledge.comet" in graph["case_fast.knowledge.opening"]  # an import inside a function
+    assert not circle(graph), " imports ".join(circle(graph))
+
+
+def test_no_circle_among_parts():
+    graph = part_graph()
+    assert {"data", "training", "serving"} <= graph["cli"]
+    assert not circle(graph), " imports ".join(circle(graph))
+
+
+def test_the_search_for_circles_finds_each_of_them():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"a"}}) == ["a", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": {"outside"}}) == []
+
+
+# ---- the rest
 
 
 def test_every_folder_of_code_is_a_package():
@@ -152,6 +223,40 @@ def test_the_search_for_forbidden_calls_finds_each_of_them():
         assert list(forbidden(PACKAGE / "x.py", ast.parse(line))), line
     for line in ["model.eval()", "np.load(p, allow_pickle=False)", "run(['ls'])", "'eval(1)'"]:
         assert not list(forbidden(PACKAGE / "x.py", ast.parse(line))), line
+
+
+# Names that only a run's folder has; config.json and manifest.json are other folders' as well.
+RUN_PARTS = {"best", "checkpoints", "log.jsonl", "features", "evaluation", "failure", "tensorboard", "report.html",
+             "knowledge.sqlite", "knowledge.json", ".lock"}
+
+
+def path_parts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, text) of every text that is joined to a path or asked of a folder."""
+    for node in ast.walk(tree):
+        found: list[ast.AST] = []
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            found = [node.left, node.right]
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in {"Path", "join", "joinpath", "with_name", "glob", "rglob"}:
+                found = list(node.args)
+        for text in found:
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                yield from ((node.lineno, part) for part in text.value.split("/"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_but_runs_knows_the_parts_of_a_run(path):
+    found = [f"{path.relative_to(ROOT)}:{line} {part}" for line, part in path_parts(ast.parse(path.read_text()))
+             if part in RUN_PARTS]
+    assert found if part_of(path) == "runs" else not found, "\n".join(found)
+
+
+def test_the_search_for_parts_of_a_run_finds_each_way_to_write_one():
+    for line in ["run / 'best'", "Path(run, 'best')", "Path('run/best')", "os.path.join(run, 'best')", "run.joinpath('best')",
+                 "run.glob('best/*')", "run / 'best' / 'config.json'"]:
+        assert "best" in [part for _, part in path_parts(ast.parse(line))], line
+    assert not list(path_parts(ast.parse("state = {'best': best}; load(run, checkpoint='best')")))
 
 
 def test_kernel_families_in_csrc_never_see_each_other():

@@ -184,7 +184,7 @@ def _conversation(key: str, rows: list[_Row], report: ReadReport) -> Conversatio
 
 
 def listener_turns(conversations: list[Conversation]) -> Iterator[DialogueExample]:
-    """One example for every listener turn (case.md, section 1)."""
+    """One example for every listener turn (docs/paper.md)."""
     for conversation in conversations:
         for position, turn in enumerate(conversation.turns):
             if not turn.by_speaker:  # never turn 1, whose author is the speaker

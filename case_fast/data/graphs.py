@@ -1,4 +1,4 @@
-"""The two heterogeneous graphs of section 3.1 as CSR arrays with relation ids (case.md, section 2).
+"""The two heterogeneous graphs of section 3.1 as CSR arrays with relation ids (docs/paper.md).
 
 Undirected edges are stored in both directions; self-loops are explicit; a row's neighbours ascend.
 """

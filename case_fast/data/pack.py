@@ -1,18 +1,19 @@
-"""Packing examples into a `Batch`."""
+"""Packing examples into a `Batch`: one packer a part."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import Batch, Graphs
+from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs
 from case_fast.data.featurizer import Example, with_cls
 from case_fast.data.graphs import CSR
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER
+from case_fast.errors import ConfigError
 
 
 class Texts(Protocol):
@@ -21,22 +22,48 @@ class Texts(Protocol):
     def tokens(self, index: int) -> np.ndarray: ...
 
 
-def make_batch(examples: Sequence[Example], texts: Texts) -> Batch:
+def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] = PARTS, seed: int = 0) -> Batch:
     """Pack examples whose text ids point into ``texts``.
 
+    Args:
+        parts: of the batch, of `PARTS`; "dialogue" is always made.
+        seed: `Batch.seed`.
+
     Raises:
-        ValueError: no examples.
+        ValueError: no examples; ConfigError: a part that does not exist.
     """
     if not examples:
         raise ValueError("a batch needs at least one example")
+    parts = list(parts)
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ConfigError(f"a batch has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
     cls, bos, eos = (np.array([token], dtype=np.int32) for token in (CLS, BOS, EOS))
-    dialogues = np.arange(len(examples))
-    context_sizes = np.array([1 + len(e.context) for e in examples])
-    cu_context = _offsets(context_sizes)
+    return Batch(
+        size=len(examples),
+        seed=seed,
+        context=_long([part for e in examples for part in (cls, e.context)]),
+        context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
+        cu_context=_tensor(_cu_context(examples)),
+        decoder_input=_long([part for e in examples for part in (bos, e.response)]),
+        target=_long([part for e in examples for part in (e.response, eos)]),
+        cu_target=_tensor(_offsets([1 + len(e.response) for e in examples])),
+        emotion=torch.tensor([e.emotion for e in examples]),
+        case=_pack_case(examples, texts) if "case" in parts else None,
+        concept=_pack_concept(examples) if "concept" in parts else None,
+    )
 
+
+def _cu_context(examples: Sequence[Example]) -> np.ndarray:
+    return _offsets([1 + len(e.context) for e in examples])
+
+
+def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
+    dialogues, cu_context = np.arange(len(examples)), _cu_context(examples)
     used = [np.concatenate([e.sub_utterance, e.knowledge]) for e in examples]
     distinct, place = np.unique(np.concatenate(used), return_inverse=True)
     text_rows = [with_cls(texts.tokens(int(index))) for index in distinct]
+    text, position = np.concatenate(text_rows), np.concatenate([np.arange(len(row)) for row in text_rows])
+    pairs, text_distinct = np.unique(text.astype(np.int64) << 32 | position, return_inverse=True)
 
     sizes_cs = np.array([len(rows) for rows in used])
     subs = np.array([len(e.sub_utterance) for e in examples])
@@ -46,58 +73,66 @@ def make_batch(examples: Sequence[Example], texts: Texts) -> Batch:
     reaction_rows: list[np.ndarray] = []
     reaction_dialogue: list[int] = []
     reaction_first: list[int] = []
-    knowledge_reaction: list[np.ndarray] = []
+    of_knowledge: list[np.ndarray] = []
     for dialogue, e in enumerate(examples):
-        # Sub-utterances of equal text share one row, so that none is a negative of itself (case.md, fine MIM).
+        # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
         row_of: dict[int, int] = {}
         sub_row = []
-        for sub, text in enumerate(e.sub_utterance.tolist()):
-            if text not in row_of:
-                row_of[text] = len(reaction_rows)
-                words = [texts.tokens(int(index)) for index in e.reaction[e.reaction_sub == sub]]
+        for sub, index in enumerate(e.sub_utterance.tolist()):
+            if index not in row_of:
+                row_of[index] = len(reaction_rows)
+                words = [texts.tokens(int(found)) for found in e.reaction[e.reaction_sub == sub]]
                 reaction_rows.append(np.concatenate(words) if words else np.zeros(0, dtype=np.int32))
                 reaction_dialogue.append(dialogue)
-            sub_row.append(row_of[text])
+            sub_row.append(row_of[index])
         reaction_first.append(sub_row[0])
-        knowledge_reaction.append(np.array(sub_row)[e.knowledge_sub])
+        of_knowledge.append(np.array(sub_row)[e.knowledge_sub])
     reaction_sizes = np.array([len(row) for row in reaction_rows])
     fused = [np.arange(cu_context[d], cu_context[d + 1]) for d in reaction_dialogue]
+    knowledge_reaction = np.concatenate(of_knowledge)
+    (paired,) = (reaction_sizes[knowledge_reaction] > 0).nonzero()
+    (with_reaction,) = (reaction_sizes > 0).nonzero()
+    positive = np.searchsorted(with_reaction, knowledge_reaction[paired])
 
-    return Batch(
-        size=len(examples),
-        context=_long([part for e in examples for part in (cls, e.context)]),
-        context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
-        cu_context=_tensor(cu_context),
-        response=_long([part for e in examples for part in (cls, e.response)]),
+    return CasePart(
+        response=_long([part for e in examples for part in (np.array([CLS]), e.response)]),
         response_role=torch.full((sum(1 + len(e.response) for e in examples),), LISTENER),
         cu_response=_tensor(_offsets([1 + len(e.response) for e in examples])),
-        decoder_input=_long([part for e in examples for part in (bos, e.response)]),
-        target=_long([part for e in examples for part in (e.response, eos)]),
-        cu_target=_tensor(_offsets([1 + len(e.response) for e in examples])),
-        emotion=torch.tensor([e.emotion for e in examples]),
-        text=_long(text_rows),
+        text=_tensor(text),
         cu_text=_tensor(_offsets([len(row) for row in text_rows])),
+        distinct_word=_tensor(pairs >> 32),
+        distinct_position=_tensor(pairs & 0xFFFFFFFF),
+        text_distinct=_tensor(text_distinct.reshape(-1)),
         cognition=_graphs([e.cognition_graph for e in examples]),
         cognition_text=_tensor(place.reshape(-1)),
         knowledge=_long([first_vertex[d] + np.arange(subs[d], sizes_cs[d]) for d in dialogues]),
         cu_knowledge=_tensor(_offsets(knowledge_sizes)),
         knowledge_dialogue=_tensor(np.repeat(dialogues, knowledge_sizes)),
-        knowledge_reaction=_long(knowledge_reaction),
+        knowledge_reaction=_tensor(knowledge_reaction),
         reaction=_long(reaction_rows),
         cu_reaction=_tensor(_offsets(reaction_sizes)),
         reaction_dialogue=torch.tensor(reaction_dialogue),
         reaction_first=torch.tensor(reaction_first),
-        has_reaction=torch.from_numpy(reaction_sizes > 0),
         reaction_context=_long(fused),
         cu_reaction_context=_tensor(_offsets([len(row) for row in fused])),
-        concept=_graphs([e.concept_graph for e in examples]),
-        concept_word=_long([part for e in examples for part in (cls, e.context, e.concept)]),
-        concept_position=_long([part for e in examples
-                                for part in (np.arange(1 + len(e.context)), e.concept_position)]),
-        concept_type=_long([part for e in examples
-                            for part in (np.zeros(1 + len(e.context)), np.ones(len(e.concept)))]),
-        concept_intensity=torch.from_numpy(np.concatenate(
-            [part for e in examples for part in (np.zeros(1, np.float32), e.context_intensity, e.concept_intensity)]
+        known=_tensor(knowledge_sizes.nonzero()[0]),
+        with_reaction=_tensor(with_reaction),
+        paired=_tensor(paired),
+        positive=_tensor(positive),
+        negatives_affection=torch.full((len(paired),), max(len(with_reaction) - 1, 0)),
+        negatives_cognition=_tensor(len(paired) - np.bincount(positive, minlength=1)[positive]),
+    )
+
+
+def _pack_concept(examples: Sequence[Example]) -> ConceptPart:
+    kept = [1 + len(e.context) for e in examples]  # [CLS] and the words
+    return ConceptPart(
+        graph=_graphs([e.concept_graph for e in examples]),
+        word=_long([part for e in examples for part in (np.array([CLS]), e.context, e.concept)]),
+        position=_long([part for e, n in zip(examples, kept, strict=True) for part in (np.arange(n), e.concept_position)]),
+        type=_long([part for e, n in zip(examples, kept, strict=True) for part in (np.zeros(n), np.ones(len(e.concept)))]),
+        intensity=torch.from_numpy(np.concatenate(
+            [part for e in examples for part in (np.zeros(1), e.context_intensity, e.concept_intensity)]
         ).astype(np.float32)),
     )
 

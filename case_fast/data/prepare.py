@@ -21,6 +21,7 @@ from case_fast.data.store import KIND as STORE_KIND
 from case_fast.data.store import SplitWriter, Store, open_store, write_store
 from case_fast.data.text import STOP_WORDS, tokenize
 from case_fast.data.vocabulary import UNK, Vocabulary
+from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError, Interrupted
 from case_fast.files import whole_folder
 from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache, VADLexicon, open_source, read_concepts
@@ -43,7 +44,7 @@ class PrepareSettings:
         limit: take only the first so many conversations of each split.
         min_count: least number of occurrences of a word in the vocabulary.
         cache: SQLite file of inferences; default OUT.knowledge.sqlite beside the store.
-        device: where COMET runs: auto, cpu or cuda.
+        device: where COMET runs: auto, cpu, cuda or cuda:N.
         features: sizes of context, knowledge and concepts.
     """
 
@@ -107,7 +108,8 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
 
     paths = {part: bundled(part) if getattr(settings, part) == "bundled" else Path(getattr(settings, part))
              for part in ("dialogues", "conceptnet", "lexicon")}
-    # what is read late is looked for now: hours of inference may lie between
+    # what is used late is looked for now: hours of inference may lie between
+    resolve_device(settings.device)
     require_file(paths["lexicon"], "lexicon")
     require_file(paths["conceptnet"], "ConceptNet assertions file")
     if settings.embeddings:

@@ -13,16 +13,18 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from case_fast.batch import Batch
+from case_fast.batch import PARTS, Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS
 from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
@@ -222,17 +224,23 @@ class Store:
         source = json.loads(arrays.row("source", index).tobytes()) if with_source else {}
         return Example(**fields, **scalars, **graphs, source=source)
 
-    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+    def batch(self, split: str, indices: Sequence[int], parts: Iterable[str] = PARTS, seed: int | None = None) -> Batch:
         """The packed batch of these examples, on the CPU.
 
+        Args:
+            parts: those that a model reads, `DialogueModel.needs`; default all.
+            seed: `Batch.seed`; None draws one from torch's generator, so that every batch of a training loop has another.
+
         Raises:
-            ValueError: unknown split, or no indices; IndexError: an index outside the split.
+            ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part.
         """
         arrays, size = self._split(split), self.size(split)
         for index in indices:
             if not 0 <= index < size:
                 raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
-        return make_batch([self._read(arrays, int(index), with_source=False) for index in indices], self.texts)
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        examples = [self._read(arrays, int(index), with_source=False) for index in indices]
+        return make_batch(examples, self.texts, parts, seed)
 
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         """Word ids (n,) and their pretrained vectors (n, d), or None when the store was prepared without any."""
@@ -256,10 +264,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         parts = (found["counts"]["examples"], found["files"], found["knowledge"])
         sound = isinstance(found["fingerprint"], str) and all(isinstance(part, dict) for part in parts)
+        emotions = list(found["emotions"])
     except (KeyError, TypeError):
         sound = False
     if not sound:
         raise DataError(path, "entries are missing or damaged", _REMEDY)
+    for label, (stored, ours) in enumerate(zip_longest(emotions, EMOTIONS)):  # an example holds its emotion's place alone
+        if stored != ours:
+            raise DataError(path, f"emotion {label} is {stored!r} in this store and {ours!r} in this version", _REMEDY)
     return found
 
 

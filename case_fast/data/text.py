@@ -42,7 +42,7 @@ def normalize_space(text: str) -> str:
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased words and punctuation, contractions written out (case.md, section 1)."""
+    """Lower-cased words and punctuation, contractions written out (docs/paper.md)."""
     text = text.translate(_QUOTES).lower()
     text = _IRREGULAR.sub(lambda match: CONTRACTIONS[match[0]], text)
     text = _ENDING.sub(lambda match: _ENDINGS[match[0]], text)

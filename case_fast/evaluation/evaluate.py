@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from case_fast import __version__
+from case_fast.batch import Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS
 from case_fast.data.store import Store
 from case_fast.data.text import detokenize
@@ -34,15 +35,9 @@ from case_fast.evaluation import metrics as m
 from case_fast.evaluation.figures import confusion_png
 from case_fast.evaluation.metrics import Metric, format_value
 from case_fast.files import write_json, write_text
-from case_fast.models.case import CASE
-from case_fast.models.mode import evaluating
+from case_fast.models import DialogueModel
+from case_fast.references import read_references
 
-# Table 1 of the paper, row CASE: the official test set, greedy decoding, knowledge from COMET, embeddings from GloVe.
-PAPER = {"ppl": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402}
-PAPER_NOTE = (
-    "The paper's column is CASE in Table 1 of Zhou et al. (ACL 2023): the official test set, greedy decoding, with "
-    "COMET and GloVe as inputs. It is a reference, comparable only under the same data, vocabulary and inputs."
-)
 TOP = 5
 
 Generate = Callable[[Sequence[int]], Iterable[Any]]
@@ -56,6 +51,7 @@ class Evaluation:
         split: the split; ``examples`` of its ``size`` examples were used.
         bundled: the store holds the toy dialogues that come with the package.
         about: settings, store, counts, seconds, versions, as in metrics.json.
+        published: the figures of a paper for this model, with their "source".
         out: the folder with the files.
     """
 
@@ -66,14 +62,23 @@ class Evaluation:
     bundled: bool = False
     about: dict[str, Any] = field(default_factory=dict)
     out: Path | None = None
+    published: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Metric:
         return next(metric for metric in self.metrics if metric.name == name)
 
     @property
     def paper(self) -> dict[str, float]:
-        """The paper's values to stand beside these: only for a whole test split of real dialogues."""
-        return PAPER if self.split == "test" and self.examples == self.size and not self.bundled else {}
+        """The published values to stand beside these: only for a whole test split of real dialogues."""
+        whole = self.split == "test" and self.examples == self.size and not self.bundled
+        return {name: value for name, value in self.published.items() if name != "source"} if whole else {}
+
+    @property
+    def paper_note(self) -> str:
+        """What must be known beside the published values."""
+        return (f"The paper's column is that of {self.published.get('source')}: the official test set, greedy decoding, with "
+                "GloVe and the paper's own vocabulary (CASE: and COMET). It is a reference, comparable only under the same data, "
+                "vocabulary and inputs.")
 
     @classmethod
     def load(cls, folder: str | Path) -> Evaluation:
@@ -82,12 +87,13 @@ class Evaluation:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             metrics = [Metric(**metric) for metric in found.pop("metrics")]
-            found.pop("paper", None)
+            published = {name: value for name, value in found.pop("paper", {}).items() if name != "note"}
+            published.setdefault("source", "Zhou et al. (ACL 2023), Table 1")  # the only one before sources were written down
             known = {name: found.pop(name) for name in ("split", "examples", "size", "bundled")}
             _typed(known, split=str, examples=int, size=int, bundled=bool)
             for metric in metrics:
                 _typed(vars(metric), name=str, value=(int, float, type(None)), signature=str, count=int, reason=str)
-            return cls(**known, metrics=metrics, about=found, out=Path(folder))
+            return cls(**known, metrics=metrics, about=found, out=Path(folder), published=published)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: not found. Make it with: case-fast evaluate RUN --data STORE") from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -100,7 +106,7 @@ def _typed(values: Mapping[str, Any], **kinds: Any) -> None:
             raise TypeError(f"{name} is {values[name]!r}")
 
 
-def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: Generate, limit: int | None = None,
+def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, generate: Generate, limit: int | None = None,
              batch_size: int = 32, device: torch.device | str = "cpu", console: Console | None = None,
              progress: Callable[[int, int], None] | None = None, settings: Mapping[str, Any] | None = None,
              ) -> Evaluation:
@@ -130,7 +136,8 @@ def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: G
             progress(done, 2 * len(indices))
 
     started = time.perf_counter()
-    nll, scores, labels = _read_references(model, store, split, indices, batch_size, device, told)
+    found = read_references(model, _batches(model, store, split, indices, batch_size, device, told))
+    nll, scores, labels = found.nll, found.emotion, found.label.tolist()
     read = time.perf_counter()
     replies = [[int(word) for word in getattr(reply, "words", reply)] for reply in generate(indices)]
     told(2 * len(indices))
@@ -142,7 +149,7 @@ def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: G
     words = len(store.featurizer.vocabulary)
     decoding = _decoding(settings)
     references = [store.example(split, index).response.tolist() for index in indices]
-    ranking = m.rank_emotions(scores)
+    ranking = None if scores is None else m.rank_emotions(scores)
     found = [
         m.perplexity(nll, words), m.response_perplexity(nll, words),
         m.distinct_n(replies, 1, decoding), m.distinct_n(replies, 2, decoding),
@@ -151,18 +158,21 @@ def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: G
     ]
     evaluation = Evaluation(split, len(indices), size, found, bool(store.manifest.get("bundled")), {
         "settings": {**settings, "limit": limit, "batch_size": batch_size, "device": str(device)},
-        "model": {"class": type(model).__name__, "config": dataclasses.asdict(model.config),
+        "model": {"class": type(model).__name__, "config": model.config.as_dict(),
                   "parameters": sum(parameter.numel() for parameter in model.parameters())},
         "store": {"path": str(store.path), "fingerprint": store.fingerprint, "vocabulary": words},
         "counts": {"target_tokens": sum(map(len, nll)), "reply_words": sum(map(len, replies)),
                    "empty_replies": sum(not reply for reply in replies)},
         "seconds": {"references": round(read - started, 3), "replies": round(answered - read, 3)},
         "versions": {"case_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }, out)
+    }, out, dict(model.published.get(model.config.ablation, {})))
     write_text(out / "predictions.jsonl", "".join(_predictions(store, split, indices, nll, scores, ranking, replies)))
-    counts = m.emotion_confusion(labels, ranking[:, 0].tolist(), len(EMOTIONS))
-    title = f"Emotion accuracy {evaluation['acc_1'].text} (n = {evaluation['acc_1'].count:,} examples of {split})"
-    confusion_png(counts, EMOTIONS, title, out / "confusion.png")
+    if ranking is None:
+        (out / "confusion.png").unlink(missing_ok=True)  # that of an earlier evaluation of another model
+    else:
+        counts = m.emotion_confusion(labels, ranking[:, 0].tolist(), len(EMOTIONS))
+        title = f"Emotion accuracy {evaluation['acc_1'].text} (n = {evaluation['acc_1'].count:,} examples of {split})"
+        confusion_png(counts, EMOTIONS, title, out / "confusion.png")
     write_text(out / "metrics.md", markdown(evaluation))
     write_json(out / "metrics.json", as_dict(evaluation))
     if console is not None:
@@ -170,7 +180,7 @@ def evaluate(model: CASE, store: Store, split: str, out: str | Path, generate: G
     return evaluation
 
 
-def _check(model: CASE, store: Store, split: str, limit: int | None) -> int:
+def _check(model: DialogueModel, store: Store, split: str, limit: int | None) -> int:
     if split not in store.splits:
         raise ConfigError(f"split {split!r} is not in the store {store.path}; it has {', '.join(store.splits)}")
     if limit is not None and limit < 1:
@@ -188,27 +198,11 @@ def _check(model: CASE, store: Store, split: str, limit: int | None) -> int:
     return size
 
 
-def _read_references(model: CASE, store: Store, split: str, indices: Sequence[int], batch_size: int,
-                     device: torch.device | str, told: Callable[[int], None],
-                     ) -> tuple[list[list[float]], np.ndarray, list[int]]:
-    """Teacher forcing: -log P of each target token by example, log-probabilities (n, emotions), labels.
-
-    Without the losses that only training needs: they take most of a forward pass.
-    """
-    nll: list[list[float]] = []
-    scores: list[np.ndarray] = []
-    labels: list[int] = []
-    with evaluating(model):
-        for start in range(0, len(indices), batch_size):
-            batch = store.batch(split, indices[start : start + batch_size]).to(device)
-            reading = model.read(batch)
-            found = model.reply_nll(batch.decoder_input, batch.cu_target, reading.memories, batch.target)
-            values, cu = found.tolist(), batch.cu_target.tolist()
-            nll += [values[a:b] for a, b in zip(cu[:-1], cu[1:], strict=True)]
-            scores.append(reading.emotion_logits.double().cpu().numpy())
-            labels += batch.emotion.tolist()
-            told(len(nll))
-    return nll, np.concatenate(scores), labels
+def _batches(model: DialogueModel, store: Store, split: str, indices: Sequence[int], batch_size: int, device: torch.device | str,
+             told: Callable[[int], None]) -> Iterator[Batch]:
+    for start in range(0, len(indices), batch_size):
+        yield store.batch(split, indices[start : start + batch_size], model.needs, seed=0).to(device)
+        told(min(start + batch_size, len(indices)))
 
 
 def _decoding(settings: Mapping[str, Any]) -> str:
@@ -223,20 +217,22 @@ def _decoding(settings: Mapping[str, Any]) -> str:
     return ",".join([strategy, *parts])
 
 
-def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence[Sequence[float]], scores: np.ndarray,
-                 ranking: np.ndarray, replies: Sequence[Sequence[int]]) -> Iterator[str]:
+def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence[np.ndarray], scores: np.ndarray | None,
+                 ranking: np.ndarray | None, replies: Sequence[Sequence[int]]) -> Iterator[str]:
     vocabulary = store.featurizer.vocabulary
     for place, index in enumerate(indices):
         example = store.example(split, index)
-        probability = np.exp(scores[place])
-        best = [[EMOTIONS[label], _number(probability[label])] for label in ranking[place, :TOP]]
+        best: list[list[Any]] = []
+        if scores is not None and ranking is not None:
+            probability = np.exp(scores[place])
+            best = [[EMOTIONS[label], _number(probability[label])] for label in ranking[place, :TOP]]
         yield json.dumps({
             "id": example.source.get("id", str(index)),
             "context": example.source.get("context", []),
             "by_speaker": example.source.get("by_speaker", []),
             "emotion": EMOTIONS[example.emotion] if example.emotion >= 0 else None,
-            "predicted": best[0][0],
-            "probability": best[0][1],
+            "predicted": best[0][0] if best else None,
+            "probability": best[0][1] if best else None,
             "top": best,
             "reference": example.source.get("response", ""),
             "reply": detokenize(vocabulary.decode(replies[place])),
@@ -261,7 +257,7 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
         "size": evaluation.size,
         "bundled": evaluation.bundled,
         "metrics": [dataclasses.asdict(metric) for metric in evaluation.metrics],
-        **({"paper": {"note": PAPER_NOTE, **evaluation.paper}} if evaluation.paper else {}),
+        **({"paper": {"note": evaluation.paper_note, **evaluation.published}} if evaluation.paper else {}),
         **evaluation.about,
     }
 
@@ -284,7 +280,7 @@ def markdown(evaluation: Evaluation) -> str:
         theirs = f" {format_value(paper.get(metric.name)) if metric.name in paper else ''} |" if paper else ""
         signature = metric.signature.replace("|", "\\|")
         lines.append(f"| {metric.title} | {value} |{theirs} {metric.better or ''} | {metric.count:,} | `{signature}` |")
-    return "\n".join([*lines, *(["", PAPER_NOTE] if paper else [])]) + "\n"
+    return "\n".join([*lines, *(["", evaluation.paper_note] if paper else [])]) + "\n"
 
 
 _ARROW = {"higher": " ↑", "lower": " ↓", None: ""}
@@ -294,7 +290,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
     """Print the table, then the signatures."""
     console.print(compare({"value": evaluation}, heading(evaluation)))
     if evaluation.paper:
-        console.print(Text(PAPER_NOTE, style="dim"))
+        console.print(Text(evaluation.paper_note, style="dim"))
     for metric in evaluation.metrics:
         reason = f"   n/a: {metric.reason}" if metric.reason else ""
         console.print(Text(metric.signature + reason, style="dim"), soft_wrap=True)

@@ -167,13 +167,15 @@ def rank_emotions(log_probability: np.ndarray) -> np.ndarray:
     return np.argsort(-np.asarray(log_probability), axis=1, kind="stable")
 
 
-def emotion_accuracy(log_probability: np.ndarray, labels: Sequence[int], k: int = 1) -> Metric:
+def emotion_accuracy(log_probability: np.ndarray | None, labels: Sequence[int], k: int = 1) -> Metric:
     """Share (0..1) of examples whose label is among the k most probable; `rank_emotions` settles ties.
 
     Args:
-        log_probability: (n, classes).
+        log_probability: (n, classes); None: the model predicts no emotion.
         labels: (n,); examples with a label below 0, which is unknown, are left out.
     """
+    if log_probability is None:
+        return Metric(f"acc_{k}", None, _signature(f"acc_{k}"), "higher", 0, "the model predicts no emotion")
     scores, labels = np.asarray(log_probability, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     known = labels >= 0
     scores, labels = scores[known], labels[known]

@@ -7,25 +7,29 @@ import json
 import math
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from scipy.stats import binomtest
 
 from case_fast import __version__
-from case_fast.evaluation.evaluate import PAPER_NOTE, Evaluation, heading
+from case_fast.errors import CheckpointError
+from case_fast.evaluation.evaluate import Evaluation, heading
 from case_fast.evaluation.figures import Curve, curve_svg
 from case_fast.evaluation.metrics import format_value
-from case_fast.evaluation.run import Run, lookup
 from case_fast.files import write_text
 from case_fast.html import Html, Node, facts, page, section, tag
+from case_fast.models import MODELS, model_class
+from case_fast.runs import Record, lookup
 
 EXAMPLES = 10
+_SPLITS = ("test", "valid", "train")  # order of the page
 _LOSSES = {
     "loss": "Total loss", "generation": "Generation, L_gen", "diversity": "Diversity, L_div", "emotion": "Emotion, L_emo",
     "bow": "Bag of words, L_BOW", "kl": "Prior and posterior, L_KL", "coarse": "Coarse alignment, L_coarse",
-    "fine": "Fine alignment, L_fine",
+    "fine": "Fine alignment, L_fine", "smoothed": "Generation, label smoothed",
 }
 _OTHER = {
     "lr": "Learning rate", "grad_norm": "Gradient norm", "examples_per_second": "Dialogues a second",
@@ -33,12 +37,33 @@ _OTHER = {
 }
 _TOY = (
     "The dialogues are the few hundred that come with case_fast. The figures show that every part works; they say nothing on "
-    "how well CASE answers, and do not belong beside the paper's."
+    "how well the model answers, and do not belong beside the paper's."
 )
 _LIMITS = (
     "One run is one seed: differences to another run that are smaller than those between seeds mean nothing. No figure here "
     "says whether a reply is kind, true or safe; only people who read the replies can."
 )
+
+
+@dataclass
+class Reported(Record):
+    """The record of a run with its evaluations: those of RUN/evaluation/, test first, with their predictions."""
+
+    evaluations: list[tuple[Evaluation, list[dict[str, Any]]]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        run = super().read(path)
+        folders = [item for item in run.files.evaluations.glob("*") if item.is_dir()]
+        order = {split: place for place, split in enumerate(_SPLITS)}
+        for folder in sorted(folders, key=lambda item: (order.get(item.name, len(order)), item.name)):
+            try:
+                evaluation = Evaluation.load(folder)
+            except CheckpointError as error:
+                run.problems.append(str(error))
+            else:
+                run.evaluations.append((evaluation, list(run.lines(folder / "predictions.jsonl"))))
+        return run
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -50,18 +75,18 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: the folder is missing or nothing in it belongs to a run.
     """
-    found = Run.read(run)
-    path = Path(out) if out is not None else found.path / "report.html"
+    found = Reported.read(run)
+    path = Path(out) if out is not None else found.files.report
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, _page(found))
     return path
 
 
-def _page(run: Run) -> str:
-    name = run.path.resolve().name
+def _page(run: Reported) -> str:
+    name = run.files.path.resolve().name
     return page(
-        f"CASE run {name}",
-        tag("header", tag("h1", f"CASE run “{name}” ", _state(run)), tag("p", _about(run), class_="muted")),
+        f"{_model(run)} run {name}",
+        tag("header", tag("h1", f"{_model(run)} run “{name}” ", _state(run)), tag("p", _about(run), class_="muted")),
         _tiles(run), _missing(run), _facts(run), _meaning(run), _training(run),
         [_evaluation(evaluation, predictions) for evaluation, predictions in run.evaluations],
         _everything(run),
@@ -73,27 +98,33 @@ def _page(run: Run) -> str:
 # ---- what kind of run it is
 
 
-def _bundled(run: Run) -> bool:
+def _model(run: Reported) -> str:
+    """Its name for people: that of its class."""
+    kind = lookup(run.config, "kind") or "case"
+    return model_class(kind).__name__ if kind in MODELS else str(kind)
+
+
+def _bundled(run: Reported) -> bool:
     return bool(lookup(run.manifest, "store.bundled")) or any(evaluation.bundled for evaluation, _ in run.evaluations)
 
 
-def _finished(run: Run) -> bool:
+def _finished(run: Reported) -> bool:
     return run.newest("end", "step", "resume", "failure").get("event") == "end"
 
 
-def _state(run: Run) -> Html:
+def _state(run: Reported) -> Html:
     if _finished(run):
         return tag("span", "finished", class_="pill")
     return tag("span", "not finished" if run.records else "no log", class_="pill warn")
 
 
-def _about(run: Run) -> str:
+def _about(run: Reported) -> str:
     what = "the toy dialogues bundled with case_fast" if _bundled(run) else "prepared dialogues"
     ablation = lookup(run.config, "ablation")
     return f"Empathetic dialogue, trained on {what}" + (f"; ablation {ablation}." if ablation else ".")
 
 
-def _tiles(run: Run) -> Node:
+def _tiles(run: Reported) -> Node:
     tiles: list[tuple[str, str]] = []
     if run.evaluations:
         evaluation = run.evaluations[0][0]
@@ -106,18 +137,18 @@ def _tiles(run: Run) -> Node:
     return tag("div", boxes, class_="tiles") if boxes else None
 
 
-def _best(run: Run) -> tuple[int, float] | None:
+def _best(run: Reported) -> tuple[int, float] | None:
     """(step, value) of the best validation perplexity, whose weights a run keeps."""
     points = [(value, step) for step, value in zip(*run.series("validation", "ppl"), strict=True) if value == value]
     value, step = min(points, default=(0.0, 0))
     return (step, value) if points else None
 
 
-def _missing(run: Run) -> Node:
+def _missing(run: Reported) -> Node:
     """What is not there yet, each with the command that makes it."""
-    folder = shlex.quote(str(run.path))
+    folder = shlex.quote(str(run.files.path))
     store = shlex.quote(_store(run) or "STORE")
-    settings = f"--config {shlex.quote(str(run.path / 'config.json'))} " if run.config else ""
+    settings = f"--config {shlex.quote(str(run.files.config))} " if run.config else ""
     again = f"case-fast train {settings}--data {store} --out {folder} --resume"
     items: list[tuple[str, str | None]] = []
     last = run.newest("step", "phase", "failure")
@@ -130,7 +161,7 @@ def _missing(run: Run) -> Node:
         where = f"phase {last.get('phase')} at step {last.get('step')}"
         items.append((f"Training has not ended: the log stops in {where}. To go on:", again))
     if run.records and _best(run) is None:
-        items.append(("There is no validation yet; validations come in phase 2.", None))
+        items.append(("There is no validation yet; validations come in the last phase.", None))
     if not run.evaluations:
         items.append(("The run has not been evaluated.", f"case-fast evaluate {folder} --data {store} --split test"))
     if not run.manifest and not any("manifest.json" in problem for problem in run.problems):
@@ -142,11 +173,11 @@ def _missing(run: Run) -> Node:
     return tag("section", tag("h2", "What is missing"), said, class_="warn")
 
 
-def _store(run: Run) -> str | None:
+def _store(run: Reported) -> str | None:
     return _text(lookup(run.manifest, "store.path"))
 
 
-def _facts(run: Run) -> Html:
+def _facts(run: Reported) -> Html:
     m = run.manifest
     counts = run.store.get("counts")
     vocabulary = lookup(counts, "vocabulary")
@@ -206,7 +237,7 @@ def _duration(started: Any, ended: Any) -> str | None:
 # ---- in plain words
 
 
-def _meaning(run: Run) -> Html:
+def _meaning(run: Reported) -> Html:
     said: list[Node] = []
     if _bundled(run):
         said.append((tag("b", "A toy run. "), _TOY))
@@ -252,7 +283,7 @@ def _in_words(evaluation: Evaluation) -> Iterator[Node]:
 # ---- training
 
 
-def _training(run: Run) -> Node:
+def _training(run: Reported) -> Node:
     if not run.records:
         return None
     best = _best(run)
@@ -269,9 +300,14 @@ def _training(run: Run) -> Node:
         validation.append(Curve("Emotion accuracy", steps, values, marked=marked, level=(1 / 32, "guessing")))
     if validation:
         parts += [tag("h3", "Validation"), _charts("v", validation)]
-    for phase, about, names in ((1, "L_BOW alone", {"bow": _LOSSES["bow"]}), (2, "the whole objective", _LOSSES)):
-        if curves := _curves(run, phase, names):
-            parts += [tag("h3", f"Training loss, phase {phase}: {about}"), _charts(f"p{phase}", curves)]
+    phases = _phases(run)
+    for place, (phase, about) in enumerate(phases.items()):
+        # the whole is not shown beside the only loss that it is made of
+        losses = [name for record in _of_phases(run, "step") if record["phase"] == phase for name in record.get("losses") or {}]
+        names = dict.fromkeys(losses) if len(set(losses)) == 1 else dict.fromkeys(["loss", *losses])
+        if curves := _curves(run, phase, {name: _LOSSES.get(name, name) for name in names}):
+            title = f"Training loss, phase {place + 1}: {about}" if len(phases) > 1 else "Training loss"
+            parts += [tag("h3", title), _charts(f"p{phase}", curves)]
     if other := _curves(run, None, _OTHER):
         parts += [tag("h3", "How training went"), _charts("o", other)]
     if not parts:
@@ -280,7 +316,23 @@ def _training(run: Run) -> Node:
     return section("Training", tag("p", note, class_="muted"), parts)
 
 
-def _curves(run: Run, phase: int | None, names: dict[str, str]) -> list[Curve]:
+_PHASES = {"bow": "L_BOW alone", "all": "the whole objective"}
+
+
+def _of_phases(run: Reported, event: str) -> list[dict[str, Any]]:
+    return [record for record in run.records if record.get("event") == event and isinstance(record.get("phase"), int)]
+
+
+def _phases(run: Reported) -> dict[Any, str]:
+    """The phases that the log has steps of, in order, and what each trained; earlier versions gave CASE's two other names."""
+    names = {record["phase"]: str(record.get("name")) for record in _of_phases(run, "phase")}
+    earlier = {"phase 1 (L_BOW)": "bow", "phase 2 (all losses)": "all"}
+    numbers = dict.fromkeys(record["phase"] for record in _of_phases(run, "step"))
+    said = {number: earlier.get(names.get(number, ""), names.get(number, "")) for number in numbers}
+    return {number: _PHASES.get(name, name or "unnamed") for number, name in said.items()}
+
+
+def _curves(run: Reported, phase: int | None, names: dict[str, str]) -> list[Curve]:
     found = [(name, *run.series("step", name, phase)) for name in names]
     return [Curve(names[name], steps, values, smooth=name != "lr")
             for name, steps, values in found if any(value == value for value in values)]
@@ -310,7 +362,7 @@ def _evaluation(evaluation: Evaluation, predictions: list[dict[str, Any]]) -> Ht
     return section(
         heading(evaluation),
         tag("table", tag("thead", head), tag("tbody", rows)),
-        tag("p", "↑ higher is better, ↓ lower is better." + (f" {PAPER_NOTE}" if paper else ""), class_="muted"),
+        tag("p", "↑ higher is better, ↓ lower is better." + (f" {evaluation.paper_note}" if paper else ""), class_="muted"),
         _confusion(evaluation), _examples(predictions),
     )
 
@@ -353,15 +405,15 @@ def _example(found: dict[str, Any]) -> Html:
     true, guess, probability = found.get("emotion"), found.get("predicted"), found.get("probability")
     sure = f" {100 * probability:.0f} %" if isinstance(probability, (int, float)) else ""
     right = true == guess
-    emotion = tag("p", tag("span", "emotion", class_="who"), f"{true or 'unknown'}, predicted ",
-                  tag("span", f"{guess}{sure} {'✓' if right else '✗'}", class_="good" if right else "bad"))
+    predicted = (", predicted ", tag("span", f"{guess}{sure} {'✓' if right else '✗'}", class_="good" if right else "bad"))
+    emotion = tag("p", tag("span", "emotion", class_="who"), true or "unknown", predicted if guess else None)
     return tag("div", turns,
                tag("p", tag("span", "reply of the model", class_="who"), str(found.get("reply") or "(empty)"), class_="reply"),
                tag("p", tag("span", "reply of the person", class_="who"), str(found.get("reference") or "(none)")),
                emotion, class_="example")
 
 
-def _everything(run: Run) -> Node:
+def _everything(run: Reported) -> Node:
     found = [("Settings, config.json", run.config), ("Manifest, manifest.json", run.manifest)]
     parts = [tag("details", tag("summary", title), tag("pre", json.dumps(values, ensure_ascii=False, indent=2)))
              for title, values in found if values]

@@ -3,13 +3,13 @@
 from case_fast.knowledge.cache import CachedSource, InferenceCache
 from case_fast.knowledge.conceptnet import EXCLUDED_RELATIONS, read_concepts
 from case_fast.knowledge.lexicon import VADLexicon
+from case_fast.knowledge.opening import open_source
 from case_fast.knowledge.source import (
     COGNITION_RELATIONS,
     REACTION_RELATION,
     RELATIONS,
     KnowledgeSource,
     clean_inferences,
-    open_source,
 )
 
 __all__ = [

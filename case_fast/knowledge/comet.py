@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import check_request, clean_inferences
 from case_fast.text_files import require_folder
@@ -44,7 +45,7 @@ class CometSource:
     except where two beams differ by rounding errors only. For the same reason ``device`` is no part of ``settings``.
 
     Raises:
-        ConfigError: transformers is not installed, or an argument is out of range.
+        ConfigError: transformers is not installed, there is no such device, or an argument is out of range.
         DataError: the folder lacks a part, or a part is damaged or does not fit the others.
     """
 
@@ -64,7 +65,7 @@ class CometSource:
         ):
             if value < least:
                 raise ConfigError(f"{name}: {value} is too small; at least {least} is needed")
-        self.device, self.batch_size = _device(device), batch_size
+        self.device, self.batch_size = resolve_device(device), batch_size
         self.settings: dict[str, Any] = {
             "beams": beams,
             "max_input_tokens": max_input_tokens,
@@ -131,16 +132,6 @@ class CometSource:
         )
         decoded = self.tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.replace(_GENERATE, " ") for text in decoded]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is unknown; give 'auto', 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name!r} asked for, but torch sees no CUDA GPU; give 'auto' or 'cpu'")
-    return device
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a source of commonsense inferences is, and how one is opened from the command line's ``--knowledge``."""
+"""What a source of commonsense inferences is, and what each of them does alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ REACTION_RELATION = "xReact"
 RELATIONS = (*COGNITION_RELATIONS, REACTION_RELATION)
 
 _NO_INFERENCE = frozenset({"", "none", "no effect", "n/a"})
-_SPEC_FORMS = "'bundled', 'atomic:PATH' (a TSV file or a folder of them) or 'comet:DIR' (a COMET-BART folder)"
 
 
 class KnowledgeSource(Protocol):
@@ -57,29 +56,3 @@ def check_request(relations: Sequence[str], k: int) -> None:
         raise ConfigError(f"relations: {', '.join(map(repr, unknown))} unknown; choose from {', '.join(RELATIONS)}")
     if k < 1:
         raise ConfigError(f"k: {k} inferences asked for; at least 1 is needed")
-
-
-def open_source(spec: str, device: str | None = None, **settings: Any) -> KnowledgeSource:
-    """Open the source that ``spec`` names: 'bundled', 'atomic:PATH' or 'comet:DIR'.
-
-    ``device`` ('auto', 'cpu', 'cuda') matters to COMET alone; ``settings`` go to the source's constructor.
-
-    Raises:
-        ConfigError: the spec or a setting is not an accepted one.
-        DataError: the files it names are missing or unusable.
-    """
-    kind, _, path = spec.partition(":")
-    try:
-        if spec == "bundled" or (kind == "atomic" and path):
-            from case_fast.knowledge.atomic import AtomicRetrieval
-
-            return AtomicRetrieval(path, **settings) if path else AtomicRetrieval.bundled(**settings)
-        if kind == "comet" and path:
-            from case_fast.knowledge.comet import CometSource
-
-            return CometSource(path, device=device or "auto", **settings)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise ConfigError(f"--knowledge {spec}: {error}") from error
-    raise ConfigError(f"--knowledge {spec!r} is not a source of inferences. Give {_SPEC_FORMS}")

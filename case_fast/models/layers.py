@@ -5,13 +5,14 @@ All of them take rows of sequences that lie end to end, with offsets; none of th
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from case_fast.equations import superimpose_intensity, take
+from case_fast.equations import segment_ids, superimpose_intensity, take
 from case_fast.ops import Source, cross_attention, graph_attention, packed_attention
 
 
@@ -20,28 +21,47 @@ def first_rows(cu: Tensor) -> Tensor:
     return torch.arange(cu.numel(), device=cu.device)
 
 
-def draw_seed() -> int:
-    """A seed for dropout by counter, from torch's CPU generator, whose state checkpoints hold."""
-    return int(torch.randint(2**63 - 1, ()))
+def seed_at(seed: int, place: str | int) -> int:
+    """The seed of one place in a model, in [0, 2^63), from the seed of the step: apart from those of all other places.
+
+    Odd factors (those of Knuth's MMIX), so that steps and places permute the seeds and none meets another of its kind.
+    """
+    number = zlib.crc32(place.encode()) if isinstance(place, str) else place
+    return (seed * 6364136223846793005 + number * 1442695040888963407 + 1) % 2**63
 
 
-class Attention(nn.Module):
-    """Multi-head attention over packed sequences; projections without bias."""
+class Dropping(nn.Module):
+    """A layer with dropout by counter, inside the kernels: which weights go depends on a seed alone, not on any random state."""
 
-    def __init__(self, d_model: int, heads: int, dropout: float):
+    def __init__(self, dropout_p: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.dropout_p = dropout_p
+
+    def drop(self, seed: int) -> tuple[float, int]:
+        """Probability and seed for an op's dropout; none outside training."""
+        p = self.dropout_p if self.training else 0.0
+        return p, seed if p else 0
+
+
+class Attention(Dropping):
+    """Multi-head attention over packed sequences; projections without bias. ``width``: of all heads together, default d_model."""
+
+    def __init__(self, d_model: int, heads: int, dropout: float, width: int | None = None):
+        super().__init__(dropout)
+        self.heads, width = heads, width or d_model
+        self.query, self.key, self.value = (nn.Linear(d_model, width, bias=False) for _ in range(3))
+        self.output = nn.Linear(width, d_model, bias=False)
 
     def split(self, x: Tensor) -> Tensor:
         """(..., d) to (..., H, D)."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False) -> Tensor:
-        """rows (Tq, d) attend to memory (Tk, d) of the same sequence; returns (Tq, d)."""
+    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False, seed: int = 0
+                ) -> Tensor:
+        """rows (Tq, d) attend to memory (Tk, d) of the same sequence; returns (Tq, d). ``seed``: of dropout."""
         q, k, v = self.split(self.query(rows)), self.split(self.key(memory)), self.split(self.value(memory))
-        p = self.dropout if self.training else 0.0
-        attended = packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=p, seed=draw_seed() if p else 0)
+        dropout_p, seed = self.drop(seed)
+        attended = packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=dropout_p, seed=seed)
         return self.output(attended.flatten(-2))
 
 
@@ -53,44 +73,44 @@ class FeedForward(nn.Sequential):
 class EncoderLayer(nn.Module):
     """Pre-LN Transformer encoder layer."""
 
-    def __init__(self, d_model: int, heads: int, ffn: int, dropout: float):
+    def __init__(self, d_model: int, heads: int, ffn: int, dropout: float, width: int | None = None):
         super().__init__()
         self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.attention = Attention(d_model, heads, dropout)
+        self.attention = Attention(d_model, heads, dropout, width)
         self.ffn = FeedForward(d_model, ffn)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: int = 0) -> Tensor:
         """x (T, d) -> (T, d), or with ``first_only`` the first row of each sequence alone, (s, d)."""
         normed = self.attention_norm(x)
         rows, cu_rows = normed, cu
         if first_only:
             x, rows, cu_rows = take(x, cu[:-1]), take(normed, cu[:-1]), first_rows(cu)
-        x = x + self.dropout(self.attention(rows, normed, cu_rows, cu))
+        x = x + self.dropout(self.attention(rows, normed, cu_rows, cu, seed=seed))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class Encoder(nn.Module):
-    """Pre-LN Transformer encoder with a final layer norm."""
+    """Pre-LN Transformer encoder with a final layer norm. ``width``: of the attention, default d_model."""
 
-    def __init__(self, layers: int, d_model: int, heads: int, ffn: int, dropout: float):
+    def __init__(self, layers: int, d_model: int, heads: int, ffn: int, dropout: float, width: int | None = None):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn, dropout, width) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: int = 0) -> Tensor:
         """x (T, d) -> (T, d). ``first_only``: only the [CLS] rows (s, d), for which the last layer computes nothing else."""
         for place, layer in enumerate(self.layers):
-            x = layer(x, cu, first_only and place == len(self.layers) - 1)
+            x = layer(x, cu, first_only and place == len(self.layers) - 1, seed_at(seed, place))
         return self.norm(x)
 
 
-class GraphEncoderLayer(nn.Module):
+class GraphEncoderLayer(Dropping):
     """Post-LN graph Transformer layer (Eq. 1-2); with relations the relation-enhanced one of G_CS."""
 
     def __init__(self, d_model: int, heads: int, ffn: int, dropout: float, relations: bool):
-        super().__init__()
-        self.heads, self.dropout_p = heads, dropout
+        super().__init__(dropout)
+        self.heads = heads
         self.query, self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         self.relation = nn.Linear(d_model, 2 * d_model, bias=False) if relations else None
         self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
@@ -98,7 +118,7 @@ class GraphEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_embedding: Tensor | None,
-                intensity: Tensor | None = None) -> Tensor:
+                intensity: Tensor | None = None, seed: int = 0) -> Tensor:
         """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm."""
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
         relation_query = relation_key = None
@@ -107,10 +127,10 @@ class GraphEncoderLayer(nn.Module):
             relation_query, relation_key = (
                 half.unflatten(-1, (self.heads, -1)) for half in self.relation(relation_embedding).chunk(2, dim=-1)
             )
-        dropout = self.dropout_p if self.training else 0.0
+        dropout_p, seed = self.drop(seed)
         attended = graph_attention(
             q, k, v, indptr, indices, relation if relation_query is not None else None, relation_query, relation_key,
-            dropout_p=dropout, seed=draw_seed() if dropout else 0,
+            dropout_p=dropout_p, seed=seed,
         )
         x = self.attention_norm(x + self.dropout(self.output(attended.flatten(-2))))
         x = x + self.dropout(self.ffn(x))
@@ -128,10 +148,11 @@ class GraphEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None = None,
-                intensity: Tensor | None = None) -> Tensor:
+                intensity: Tensor | None = None, seed: int = 0) -> Tensor:
+        """x (V, d) -> (V, d). ``intensity`` (V,) enters the last layer."""
         for place, layer in enumerate(self.layers):
             last = place == len(self.layers) - 1
-            x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None)
+            x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None, seed_at(seed, place))
         return x
 
 
@@ -142,6 +163,11 @@ class Memory:
     rows: Tensor
     cu: Tensor
 
+    def repeat(self, dialogue: int, count: int) -> Memory:
+        """The rows of one dialogue, ``count`` times."""
+        rows = self.rows[self.cu[dialogue] : self.cu[dialogue + 1]]
+        return Memory(rows.repeat(count, 1), torch.arange(count + 1, device=rows.device) * rows.shape[0])
+
 
 class DecoderState:
     """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each.
@@ -149,10 +175,13 @@ class DecoderState:
     ``sources[layer]`` are projected once, when decoding starts; all beams of a dialogue read the same keys, and a dialogue that
     leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words so far:
     each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
+    ``start``, ``added``: rows (hypotheses, d) of a `Reading`, or None.
     """
 
-    def __init__(self, sources: list[list[Source]], dialogues: int, beams: int, device: torch.device):
+    def __init__(self, sources: list[list[Source]], dialogues: int, beams: int, device: torch.device, start: Tensor | None = None,
+                 added: Tensor | None = None):
         self.sources, self.beams = sources, beams
+        self.start, self.added = (None if x is None else x.repeat_interleave(beams, 0) for x in (start, added))
         self.dialogues = torch.arange(dialogues, device=device)  # those that go on, by their number in the sources
         self.size = dialogues * beams
         self.slots = torch.arange(self.size, device=device)
@@ -180,6 +209,8 @@ class DecoderState:
         """Go on with these dialogues (n,) only."""
         self.reorder((dialogues[:, None] * self.beams + torch.arange(self.beams, device=dialogues.device)).flatten())
         self.dialogues = self.dialogues[dialogues]
+        if self.added is not None:
+            self.added = self.added.unflatten(0, (-1, self.beams))[dialogues].flatten(0, 1)
         self.sources = [[replace(source, key_of=self.dialogues) for source in layer] for layer in self.sources]
 
     def lengthen(self, like: Tensor) -> None:
@@ -204,23 +235,25 @@ class DecoderState:
         return keys.index_copy_(0, self.newest, key), values.index_copy_(0, self.newest, value)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Dropping):
     """Pre-LN decoder layer: causal self-attention, one cross-attention for each source in turn, feed-forward."""
 
-    def __init__(self, d_model: int, heads: int, ffn: int, dropout: float, sources: int):
-        super().__init__()
-        self.self_norm, self.self_attention = nn.LayerNorm(d_model), Attention(d_model, heads, dropout)
+    def __init__(self, d_model: int, heads: int, ffn: int, dropout: float, sources: int, width: int | None = None):
+        super().__init__(dropout)
+        self.self_norm, self.self_attention = nn.LayerNorm(d_model), Attention(d_model, heads, dropout, width)
         self.cross_norm = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(sources))
-        self.cross_attention = nn.ModuleList(Attention(d_model, heads, dropout) for _ in range(sources))
+        self.cross_attention = nn.ModuleList(Attention(d_model, heads, dropout, width) for _ in range(sources))
         self.ffn_norm, self.ffn = nn.LayerNorm(d_model), FeedForward(d_model, ffn)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory]) -> Tensor:
-        """x (M, d) -> (M, d)."""
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: int = 0) -> Tensor:
+        """x (M, d) -> (M, d). ``added`` (B, d): a row for each dialogue, added to all of its rows after the sources."""
         normed = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(normed, normed, cu, cu, causal=True))
-        p = self.dropout.p if self.training else 0.0
-        x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=draw_seed() if p else 0)
+        x = x + self.dropout(self.self_attention(normed, normed, cu, cu, causal=True, seed=seed_at(seed, "self")))
+        p, seed = self.drop(seed_at(seed, "cross"))
+        x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=seed)
+        if added is not None:
+            x = x + take(added, segment_ids(cu, x.shape[0]))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
     def sources(self, memories: Sequence[Memory]) -> list[Source]:
@@ -243,27 +276,31 @@ class DecoderLayer(nn.Module):
                                     key_length=state.past_length)
         x = x + attention.output(attended.flatten(1))
         x = cross_attention(x, state.cu_beams, state.sources[layer])
+        if state.added is not None:
+            x = x + state.added
         return x + self.ffn(self.ffn_norm(x))
 
 
 class Decoder(nn.Module):
     """Pre-LN Transformer decoder over several sources, for whole replies (`forward`) and word by word (`start`, `step`)."""
 
-    def __init__(self, layers: int, d_model: int, heads: int, ffn: int, dropout: float, sources: int):
+    def __init__(self, layers: int, d_model: int, heads: int, ffn: int, dropout: float, sources: int, width: int | None = None):
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(d_model, heads, ffn, dropout, sources) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(d_model, heads, ffn, dropout, sources, width) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory]) -> Tensor:
-        """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d)."""
-        for layer in self.layers:
-            x = layer(x, cu, memories)
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: int = 0) -> Tensor:
+        """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d). ``added`` (B, d): see `DecoderLayer`."""
+        for place, layer in enumerate(self.layers):
+            x = layer(x, cu, memories, added, seed_at(seed, place))
         return self.norm(x)
 
     @torch.no_grad()
-    def start(self, memories: Sequence[Memory], beams: int = 1) -> DecoderState:
+    def start(self, memories: Sequence[Memory], beams: int = 1, start: Tensor | None = None, added: Tensor | None = None
+              ) -> DecoderState:
+        """``start``, ``added`` (B, d): of the `Reading`."""
         sources = [layer.sources(memories) for layer in self.layers]
-        return DecoderState(sources, memories[0].cu.numel() - 1, beams, memories[0].rows.device)
+        return DecoderState(sources, memories[0].cu.numel() - 1, beams, memories[0].rows.device, start, added)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: DecoderState) -> Tensor:

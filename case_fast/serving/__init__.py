@@ -1,6 +1,6 @@
 """Answering raw texts with a trained run, and talking to it in a terminal."""
 
 from case_fast.serving.chat import chat
-from case_fast.serving.responder import Reply, Responder, load, load_model
+from case_fast.serving.responder import Reply, Responder, load
 
-__all__ = ["Reply", "Responder", "chat", "load", "load_model"]
+__all__ = ["Reply", "Responder", "chat", "load"]

@@ -86,7 +86,8 @@ def _distinct(inferences: Iterable[Inference]) -> list[Inference]:
 
 def _show_some(reply: Reply, console: Console) -> None:
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(Text("emotion", style="dim"), _bar(reply.emotions[0][1]), Text(reply.emotion, style="magenta"), "")
+    if reply.emotion is not None:
+        grid.add_row(Text("emotion", style="dim"), _bar(reply.emotions[0][1]), Text(reply.emotion, style="magenta"), "")
     for place, item in enumerate(_distinct(reply.inferences)[:_SHOWN]):
         label = "" if place else "inferences"
         grid.add_row(Text(label, style="dim"), _bar(item.weight), Text(item.text), Text(item.relation, style="dim"))
@@ -102,7 +103,7 @@ def _show_all(reply: Reply, console: Console) -> None:
     table = Table("emotion", "probability", title="Predicted emotion", title_justify="left")
     for emotion, probability in reply.emotions:
         table.add_row(emotion, _bar(probability))
-    console.print(table)
+    console.print(table if table.row_count else "No predicted emotion.")
     table = Table("weight", "relation", "inference", "of", title="Commonsense inferences", title_justify="left")
     reactions = [Inference(item.sub_utterance, REACTION_RELATION, item.text, 0.0) for item in reply.reactions]
     for item in [*_distinct(reply.inferences), *_distinct(reactions)]:
@@ -113,7 +114,8 @@ def _show_all(reply: Reply, console: Console) -> None:
     for concept in reply.concepts:
         table.add_row(_bar(concept.weight), Text(concept.word), Text(", ".join(concept.tokens)), f"{concept.intensity:.2f}")
     console.print(table if table.row_count else "No emotional concepts.")
-    facts = [f"concepts' share of the affection {reply.gate:.2f}", f"log-probability of the reply {reply.score:.2f}"]
+    facts = [f"concepts' share of the affection {reply.gate:.2f}"] if reply.gate is not None else []
+    facts.append(f"log-probability of the reply {reply.score:.2f}")
     if reply.truncated:
         facts.append(f"{reply.truncated} context words cut off")
     if reply.unknown_words:

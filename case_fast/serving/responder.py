@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -11,16 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
+from case_fast.batch import Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS, Turn
 from case_fast.data.featurizer import Example, Featurizer, TextTable, prompts
 from case_fast.data.graphs import CONCEPT
 from case_fast.data.pack import make_batch
 from case_fast.data.text import detokenize, normalize_space, tokenize
-from case_fast.errors import CheckpointError, ConfigError, DataError
+from case_fast.data.vocabulary import Vocabulary
+from case_fast.errors import ConfigError, DataError
 from case_fast.generation import Generated, GenerationConfig, generate
 from case_fast.knowledge import (
     COGNITION_RELATIONS,
@@ -30,9 +29,9 @@ from case_fast.knowledge import (
     KnowledgeSource,
     open_source,
 )
-from case_fast.models.case import CASE, Reading
-from case_fast.models.config import CASEConfig
-from case_fast.models.mode import evaluating
+from case_fast.models import DialogueModel, Why
+from case_fast.models.base import evaluating
+from case_fast.runs import Run, load_features, load_model
 
 _log = logging.getLogger("case_fast")
 _SHOWN_EMOTIONS = 5
@@ -73,24 +72,26 @@ class Reply:
 
     Attributes:
         text: the reply; ``words`` before they were joined.
-        emotion: the speaker's predicted emotion; ``emotions``: the most probable ones with their probabilities.
-        inferences: by falling weight; the weights add up to 1 when there are any.
+        emotion: the speaker's predicted emotion; ``emotions``: the most probable ones with their probabilities. None and empty
+            where the model predicts none.
+        inferences: by falling weight; the weights add up to 1 when there are any. Those, reactions and concepts are empty where
+            the model reads no such thing.
         reactions: inferred reactions of the speaker. concepts: by falling weight.
         unknown_words: context words that the vocabulary lacks. truncated: how many context words were cut off at the front.
-        gate: share of the concepts' side in the affection (mu of Eq. 15).
+        gate: share of the concepts' side in the affection (mu of Eq. 15); None where the model has none.
         score: log-probability of the reply.
     """
 
     text: str
     words: tuple[str, ...]
-    emotion: str
+    emotion: str | None
     emotions: tuple[tuple[str, float], ...]
     inferences: tuple[Inference, ...]
     reactions: tuple[Reaction, ...]
     concepts: tuple[Concept, ...]
     unknown_words: tuple[str, ...]
     truncated: int
-    gate: float
+    gate: float | None
     score: float
 
     def __str__(self) -> str:
@@ -108,7 +109,7 @@ class Responder:
         open_knowledge: opens the source of inferences; called when the first answer needs it.
     """
 
-    def __init__(self, model: CASE, featurizer: Featurizer, open_knowledge: Callable[[], KnowledgeSource]):
+    def __init__(self, model: DialogueModel, featurizer: Featurizer, open_knowledge: Callable[[], KnowledgeSource]):
         self.model, self.featurizer, self._open_knowledge = model.eval(), featurizer, open_knowledge
 
     @cached_property
@@ -139,58 +140,83 @@ class Responder:
         return replies
 
     def _respond(self, dialogues: list[list[Turn]], config: GenerationConfig, first_index: int) -> list[Reply]:
-        asked = list(dict.fromkeys(text for turns in dialogues for text in prompts(turns)))
-        answers = self.knowledge.infer(asked, RELATIONS, self.featurizer.settings.inferences_per_relation)
-        inferences = dict(zip(asked, answers, strict=True))
+        inferences: dict[str, dict[str, list[str]]] = {}
+        if "case" in self.model.needs:  # what no one reads is not inferred
+            asked = list(dict.fromkeys(text for turns in dialogues for text in prompts(turns)))
+            answers = self.knowledge.infer(asked, RELATIONS, self.featurizer.settings.inferences_per_relation)
+            inferences = dict(zip(asked, answers, strict=True))
         texts = TextTable(self.featurizer.vocabulary)
         examples = [self.featurizer.example(turns, inferences, texts) for turns in dialogues]
-        batch = make_batch(examples, texts).to(next(self.model.parameters()).device)
+        batch = make_batch(examples, texts, self.model.needs).to(next(self.model.parameters()).device)
         with evaluating(self.model):
             reading = self.model.read(batch)
+            whys = _one_by_one(self.model.explain(reading), batch)
         replies = generate(self.model, batch, config, first_index, reading)
-        cu_knowledge, cu_concept = batch.cu_knowledge.tolist(), batch.concept.cu_vertices.tolist()
-        return [
-            self._explain(example, texts, replies[i], reading, i, slice(*cu_knowledge[i : i + 2]), slice(*cu_concept[i : i + 2]))
-            for i, example in enumerate(examples)
-        ]
+        return [self._reply(*found, texts) for found in zip(examples, replies, whys, strict=True)]
 
-    def _explain(self, example: Example, texts: TextTable, said: Generated, reading: Reading, place: int, knowledge: slice,
-                 concept: slice) -> Reply:
+    def _reply(self, example: Example, said: Generated, why: Why, texts: TextTable) -> Reply:
+        """``why``: of this dialogue alone."""
         vocabulary = self.featurizer.vocabulary
-        subs = [texts.text(index) for index in example.sub_utterance.tolist()]
-        # Vertices of equal words count as one: u_0 and u_1 of a one-sentence utterance have the same inferences.
-        weights: dict[tuple[str, str, str], float] = {}
-        for text, sub, relation, weight in zip(
-            example.knowledge.tolist(), example.knowledge_sub.tolist(), example.knowledge_relation.tolist(),
-            reading.log_prior_cognition[knowledge].exp().tolist(), strict=True,
-        ):
-            key = (subs[sub], COGNITION_RELATIONS[relation], texts.text(text))
-            weights[key] = weights.get(key, 0.0) + weight
-        reactions = dict.fromkeys(
-            (subs[sub], texts.text(text))
-            for text, sub in zip(example.reaction.tolist(), example.reaction_sub.tolist(), strict=True)
-        )
         words = [word for text in example.source["context"] for word in tokenize(text)][example.truncated :]
-        concepts = zip(
-            vocabulary.decode(example.concept.tolist()), reading.log_prior_concept[concept].exp().tolist()[1 + len(words) :],
-            _tokens_of_concepts(example, words), example.concept_intensity.tolist(), strict=True,
-        )
-        emotions = reading.emotion_logits[place].exp().topk(min(_SHOWN_EMOTIONS, reading.emotion_logits.shape[1]))
-        ranked = tuple((EMOTIONS[index], p) for p, index in zip(emotions.values.tolist(), emotions.indices.tolist(), strict=True))
+        ranked: tuple[tuple[str, float], ...] = ()
+        if why.emotion is not None:
+            best = why.emotion.topk(min(_SHOWN_EMOTIONS, len(why.emotion)))
+            ranked = tuple((EMOTIONS[index], p) for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        inferences, reactions = _inferences(example, texts, why.knowledge) if why.knowledge is not None else ((), ())
         said_words = vocabulary.decode(said.words)
         return Reply(
             text=detokenize(said_words),
             words=tuple(said_words),
-            emotion=ranked[0][0],
+            emotion=ranked[0][0] if ranked else None,
             emotions=ranked,
-            inferences=_by_weight(Inference(*key, weight) for key, weight in weights.items()),
-            reactions=tuple(Reaction(*key) for key in reactions),
-            concepts=_by_weight(Concept(word, weight, tokens, w) for word, weight, tokens, w in concepts),
+            inferences=inferences,
+            reactions=reactions,
+            concepts=_concepts(example, vocabulary, words, why.concept) if why.concept is not None else (),
             unknown_words=tuple(dict.fromkeys(word for word in words if word not in vocabulary)),
             truncated=example.truncated,
-            gate=float(reading.gate[place]),
+            gate=None if why.gate is None else float(why.gate),
             score=said.score,
         )
+
+
+def _one_by_one(why: Why, batch: Batch) -> list[Why]:
+    """The reasons of each dialogue of a batch."""
+
+    def parted(x: Tensor | None, cu: Tensor | None = None) -> list[Tensor | None]:
+        if x is None:
+            return [None] * batch.size
+        return list(x.unbind()) if cu is None else list(x.split(cu.diff().tolist()))
+
+    parts = (parted(why.emotion), parted(why.knowledge, batch.case and batch.case.cu_knowledge),
+             parted(why.concept, batch.concept and batch.concept.graph.cu_vertices), parted(why.gate))
+    return [Why(emotion=emotion, knowledge=knowledge, concept=concept, gate=gate)
+            for emotion, knowledge, concept, gate in zip(*parts, strict=True)]
+
+
+def _inferences(example: Example, texts: TextTable, knowledge: Tensor) -> tuple[tuple[Inference, ...], tuple[Reaction, ...]]:
+    """``knowledge`` (k,): the weights of the example's inferences."""
+    subs = [texts.text(index) for index in example.sub_utterance.tolist()]
+    # Vertices of equal words count as one: u_0 and u_1 of a one-sentence utterance have the same inferences.
+    weights: dict[tuple[str, str, str], float] = {}
+    for text, sub, relation, weight in zip(
+        example.knowledge.tolist(), example.knowledge_sub.tolist(), example.knowledge_relation.tolist(), knowledge.tolist(),
+        strict=True,
+    ):
+        key = (subs[sub], COGNITION_RELATIONS[relation], texts.text(text))
+        weights[key] = weights.get(key, 0.0) + weight
+    reactions = dict.fromkeys(
+        (subs[sub], texts.text(text)) for text, sub in zip(example.reaction.tolist(), example.reaction_sub.tolist(), strict=True)
+    )
+    return _by_weight(Inference(*key, weight) for key, weight in weights.items()), tuple(Reaction(*key) for key in reactions)
+
+
+def _concepts(example: Example, vocabulary: Vocabulary, words: list[str], concept: Tensor) -> tuple[Concept, ...]:
+    """``concept`` (V,): the weights of the example's vertices: [CLS], its words, its concepts."""
+    found = zip(
+        vocabulary.decode(example.concept.tolist()), concept.tolist()[1 + len(words) :], _tokens_of_concepts(example, words),
+        example.concept_intensity.tolist(), strict=True,
+    )
+    return _by_weight(Concept(word, weight, tokens, intensity) for word, weight, tokens, intensity in found)
 
 
 def _turns(history: Sequence[str] | str) -> list[Turn]:
@@ -233,95 +259,31 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
     """Open a run folder for talking; reads local files only, and the source of knowledge when it is first needed.
 
     Args:
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda or cuda:N.
         knowledge: "bundled", "atomic:PATH" or "comet:DIR" in place of the source that the run's data was prepared with.
         checkpoint: "best", or the step of one of the run's checkpoints.
 
     Raises:
         CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
     """
-    run = Path(run)
     model, chosen = load_model(run, device, checkpoint)
-    features = run / "features"
-    remedy = f"Remove {features}, then write it again: case-fast train --data STORE --out {run} --resume"
-    for name in ("vocabulary.json", "features.json", "knowledge.json"):
-        _require(features / name, remedy)
-    try:
-        featurizer = Featurizer.load(features)
-        recorded = json.loads((features / "knowledge.json").read_text(encoding="utf-8"))
-        spec, cache = str(recorded["spec"]), recorded.get("cache")
-    except DataError as error:
-        raise CheckpointError(f"{error.path}: {error.problem}. {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{features / 'knowledge.json'}: damaged ({error!r}). {remedy}") from error
-    words = len(featurizer.vocabulary)
-    if words != model.config.vocab_size:
-        problem = f"{words} words, the model has {model.config.vocab_size}: they are of different runs"
-        raise CheckpointError(f"{features}: {problem}. {remedy}")
-    return Responder(model, featurizer, lambda: _open_knowledge(run, spec, cache, knowledge, str(chosen)))
+    featurizer, recorded = load_features(run, model.config.vocab_size)
+    return Responder(model, featurizer, lambda: _open_knowledge(Run(run), recorded, knowledge, str(chosen)))
 
 
-def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") -> tuple[CASE, torch.device]:
-    """The model of a run, in evaluation mode, and the device it is on; arguments and errors as `load`."""
-    run = Path(run)
-    chosen = _device(device)
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: run folder not found. Make one with: case-fast train --data STORE --out {run}")
-    best = run / "best"
-    if not best.is_dir():
-        raise CheckpointError(
-            f"{best}: the run has no weights to use yet; training writes them at its first validation. Go on with it: "
-            f"case-fast train --data STORE --out {run} --resume"
-        )
-    weights = best
-    if checkpoint != "best":
-        weights = run / "checkpoints" / (f"{int(checkpoint):08d}" if checkpoint.isdecimal() else "none")
-        if not weights.is_dir():
-            steps = sorted(path.name for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
-            raise ConfigError(f"checkpoint {checkpoint!r} is not in {run}; give one of {', '.join(['best', *steps])}")
-    remedy = f"Put a copy of it back, or train again: case-fast train --data STORE --out {run}"
-    _require(best / "config.json", remedy)
-    _require(weights / "model.safetensors", remedy)
-    try:
-        if weights == best:
-            model = CASE.from_pretrained(str(best), map_location=str(chosen))
-        else:
-            model = CASE(CASEConfig(**json.loads((best / "config.json").read_text(encoding="utf-8"))))
-            safetensors.torch.load_model(model, weights / "model.safetensors")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{weights}: damaged, or not of this model ({error}). {remedy}") from error
-    return model.to(chosen).eval(), chosen
-
-
-def _require(path: Path, remedy: str) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: this part of the run is missing. {remedy}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; give auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this machine has no GPU that torch can use; give cpu or auto")
-    return device
-
-
-def _open_knowledge(run: Path, recorded: str, cache: str | None, given: str | None, device: str) -> KnowledgeSource:
+def _open_knowledge(run: Run, recorded: dict[str, Any], given: str | None, device: str) -> KnowledgeSource:
     """The source that was asked for or recorded, behind the cache if one was recorded."""
+    spec, cache = recorded["spec"], recorded.get("cache")
     try:
-        source = open_source(given or recorded, device)
+        source = open_source(given or spec, device)
     except DataError as error:
         if given:
             raise
-        remedy = f"The run was prepared with {recorded}: give its place now with --knowledge, or use --knowledge bundled"
+        remedy = f"The run was prepared with {spec}: give its place now with --knowledge, or use --knowledge bundled"
         raise DataError(error.path, error.problem, remedy) from error
     if cache is None:
         return source
-    for path in (Path(cache), run / "knowledge.sqlite"):
-        if os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) if path.exists() else path.parent == run):
+    for path in (Path(cache), run.cache):
+        if os.access(path.parent, os.W_OK) and (os.access(path, os.W_OK) if path.exists() else path == run.cache):
             return CachedSource(source, InferenceCache(path))
     return source

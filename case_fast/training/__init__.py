@@ -1,7 +1,6 @@
-"""Training in two phases, with checkpoints that survive anything, early stopping and a log."""
+"""Training in phases, with checkpoints that survive anything, early stopping and a log."""
 
-from case_fast.training.config import PRESETS, TrainConfig, preset
+from case_fast.training.config import TrainConfig, config_class, preset, preset_values
 from case_fast.training.loop import NotFinite, TrainResult, train
-from case_fast.training.process import default_device
 
-__all__ = ["PRESETS", "NotFinite", "TrainConfig", "TrainResult", "default_device", "preset", "train"]
+__all__ = ["NotFinite", "TrainConfig", "TrainResult", "config_class", "preset", "preset_values", "train"]

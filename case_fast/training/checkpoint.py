@@ -15,11 +15,9 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,12 @@ from torch import Tensor
 
 from case_fast.errors import CheckpointError
 from case_fast.files import sync, whole_folder, write_text
+from case_fast.runs import checkpoint_name, checkpoint_steps, writing
 
 FORMAT = "case_fast checkpoint 1"
 PARTS = ("model", "optimizer")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 24  # of a safetensors file; a model's is a few KiB
-_NAME = re.compile(r"\d{8,12}")
 _log = logging.getLogger("case_fast")
 
 
@@ -57,15 +55,11 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def path(self, step: int) -> Path:
-        return self.folder / f"{step:08d}"
+        return self.folder / checkpoint_name(step)
 
     def steps(self) -> list[int]:
         """Steps that a checkpoint's folder exists for, ascending; none of them has been checked."""
-        try:
-            names = os.listdir(self.folder)
-        except FileNotFoundError:
-            return []
-        return sorted(step for name in names if _NAME.fullmatch(name) and self.path(step := int(name)).name == name)
+        return checkpoint_steps(self.folder)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step``, unless that step has one already: a run's state at a step is unique.
@@ -98,7 +92,7 @@ class Checkpoints:
         old = [step for step in self.steps() if step < newest]
         for step in old[: max(0, len(old) + 1 - self.keep)]:
             # under its own name a checkpoint is whole: it loses the name before the first file goes
-            removed = self.folder / f".{step:08d}.removed"
+            removed = self.folder / f".{checkpoint_name(step)}.removed"
             shutil.rmtree(removed, ignore_errors=True)
             self.path(step).rename(removed)
             shutil.rmtree(removed)
@@ -174,7 +168,7 @@ class Checkpoints:
                 if named != found.path.name:
                     _log.warning("%s names %r; the newest sound checkpoint is that of step %d", latest, named, step)
                 for damaged in (other for other in self.steps() if other > step):
-                    aside = self.folder / f"{damaged:08d}.damaged"
+                    aside = self.folder / f"{checkpoint_name(damaged)}.damaged"
                     shutil.rmtree(aside, ignore_errors=True)
                     self.path(damaged).rename(aside)
             except OSError as error:
@@ -183,18 +177,6 @@ class Checkpoints:
         if problems:
             raise CheckpointError("no checkpoint is sound: " + "; ".join(problems))
         return None
-
-
-@contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
-    """Turns a failure to write a part of a run into a `CheckpointError` with the reason and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors gives its own error when a disk is full
-        raise CheckpointError(
-            f"{what} could not be written to {path} ({getattr(error, 'strerror', None) or error}). "
-            "The checkpoints before it are untouched: mend that, then resume"
-        ) from error
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
@@ -254,8 +236,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tenso
 
 
 def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Strict `load_state_dict`: every name, shape and dtype must agree, or `CheckpointError` says which does not."""
-    expected = model.state_dict()
+    """Strict `load_state_dict`: every name, shape and dtype must agree, or `CheckpointError` says which does not. What the model
+    calls retired is read over."""
+    expected, retired = model.state_dict(), getattr(model, "retired", ())
+    tensors = {name: x for name, x in tensors.items() if name not in retired}
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is unknown" for name in tensors if name not in expected]
     wrong += [
@@ -265,7 +249,7 @@ def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if wrong:
         raise CheckpointError(f"the weights do not fit the model: {'; '.join(wrong[:5])}")
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(tensors)
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

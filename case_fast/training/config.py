@@ -4,51 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
+from case_fast.data import Store
 from case_fast.errors import ConfigError
-from case_fast.models import ABLATIONS, CASEConfig
+from case_fast.models import CASEConfig, ModelConfig, model_class
 
 PRECISIONS = ("float32", "bf16")
 
 # What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
 ADJUSTABLE = frozenset({"max_steps", "device", "log_every", "checkpoint_every", "keep_checkpoints"})
 
-# Named settings, as changes to the defaults. "model" changes fields of `CASEConfig`.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "demo": {
-        "model": {"d_model": 128, "ffn": 128, "encoder_dropout": 0.2, "decoder_dropout": 0.2},
-        "phase1_epochs": 2,
-        "warmup": 200,
-        "lr_scale": 0.35,
-        "validate_every": 50,
-        "min_steps": 200,
-        "max_steps": 400,
-        "log_every": 10,
-        "checkpoint_every": 100,
-    },
-}
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run, but for its data; the defaults are the paper's recipe.
+    """Everything that decides a training run, but for its data; the defaults are the paper's recipe for CASE.
 
     Attributes:
-        model: the model's settings; vocab_size is always taken from the store.
-        ablation: a row of Table 2 ("w/o Graph", ...) to switch off.
+        model: the model's settings, whose class says which model it is; vocab_size is always taken from the store.
+        ablation: a row of the model's ablations (for CASE Table 2: "w/o Graph", ...) to switch off.
         seed: seed of the weights, of dropout and of the order of examples.
-        phase1_epochs: epochs on L_BOW alone; phase1_steps: steps of it, in place of epochs.
+        phase1_epochs: epochs of phase 1, for a model that has two phases (CASE: on L_BOW alone).
+        phase1_steps: steps of it, in place of epochs.
         batch_size: dialogues a step.
-        warmup: Noam warm-up in steps, counted across both phases; lr_scale: factor on Noam's learning rate.
+        warmup: Noam warm-up in steps, counted across all phases; lr_scale: factor on Noam's learning rate.
         betas, eps: of Adam.
         clip_norm: largest norm of all gradients together; None: no clipping.
-        validate_every: steps of phase 2 between validations.
-        min_steps: steps of phase 2 before early stopping counts.
+        validate_every: steps of the last phase between validations.
+        min_steps: steps of the last phase before early stopping counts.
         patience: validations in a row without a better perplexity that end training.
-        max_steps: most steps of phase 2; None: until early stopping.
+        max_steps: most steps of the last phase; None: until early stopping.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
         precision: float32, or bf16 (autocast; weights and losses stay float32).
@@ -57,7 +43,7 @@ class TrainConfig:
         checkpoint_every: steps between two checkpoints; keep_checkpoints: how many are kept.
     """
 
-    model: CASEConfig = field(default_factory=CASEConfig)
+    model: ModelConfig = field(default_factory=CASEConfig)
     ablation: str | None = None
     seed: int = 0
     phase1_epochs: int = 4
@@ -81,8 +67,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, CASEConfig):
-            raise ConfigError(f"model must be a CASEConfig, not {type(self.model).__name__}")
+        if not isinstance(self.model, ModelConfig):
+            raise ConfigError(f"model must be a model's configuration, such as CASEConfig, not {type(self.model).__name__}")
         for name in ("seed", "phase1_epochs", "min_steps"):
             self._whole(name, 0)
         for name in ("batch_size", "warmup", "validate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -103,8 +89,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not _number(value) or value <= 0:
                 raise ConfigError(f"{name} must be a number above 0, not {value!r}")
-        if self.ablation is not None and self.ablation not in ABLATIONS:
-            raise ConfigError(f"ablation must be one of {', '.join(ABLATIONS)}, not {self.ablation!r}")
+        if self.ablation is not None and self.ablation not in self.model.ablations:
+            known = ", ".join(self.model.ablations) or f"none, {self.model.kind} has no ablations"
+            raise ConfigError(f"ablation must be one of {known}, not {self.ablation!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
         if not isinstance(self.deterministic, bool):
@@ -121,66 +108,98 @@ class TrainConfig:
         return replace(self, model=model.ablated(self.ablation) if self.ablation is not None else model)
 
     def steps_of_phase_1(self, examples: int) -> int:
+        """0 for a model of one phase."""
+        if len(model_class(self.model.kind).phases) == 1:
+            return 0
         if self.phase1_steps is not None:
             return self.phase1_steps
         return self.phase1_epochs * math.ceil(examples / self.batch_size)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them."""
-        return asdict(self) | {"betas": list(self.betas)}
+        return {"kind": self.model.kind} | asdict(self) | {"betas": list(self.betas)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Settings from plain values, "model" as a mapping; what is left out keeps its default.
+        """Settings from plain values: "kind" the model's name (absent: case), "model" a mapping of its settings; what is left out
+        keeps its default.
 
         Raises:
             ConfigError: an unknown name, or a value that cannot work.
         """
         values = dict(values)
-        if "model" in values and not isinstance(values["model"], CASEConfig):
-            values["model"] = CASEConfig(**_known(CASEConfig, values["model"], "model."))
-        return cls(**_known(cls, values, ""))
+        model, kind = values.get("model", {}), values.pop("kind", "case")
+        if not isinstance(model, ModelConfig):
+            if not isinstance(model, Mapping):
+                raise ConfigError(f"model must be a mapping of names to values, not {model!r}")
+            values["model"] = model_class(kind).Config.from_dict(model)
+        names = [item.name for item in fields(cls)]
+        if unknown := [name for name in values if name not in names]:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(names)}")
+        return cls(**values)
 
 
-def preset(name: str, **changes: Any) -> TrainConfig:
-    """The settings of `PRESETS` with ``changes`` on top; ``model`` may be a mapping of a few of its fields.
+def preset(name: str = "", kind: str = "case", **changes: Any) -> TrainConfig:
+    """The settings of a model's preset ("": its first) with ``changes`` on top; ``model`` may be a mapping of some of its fields.
 
     Raises:
-        ConfigError: no such preset, an unknown setting, or a value that cannot work.
+        ConfigError: no such model or preset, an unknown setting, or a value that cannot work.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; one of {', '.join(PRESETS)}")
-    values = PRESETS[name] | changes
+    values = preset_values(name, kind) | changes
     if isinstance(changes.get("model"), Mapping):
-        values["model"] = PRESETS[name].get("model", {}) | changes["model"]
+        values["model"] = preset_values(name, kind).get("model", {}) | changes["model"]
     return TrainConfig.from_dict(values)
 
 
+def preset_values(name: str = "", kind: str = "case") -> dict[str, Any]:
+    """The plain values of a preset, "model" among them."""
+    presets = model_class(kind).presets
+    name = name or next(iter(presets))
+    if name not in presets:
+        raise ConfigError(f"{kind} has no preset {name!r}; it has {', '.join(presets)}")
+    return {"kind": kind, **presets[name]}
+
+
+def config_class(kind: str) -> type[TrainConfig]:
+    """`TrainConfig` with the type of one model's settings in it, as the command line reads types."""
+    settings = model_class(kind).Config
+    model = ("model", settings, field(default_factory=settings))
+    made = make_dataclass("TrainConfig", [model], bases=(TrainConfig,), frozen=True)
+    made.__doc__ = TrainConfig.__doc__
+    return made
+
+
 def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two `TrainConfig.as_dict` differ in, in words, without the `ADJUSTABLE` settings."""
-    run, now = _flat(run), _flat(now)
+    """What two `TrainConfig.as_dict` differ in, in words, without the `ADJUSTABLE` settings.
+
+    ``run`` may be of an earlier version: what it lacks has its default, what is retired is left out.
+    """
+    run, now = _flat(TrainConfig.from_dict(run).as_dict()), _flat(now)
+    if run["kind"] != now["kind"]:  # then hardly anything else is comparable
+        return [f"the model is {run['kind']} in the run and {now['kind']} now"]
     names = [name for name in {**run, **now} if name not in ADJUSTABLE]
     return [
         f"{name} is {run.get(name)!r} in the run and {now.get(name)!r} now" for name in names if run.get(name) != now.get(name)
     ]
 
 
+def refuse_changes(run: Path, ran: Mapping[str, Any], ran_on: Mapping[str, Any], config: TrainConfig, store: Store) -> None:
+    """`ConfigError` naming what differs between what ``run`` was started with, as far as it is known, and what it resumes with.
+
+    Args:
+        ran: its `TrainConfig.as_dict`. ran_on: "path" and "fingerprint" of its store.
+    """
+    found = differences(ran, config.as_dict()) if ran else []
+    if ran_on.get("fingerprint", store.fingerprint) != store.fingerprint:
+        of_run = f"{ran_on.get('path')} ({str(ran_on['fingerprint'])[:12]})"
+        found.append(f"the store is {of_run} in the run and {store.path} ({store.fingerprint[:12]}) now")
+    if found:
+        raise ConfigError(f"{run} cannot be resumed so: {'; '.join(found)}. Use what it ran with, or start another run")
+
+
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    model = values.get("model")
-    return {
-        **{f"model.{name}": value for name, value in (model.items() if isinstance(model, Mapping) else ())},
-        **{name: value for name, value in values.items() if name != "model"},
-    }
-
-
-def _known(cls: type, values: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'settings'} must be a mapping of names to values, not {values!r}")
-    names = [item.name for item in fields(cls)]
-    unknown = [f"{prefix}{name}" for name in values if name not in names]
-    if unknown:
-        raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(prefix + name for name in names)}")
-    return dict(values)
+    return {**{f"model.{name}": value for name, value in values["model"].items()},
+            **{name: value for name, value in values.items() if name != "model"}}
 
 
 def _number(value: Any) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from case_fast.files import write_text
-from case_fast.training.checkpoint import writing
+from case_fast.files import plain, write_text
+from case_fast.runs import Run, writing
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 _log = logging.getLogger("case_fast")
@@ -28,9 +26,9 @@ class RunLog:
     The file is opened for each record, so that a folder that has vanished is noticed at the next one.
     """
 
-    def __init__(self, run: Path, resumed_step: int | None = None):
+    def __init__(self, run: Run, resumed_step: int | None = None):
         """``resumed_step``: forget records of later steps; they are going to be written again."""
-        self.path = run / "log.jsonl"
+        self.path = run.log
         if resumed_step is not None:
             self._forget_after(resumed_step)
         self._board: Any = None
@@ -40,7 +38,7 @@ class RunLog:
             _log.info("tensorboard is not installed: the run is logged to %s alone", self.path)
         else:
             purge = None if resumed_step is None else resumed_step + 1
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=purge)
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=purge)
 
     def _forget_after(self, step: int) -> None:
         kept = []
@@ -65,15 +63,6 @@ class RunLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def plain(value: Any) -> Any:
-    """The same value with NaN and infinities as text, deep down."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

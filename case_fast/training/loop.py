@@ -1,11 +1,11 @@
-"""The training loop: two phases, validation, early stopping, and a run that can be killed and resumed at any step."""
+"""The training loop: a model's phases, validation, early stopping, and a run that can be killed and resumed at any step."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,8 +18,11 @@ from torch import nn
 
 from case_fast.batch import Batch
 from case_fast.data import Store
+from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
-from case_fast.models import CASE, CASEOutput
+from case_fast.models import DialogueModel, Output, model_class
+from case_fast.references import read_references
+from case_fast.runs import Run, writing
 from case_fast.training.checkpoint import (
     MAX_HEADER_BYTES,
     Checkpoint,
@@ -29,17 +32,14 @@ from case_fast.training.checkpoint import (
     optimizer_tensors,
     rng_state,
     set_rng_state,
-    writing,
 )
-from case_fast.training.config import TrainConfig
+from case_fast.training.config import TrainConfig, refuse_changes
 from case_fast.training.log import Display, RunLog
-from case_fast.training.process import StopRequest, default_device, device_name, peak_memory, reproducible
-from case_fast.training.run import RunFolder
-from case_fast.training.sampler import Sampler
+from case_fast.training.process import StopRequest, peak_memory, reproducible
+from case_fast.training.sampler import Sampler, step_seed
 from case_fast.training.schedule import EarlyStopping, noam
 
 VALIDATION_BATCH = 32
-PHASES = {1: "phase 1 (L_BOW)", 2: "phase 2 (all losses)"}
 
 
 class NotFinite(CaseFastError, ArithmeticError):
@@ -61,7 +61,7 @@ class TrainResult:
 def train(
     store: Store, out: str | Path, config: TrainConfig, console: Console | None = None, resume: bool = False
 ) -> TrainResult:
-    """Train CASE on ``store`` into the run folder ``out``.
+    """Train a model on ``store`` into the run folder ``out``.
 
     Resuming goes on from the newest sound checkpoint, bit for bit as if nothing had happened (on the same device, with as
     many threads). Ctrl-C and SIGTERM end the step, write a checkpoint and raise; a second one aborts at once.
@@ -77,19 +77,19 @@ def train(
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
-    device = default_device(config.device)
+    device = resolve_device(config.device)
     config = config.resolved(len(store.featurizer.vocabulary))
-    run = RunFolder.open(out, config, store, resume)
-    try:
+    with Run(out).held(resume) as run:
+        if resume:
+            ran_on = run.read_manifest().get("store")
+            refuse_changes(run.path, run.read_config(), ran_on if isinstance(ran_on, dict) else {}, config, store)
         with (
             reproducible(config.seed, config.deterministic, device),
             StopRequest() as stop,
             Display(console or Console()) as display,
+            ThreadPoolExecutor(1, "case_fast batches") as pool,
         ):
-            with ThreadPoolExecutor(1, "case_fast batches") as pool:
-                return Trainer(store, run, config, device, display, stop, pool, resume).train()
-    finally:
-        run.release()
+            return Trainer(store, run, config, device, display, stop, pool, resume).train()
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class StepTaken:
 
 
 class Trainer:
-    """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over both phases."""
+    """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases."""
 
-    def __init__(self, store: Store, run: RunFolder, config: TrainConfig, device: torch.device, display: Display,
+    def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, display: Display,
                  stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):
         self.store, self.run, self.config, self.device = store, run, config, device
         self.display, self.stop, self.pool = display, stop, pool
@@ -119,19 +119,19 @@ class Trainer:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.optimizer = torch.optim.Adam(self.parameters, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-        self.checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
-        run.set_up(config, store, device)
-        self.model.set_phase(self.phase)
+        run.set_up(config.as_dict(), store, device)
+        self.model.set_phase(self.phase_name)
         with writing("the log", run.path):
-            self.log = RunLog(run.path, self.step if resume else None)
+            self.log = RunLog(run, self.step if resume else None)
         self.batches = self._ahead(self._training_batch, itertools.count(self.step))
         self.recent: deque[StepTaken] = deque(maxlen=config.log_every)
 
-    def _new_model(self) -> CASE:
+    def _new_model(self) -> DialogueModel:
         config = self.config
-        model = CASE(config.model)
+        model = model_class(config.model.kind)(config.model)
         pretrained = self.store.embeddings()
         if pretrained is not None:
             ids, vectors = pretrained
@@ -152,27 +152,37 @@ class Trainer:
 
     @property
     def phase(self) -> int:
-        return 1 if self.step < self.phase_1_steps else 2
+        """Its number, from 1; the last phase trains the whole objective."""
+        return 1 if self.step < self.phase_1_steps else len(self.model.phases)
+
+    @property
+    def phase_name(self) -> str:
+        return self.model.phases[self.phase - 1]
+
+    @property
+    def in_last_phase(self) -> bool:
+        return self.step >= self.phase_1_steps
 
     @property
     def phase_step(self) -> int:
-        return self.step - (self.phase_1_steps if self.phase == 2 else 0)
+        return self.step - (self.phase_1_steps if self.in_last_phase else 0)
 
     @property
     def phase_total(self) -> int:
-        """Steps of this phase: of phase 2, the fewest that it can still have."""
-        if self.phase == 1:
+        """Steps of this phase: of the last one, the fewest that it can still have."""
+        if not self.in_last_phase:
             return self.phase_1_steps
         earliest = self.stopping.earliest_stop(self.phase_step, self.config.validate_every)
         return min(earliest, self.config.max_steps or earliest)
 
     @property
     def at_the_limit(self) -> bool:
-        return self.phase == 2 and self.config.max_steps is not None and self.phase_step >= self.config.max_steps
+        return self.in_last_phase and self.config.max_steps is not None and self.phase_step >= self.config.max_steps
 
     @property
     def validation_due(self) -> bool:
-        due = self.phase == 2 and self.phase_step > 0 and (self.phase_step % self.config.validate_every == 0 or self.at_the_limit)
+        whole = self.phase_step % self.config.validate_every == 0 or self.at_the_limit
+        due = self.in_last_phase and self.phase_step > 0 and whole
         return due and self.validated != self.step
 
     @property
@@ -213,7 +223,8 @@ class Trainer:
 
     def _introduce(self) -> None:
         self.display.line(
-            f"CASE with {self.parameter_count:,} trained parameters on {self.device} ({device_name(self.device)}); "
+            f"{type(self.model).__name__} with {self.parameter_count:,} trained parameters on {self.device} "
+            f"({device_name(self.device)}); "
             f"{self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
@@ -226,15 +237,16 @@ class Trainer:
             self.log.write("resume", self.phase, self.step)
 
     def _begin_phase(self) -> None:
-        self.model.set_phase(self.phase)
-        self.log.write("phase", self.phase, self.step, name=PHASES[self.phase])
-        self.display.bar(PHASES[self.phase], self.phase_step, self.phase_total)
+        self.model.set_phase(self.phase_name)
+        self.log.write("phase", self.phase, self.step, name=self.phase_name)
+        title = f"phase {self.phase} ({self.phase_name})" if len(self.model.phases) > 1 else "training"
+        self.display.bar(title, self.phase_step, self.phase_total)
         self.recent.clear()  # the phases have other losses
 
     def _finish(self) -> TrainResult:
         best_step = self.stopping.best_step + self.phase_1_steps
         result = TrainResult(self.run.path, self.step, self.phase_1_steps, self.stopped, best_step, self.best)
-        self.log.write("end", 2, self.step, stopped=self.stopped, best_step=best_step, best=self.best)
+        self.log.write("end", self.phase, self.step, stopped=self.stopped, best_step=best_step, best=self.best)
         self.run.finish(parameters=self.parameter_count, result=asdict(result) | {"run": str(self.run.path)})
         self.display.line(
             f"done after {self.step:,} steps ({self.stopped}); best after step {best_step:,}: {_in_words(self.best)}"
@@ -254,15 +266,17 @@ class Trainer:
             yield waiting.popleft().result()
 
     def _training_batch(self, step: int) -> Batch:
-        return self._pinned(self.store.batch("train", self.sampler.indices(step)))
+        seed = step_seed(self.config.seed, step)
+        return self._pinned(self.store.batch("train", self.sampler.indices(step), self.model.needs, seed))
 
     def _validation_batch(self, start: int) -> Batch:
-        return self._pinned(self.store.batch("valid", range(start, min(start + VALIDATION_BATCH, self.valid_size))))
+        indices = range(start, min(start + VALIDATION_BATCH, self.valid_size))
+        return self._pinned(self.store.batch("valid", indices, self.model.needs, seed=0))
 
     def _pinned(self, batch: Batch) -> Batch:
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
-    def _forward(self, batch: Batch) -> CASEOutput:
+    def _forward(self, batch: Batch) -> Output:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.model(batch.to(self.device, non_blocking=True))
 
@@ -320,12 +334,12 @@ class Trainer:
 
     def _status(self, losses: dict[str, float], lr: float) -> str:
         dialogues, words = self._speed()
-        shown = f"bow {losses['bow']:.3f}"
+        shown = f"loss {losses['loss']:.3f}"
         if "generation" in losses:
-            shown = f"loss {losses['loss']:.3f}, perplexity {_perplexity(losses['generation']):.1f}"
+            shown += f", perplexity {_perplexity(losses['generation']):.1f}"
         return f"{shown}, lr {lr:.1e}, {dialogues:.0f} dialogues/s, {words:,.0f} words/s"
 
-    def _log_step(self, phase: int, lr: float, norm: float, output: CASEOutput) -> None:
+    def _log_step(self, phase: int, lr: float, norm: float, output: Output) -> None:
         """Losses are means over the steps since the last record, the rest is of the last step."""
         means = {name: sum(taken.losses[name] for taken in self.recent) / len(self.recent) for name in self.recent[-1].losses}
         dialogues, words = self._speed()
@@ -340,34 +354,15 @@ class Trainer:
     def _validate(self) -> None:
         """Measure the validation split; keep the weights if they are the best. A stop request ends it without a result."""
         started = time.perf_counter()
-        sums: dict[str, float] = defaultdict(float)
-        tokens = labelled = 0
-        nll = correct = 0.0
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for batch in self._ahead(self._validation_batch, range(0, self.valid_size, VALIDATION_BATCH)):
-                    if self.stop.signal:
-                        return
-                    output = self._forward(batch)
-                    emotion = batch.emotion.to(self.device)
-                    nll += output.nll.double().sum().item()
-                    tokens += batch.target.numel()
-                    labelled += int((batch.emotion >= 0).sum())
-                    correct += ((output.emotion_logits.argmax(-1) == emotion) & (emotion >= 0)).sum().item()
-                    for name, value in (("loss", output.loss), *output.losses.items()):
-                        sums[name] += value.item() * batch.size
-        finally:
-            self.model.train()
-        mean = nll / tokens
-        metrics: dict[str, Any] = {
-            "ppl": _perplexity(mean), "accuracy": correct / max(labelled, 1),
-            "loss": sums.pop("loss") / self.valid_size,
-            "losses": {name: value / self.valid_size for name, value in sums.items()} | {"generation": mean},
-            "examples": self.valid_size, "target_words": tokens,
-        }
+        batches = self._ahead(self._validation_batch, range(0, self.valid_size, VALIDATION_BATCH))
+        found = read_references(self.model, itertools.takewhile(lambda _: not self.stop.signal, batches), self._forward)
+        if self.stop.signal:
+            return
+        mean, losses = found.mean_nll, dict(found.losses)
+        metrics: dict[str, Any] = {"ppl": _perplexity(mean), "accuracy": found.accuracy, "loss": losses.pop("loss"),
+                                   "losses": losses, "examples": self.valid_size, "target_words": found.words}
         if not math.isfinite(mean):
-            path = self.run.dump(self.step, {"phase": 2, "split": "valid", "metrics": metrics})
+            path = self.run.dump(self.step, {"phase": self.phase, "split": "valid", "metrics": metrics})
             raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")
         better = self.stopping.update(self.phase_step, mean)
         if better:
@@ -376,7 +371,8 @@ class Trainer:
         self.validated = self.step
         seconds = time.perf_counter() - started
         self.log.write(
-            "validation", 2, self.step, **metrics, best=better, failures=self.stopping.failures, seconds=round(seconds, 2)
+            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures,
+            seconds=round(seconds, 2),
         )
         verdict = "the best so far" if better else f"not better than at step {self.stopping.best_step + self.phase_1_steps:,}"
         if self.stopping.failures:
@@ -413,7 +409,7 @@ class Trainer:
     def _take(self, found: Checkpoint) -> None:
         try:
             ran, ran_on, state = found.state["config"], found.state["store"], found.state["stopping"]
-            self.run.compare(ran, ran_on, self.config, self.store)
+            refuse_changes(self.run.path, ran, ran_on, self.config, self.store)
             load_model(self.model, found.tensors["model"])
             load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
             self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])
@@ -431,5 +427,7 @@ def _perplexity(nll: float) -> float:
 
 def _in_words(metrics: dict[str, Any]) -> str:
     losses = ", ".join(f"{name} {value:.3f}" for name, value in metrics["losses"].items())
-    measured = f"perplexity {metrics['ppl']:.2f}, emotion accuracy {100 * metrics['accuracy']:.1f} %"
+    measured = f"perplexity {metrics['ppl']:.2f}"
+    if metrics["accuracy"] is not None:
+        measured += f", emotion accuracy {100 * metrics['accuracy']:.1f} %"
     return f"{measured}, loss {metrics['loss']:.3f} ({losses})"

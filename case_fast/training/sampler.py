@@ -25,6 +25,11 @@ def epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
     return order
 
 
+def step_seed(seed: int, step: int) -> int:
+    """The seed of all that is drawn in a step by counter (`Batch.seed`): 63 bits of Philox, on counters that no epoch uses."""
+    return int(np.random.Philox(key=seed, counter=1 << 255 | step << 128).random_raw()) >> 1
+
+
 class Sampler:
     """Batches of training examples; every epoch holds each example once, its last batch may be short."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,19 +11,21 @@ import torch
 from helpers import random_examples, split_rows, tensors
 from torch import Tensor
 
-from case_fast.batch import Batch, Graphs
+from case_fast.batch import PARTS, Batch, CasePart, Graphs
 from case_fast.data.empathetic_dialogues import Turn
 from case_fast.data.featurizer import Example, FeatureSettings, Featurizer, TextTable
 from case_fast.data.pack import make_batch
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER, SPECIALS, Vocabulary
+from case_fast.errors import ConfigError
 
 
 def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
-    """The fields of the batch as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
-    out: dict[str, list] = {item.name: [] for item in fields(Batch) if item.name != "size"}
-    for name in out:
-        if name.startswith("cu_"):
-            out[name] = [0]
+    """The fields of the batch and of its parts as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
+    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "seed", "case", "concept")}
+    home |= {item.name: "case." for item in fields(CasePart)}
+    out: dict[str, list] = {name: [0] if name.startswith("cu_") else [] for name in home}
+    concept: dict[str, list] = {name: [] for name in ("word", "position", "type", "intensity")}
+    said_by_row: list[bool] = []
     graphs = {name: {item.name: [] for item in fields(Graphs)} for name in ("cognition", "concept")}
     for graph in graphs.values():
         graph["indptr"], graph["cu_vertices"] = [0], [0]
@@ -60,7 +63,7 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
             row = [word for t in said for word in texts.tokens(t).tolist()]
             out["reaction"] += row
             out["cu_reaction"].append(len(out["reaction"]))
-            out["has_reaction"].append(bool(row))
+            said_by_row.append(bool(row))
             out["reaction_dialogue"].append(dialogue)
             out["reaction_context"] += positions
             out["cu_reaction_context"].append(len(out["reaction_context"]))
@@ -70,11 +73,13 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
             out["knowledge_dialogue"].append(dialogue)
             out["knowledge_reaction"].append(row_of_text[subs[sub]])
         out["cu_knowledge"].append(len(out["knowledge"]))
+        if knowledge:
+            out["known"].append(dialogue)
 
-        out["concept_word"] += [CLS, *context, *e.concept.tolist()]
-        out["concept_position"] += [*range(1 + len(context)), *e.concept_position.tolist()]
-        out["concept_type"] += [0] * (1 + len(context)) + [1] * len(e.concept)
-        out["concept_intensity"] += [0.0, *e.context_intensity.tolist(), *e.concept_intensity.tolist()]
+        concept["word"] += [CLS, *context, *e.concept.tolist()]
+        concept["position"] += [*range(1 + len(context)), *e.concept_position.tolist()]
+        concept["type"] += [0] * (1 + len(context)) + [1] * len(e.concept)
+        concept["intensity"] += [0.0, *e.context_intensity.tolist(), *e.concept_intensity.tolist()]
         for name, graph in graphs.items():
             csr = getattr(e, f"{name}_graph")
             vertices = len(csr.indptr) - 1
@@ -85,10 +90,23 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
             graph["indices"] += [first + int(v) for v in csr.indices]
             graph["relation"] += csr.relation.tolist()
             graph["cu_vertices"].append(first + vertices)
-    for name, graph in graphs.items():
-        del out[name]
-        out |= {f"{name}.{part}": values for part, values in graph.items()}
-    return out
+    out["with_reaction"] = [row for row, said in enumerate(said_by_row) if said]
+    for place, row in enumerate(out["knowledge_reaction"]):
+        if said_by_row[row]:
+            out["paired"].append(place)
+            out["positive"].append(out["with_reaction"].index(row))
+    for own in out["positive"]:
+        out["negatives_affection"].append(sum(row != own for row in range(len(out["with_reaction"]))))
+        out["negatives_cognition"].append(sum(other != own for other in out["positive"]))
+    places = [place for a, b in pairwise(out["cu_text"]) for place in range(b - a)]
+    rows = list(zip(out["text"], places, strict=True))
+    distinct = sorted(set(rows))
+    out["distinct_word"], out["distinct_position"] = map(list, zip(*distinct, strict=True))
+    out["text_distinct"] = [distinct.index(row) for row in rows]
+    del out["cognition"]
+    found = {home[name] + name: values for name, values in out.items()} | {f"concept.{name}": x for name, x in concept.items()}
+    found |= {f"case.cognition.{part}": values for part, values in graphs["cognition"].items()}
+    return found | {f"concept.graph.{part}": values for part, values in graphs["concept"].items()}
 
 
 def check(examples: list[Example], texts: TextTable) -> Batch:
@@ -99,12 +117,10 @@ def check(examples: list[Example], texts: TextTable) -> Batch:
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         tensor = found[name]
-        if name == "concept_intensity":
+        if name == "concept.intensity":
             assert tensor.dtype == torch.float32
-        elif name == "has_reaction":
-            assert tensor.dtype == torch.bool
         else:
-            small = name.partition(".")[2] in ("indptr", "indices", "relation")
+            small = name.rpartition(".")[2] in ("indptr", "indices", "relation")
             assert tensor.dtype == (torch.int32 if small else torch.int64), name
         assert tensor.is_contiguous() and tensor.dim() == 1, name
         assert tensor.tolist() == values, name
@@ -128,11 +144,14 @@ def test_each_dialogue_is_as_if_alone():
     together = make_batch(examples, texts)
     for place, example in enumerate(examples):
         alone = make_batch([example], texts)
-        for field, cu in (("context", "cu_context"), ("target", "cu_target"), ("response_role", "cu_response")):
-            assert split_rows(getattr(together, field), getattr(together, cu))[place].tolist() == getattr(alone, field).tolist()
-        edges = together.concept.indptr[together.concept.cu_vertices[place : place + 2]].tolist()
-        moved = together.concept.indices[edges[0] : edges[1]] - together.concept.cu_vertices[place]
-        assert moved.tolist() == alone.concept.indices.tolist()
+        rows = (("", "context", "cu_context"), ("", "target", "cu_target"), ("case", "response_role", "cu_response"))
+        for part, field, cu in rows:
+            whole, own = (getattr(batch, part) if part else batch for batch in (together, alone))
+            assert split_rows(getattr(whole, field), getattr(whole, cu))[place].tolist() == getattr(own, field).tolist()
+        graph = together.concept.graph
+        edges = graph.indptr[graph.cu_vertices[place : place + 2]].tolist()
+        moved = graph.indices[edges[0] : edges[1]] - graph.cu_vertices[place]
+        assert moved.tolist() == alone.concept.graph.indices.tolist()
 
 
 # ---- the corner cases by hand
@@ -150,29 +169,31 @@ def test_equal_sub_utterances_share_a_reaction_row():
     one = example("a b .", {"a b .": {"xReact": ["happy", "d"], "xWant": ["c", "e"]}}, texts)  # u_0 = u_1
     three = example("a . a . b .", {"a .": {"xReact": ["e"], "xNeed": ["d"]}, "b .": {"xWant": ["a"]}}, texts)  # u_1 = u_2
     batch = check([one, three], texts)
-    assert batch.reaction_dialogue.tolist() == [0, 1, 1, 1]  # rows: u; u_0, u_1, u_3
-    assert [row.tolist() for row in split_rows(batch.reaction, batch.cu_reaction)] == [
+    assert batch.case.reaction_dialogue.tolist() == [0, 1, 1, 1]  # rows: u; u_0, u_1, u_3
+    assert [row.tolist() for row in split_rows(batch.case.reaction, batch.case.cu_reaction)] == [
         VOCABULARY.encode(["happy", "d"]), [], VOCABULARY.encode(["e"]), [],
     ]
-    assert batch.reaction_first.tolist() == [0, 1] and batch.has_reaction.tolist() == [True, False, True, False]
+    assert batch.case.reaction_first.tolist() == [0, 1] and batch.case.with_reaction.tolist() == [0, 2]
     # the knowledge of u_0 and that of u_1 belong to the one row; of the other dialogue to u_1 twice, and to u_3
-    assert batch.knowledge_reaction.tolist() == [0, 0, 0, 0, 2, 2, 3]
+    assert batch.case.knowledge_reaction.tolist() == [0, 0, 0, 0, 2, 2, 3]
+    assert batch.case.paired.tolist() == [0, 1, 2, 3, 4, 5] and batch.case.positive.tolist() == [0, 0, 0, 0, 1, 1]
+    assert batch.case.negatives_affection.tolist() == [1] * 6 and batch.case.negatives_cognition.tolist() == [2] * 4 + [4] * 2
 
 
 def test_dialogues_with_one_sentence_text_do_not_share_rows_across_dialogues():
     texts = TextTable(VOCABULARY)
     inferences = {"a .": {"xReact": ["d"]}}
     batch = check([example("a .", inferences, texts), example("a .", inferences, texts)], texts)
-    assert batch.reaction_dialogue.tolist() == [0, 1]
-    assert batch.cu_text.tolist() == [0, 3]  # the text itself is encoded once
+    assert batch.case.reaction_dialogue.tolist() == [0, 1]
+    assert batch.case.cu_text.tolist() == [0, 3]  # the text itself is encoded once
 
 
 def test_no_knowledge_no_words_no_reply():
     texts = TextTable(VOCABULARY)
     batch = check([example("", {}, texts, "")], texts)
     assert batch.context.tolist() == [CLS] and batch.target.tolist() == [EOS] and batch.decoder_input.tolist() == [BOS]
-    assert batch.knowledge.shape == batch.reaction.shape == (0,) and batch.has_reaction.tolist() == [False]
-    assert batch.cu_knowledge.tolist() == [0, 0] and batch.concept_word.tolist() == [CLS]
+    assert batch.case.knowledge.shape == batch.case.reaction.shape == (0,) and batch.case.with_reaction.tolist() == []
+    assert batch.case.cu_knowledge.tolist() == [0, 0] and batch.concept.word.tolist() == [CLS]
     check([example("", {}, texts, ""), example("a . b", {"b": {"xWant": ["c"]}}, texts)], texts)
 
 
@@ -181,7 +202,19 @@ def test_only_reactions_and_only_one_relation():
     check([example("a", {"a": {"xReact": ["b"]}}, texts)], texts)
     for relation in ("xIntent", "xNeed", "xWant", "xEffect"):
         batch = check([example("a", {"a": {relation: ["b"]}}, texts)], texts)
-        assert batch.knowledge.tolist() == [2, 3] and batch.has_reaction.tolist() == [False]
+        assert batch.case.knowledge.tolist() == [2, 3] and batch.case.with_reaction.tolist() == []
+
+
+def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
+    examples, texts = random_examples(3, seed=4)
+    whole, words = make_batch(examples, texts), make_batch(examples, texts, ["dialogue"], seed=7)
+    assert words.case is None and words.concept is None and words.seed == 7 and whole.seed == 0
+    assert all(torch.equal(tensor, dict(tensors(whole))[name]) for name, tensor in tensors(words))
+    assert whole.require(PARTS) is whole and make_batch(examples, texts, ["concept"]).case is None
+    with pytest.raises(ConfigError, match="lacks what the model reads: case, concept; make it with store.batch"):
+        words.require(PARTS)
+    with pytest.raises(ConfigError, match="no part colour; it has dialogue, case, concept"):
+        make_batch(examples, texts, ["case", "colour"])
 
 
 def test_an_empty_batch_is_refused():
@@ -193,7 +226,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     examples, texts = random_examples(3, seed=1)
     batch = make_batch(examples, texts)
     moved = batch.to("meta")
-    assert type(moved) is Batch and type(moved.cognition) is Graphs and moved.size == 3
+    assert type(moved) is Batch and type(moved.case.cognition) is Graphs and moved.size == 3
     before, after = dict(tensors(batch)), dict(tensors(moved))
     assert before.keys() == after.keys()
     for name, tensor in after.items():

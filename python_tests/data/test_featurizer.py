@@ -1,4 +1,4 @@
-"""From a dialogue's texts to its example: every choice of case.md, section 1, that the featurizer makes."""
+"""From a dialogue's texts to its example: every choice of docs/paper.md that the featurizer makes."""
 
 from __future__ import annotations
 

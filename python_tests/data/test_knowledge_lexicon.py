@@ -23,13 +23,15 @@ def read(tmp_path: Path, content: str | bytes) -> VADLexicon:
 
 
 def test_intensity_by_hand(tmp_path):
-    lexicon = read(tmp_path, HEADER + "grief\t0.1\t0.6\t0.2\n" + "table\t0.5\t0.0\t0.5\n" + "joy\t1.0\t1.0\t0.9\n")
+    lexicon = read(tmp_path, HEADER + "grief\t0.1\t0.6\t0.2\n" + "table\t0.5\t0.0\t0.5\n" + "joy\t1.0\t1.0\t0.9\n"
+                   + "wow\t0.8\t0.8\t0.5\n")
     # grief: (0.1, 0.3) - (0.5, 0) is a 3-4-5 triangle of length 0.5
     assert lexicon.intensity("grief") == pytest.approx((0.5 - 0.06467) / 0.607468, abs=1e-12)
+    assert lexicon.intensity("wow") == pytest.approx((0.5 - 0.06467) / 0.607468, abs=1e-12)  # the same on the pleasant side
     assert lexicon.intensity("table") == pytest.approx(-0.06467 / 0.607468, abs=1e-12)
     assert lexicon.intensity("joy") == pytest.approx((math.sqrt(0.5) - 0.06467) / 0.607468, abs=1e-12)
     assert lexicon.intensity("unheard of") == 0.0 and isinstance(lexicon.intensity("unheard of"), float)
-    assert len(lexicon) == 3 and "joy" in lexicon and "Joy" not in lexicon
+    assert len(lexicon) == 4 and "joy" in lexicon and "Joy" not in lexicon
     assert lexicon.words["grief"] == (0.1, 0.6)
 
 

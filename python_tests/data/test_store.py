@@ -254,6 +254,9 @@ DAMAGE: dict[str, tuple[str, Callable]] = {
     "counts as text": ("manifest.json", manifest_with(counts={"examples": "train"})),
     "counts as a list": ("manifest.json", manifest_with(counts=["train"])),
     "knowledge as text": ("manifest.json", manifest_with(knowledge="bundled")),
+    "no emotions": ("manifest.json", manifest_without("emotions")),
+    "emotions a number": ("manifest.json", manifest_with(emotions=32)),
+    "emotions swapped": ("manifest.json", manifest_with(emotions=[EMOTIONS[1], EMOTIONS[0], *EMOTIONS[2:]])),
     "another number of examples": ("train.safetensors", None),  # the manifest is changed, the split named
     "split empty": ("train.safetensors", lambda raw: b""),
     "split of 7 bytes": ("train.safetensors", lambda raw: raw[:7]),
@@ -316,6 +319,20 @@ def test_an_older_format_is_named(store):
     path.write_text(json.dumps({"format": "case_fast store 0"}))
     with pytest.raises(DataError, match=f"format 'case_fast store 0', this version reads '{FORMAT}'"):
         open_store(store.path)
+
+
+def test_emotions_in_another_order_are_refused_by_name(store):
+    """An example's label is a place in the list: in another order it would mean another emotion without a sound."""
+    path = store.path / "manifest.json"
+    whole = path.read_bytes()
+    for stored, said in (
+        ((*EMOTIONS[:30], *EMOTIONS[:29:-1]), f"emotion 30 is {EMOTIONS[31]!r} in this store and {EMOTIONS[30]!r}"),
+        (EMOTIONS[:-1], f"emotion 31 is None in this store and {EMOTIONS[31]!r} in this version. Prepare the store again"),
+        ((*EMOTIONS, "smug"), "emotion 32 is 'smug' in this store and None in this version"),
+    ):
+        path.write_bytes(manifest_with(emotions=list(stored))(whole))
+        with pytest.raises(DataError, match=said):
+            open_store(store.path)
 
 
 @pytest.mark.parametrize("part", ["manifest.json", "vocabulary.json", "features.json", "texts.safetensors", "valid.safetensors"])

@@ -17,7 +17,7 @@ from rich.console import Console
 from case_fast.data import EMOTIONS
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.evaluation import Evaluation, compare, evaluate
-from case_fast.evaluation.evaluate import PAPER, PAPER_NOTE, markdown
+from case_fast.evaluation.evaluate import markdown
 from case_fast.models import CASE, CASEConfig
 
 SETTINGS = {"strategy": "greedy", "beams": 4, "max_words": 30}
@@ -40,15 +40,15 @@ def first_words(store, n=5):
 @pytest.fixture(scope="module")
 def found(store, tmp_path_factory):
     model = tiny(store, graph_dropout=0.5).train()
-    model.set_phase(1)
+    model.set_phase("bow")
     out = tmp_path_factory.mktemp("out") / "evaluation" / "test"
     evaluation = evaluate(model, store, "test", out, first_words(store), batch_size=16, settings=SETTINGS)
     return SimpleNamespace(model=model, evaluation=evaluation, out=out)
 
 
-def test_values_against_an_oracle_in_numpy(store, found):
+def test_values_are_those_of_an_oracle_in_numpy(store, found):
     model = found.model.eval()
-    model.set_phase(2)
+    model.set_phase("all")
     nll, right, replies = [], [], []
     for index in range(store.size("test")):
         batch = store.batch("test", [index])
@@ -73,11 +73,11 @@ def test_values_against_an_oracle_in_numpy(store, found):
 
 def test_the_model_is_given_back_as_it_was(store, tmp_path):
     model = tiny(store).train()
-    model.set_phase(1)
+    model.set_phase("bow")
     frozen = [parameter.requires_grad for parameter in model.parameters()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     evaluate(model, store, "test", tmp_path, first_words(store), limit=3)
-    assert model.training and model.phase == 1
+    assert model.training and model.phase == "bow"
     assert [parameter.requires_grad for parameter in model.parameters()] == frozen
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -89,7 +89,7 @@ def test_values_do_not_depend_on_the_batch_size(store, found, tmp_path):
         assert ours.value == pytest.approx(theirs.value, rel=1e-5) and ours.signature == theirs.signature
 
 
-def test_files(store, found):
+def test_the_files_hold_the_metrics_and_a_line_an_example(store, found):
     assert sorted(path.name for path in found.out.iterdir()) == [
         "confusion.png", "metrics.json", "metrics.md", "predictions.jsonl",
     ]
@@ -168,19 +168,19 @@ def test_a_model_with_nan_weights_gives_reasons_not_a_crash(store, tmp_path):
 @pytest.mark.parametrize(
     "split, limit, message", [("dev", None, "it has train, valid, test"), ("test", 0, "limit must be at least 1")]
 )
-def test_arguments_that_cannot_work(store, tmp_path, split, limit, message):
+def test_arguments_that_cannot_work_are_refused_before_a_folder_is_made(store, tmp_path, split, limit, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(tiny(store), store, split, tmp_path / "out", first_words(store), limit=limit)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_another_store(store, tmp_path):
+def test_a_model_of_another_store_is_refused(store, tmp_path):
     model = CASE(CASEConfig(vocab_size=20, d_model=16, ffn=16))
     with pytest.raises(ConfigError, match="the model knows 20 words"):
         evaluate(model, store, "test", tmp_path, first_words(store))
 
 
-def test_progress_and_table(store, tmp_path):
+def test_progress_is_told_and_the_table_shown(store, tmp_path):
     seen, stream = [], io.StringIO()
     evaluate(tiny(store), store, "test", tmp_path, first_words(store), limit=4, batch_size=3,
              console=Console(file=stream, width=160), progress=lambda *done: seen.append(done))
@@ -191,7 +191,9 @@ def test_progress_and_table(store, tmp_path):
 
 def test_the_papers_values_stand_only_beside_a_whole_real_test_split(found):
     real = replace(found.evaluation, bundled=False)
-    assert real.paper == PAPER and "35.37" in markdown(real) and PAPER_NOTE in markdown(real)
+    assert real.paper == {"ppl": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402}
+    assert "Zhou et al. (ACL 2023), Table 1" in real.paper_note
+    assert "35.37" in markdown(real) and real.paper_note in markdown(real)
     for other in (found.evaluation, replace(real, split="valid"), replace(real, examples=3)):
         assert other.paper == {} and "35.37" not in markdown(other)
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from case_fast.errors import CheckpointError
 from case_fast.evaluation import evaluate, write_report
 from case_fast.evaluation.figures import Curve, curve_svg, running_mean
-from case_fast.evaluation.run import Run
 from case_fast.html import Html, page, tag
 from case_fast.models import CASE
 from case_fast.training import preset, train
@@ -90,7 +89,7 @@ def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "my run")
 
 
-def test_report_of_a_whole_run(finished, sample_store):
+def test_the_report_of_a_whole_run_shows_all_of_it(finished, sample_store):
     path = write_report(finished)
     assert path == finished / "report.html"
     found = read(path)
@@ -114,12 +113,12 @@ def test_report_of_a_whole_run(finished, sample_store):
     assert policy.startswith("default-src 'none'")
 
 
-def test_report_at_another_place(finished, tmp_path):
+def test_the_report_is_written_where_it_is_asked_for(finished, tmp_path):
     path = write_report(finished, tmp_path / "new" / "page.html")
     assert path == tmp_path / "new" / "page.html" and "CASE run “run”" in read(path).text
 
 
-def test_a_run_in_phase_2_without_an_evaluation(run):
+def test_an_unfinished_run_is_reported_with_the_commands_that_go_on(run):
     shutil.rmtree(run / "evaluation")
     log = run / "log.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= 11))
@@ -131,7 +130,7 @@ def test_a_run_in_phase_2_without_an_evaluation(run):
     assert "So far there are validation figures only" in text and "Best perplexity, validation" in text
 
 
-def test_a_run_in_phase_1_without_anything_else(run):
+def test_a_log_alone_is_reported_with_what_is_missing(run):
     for name in ("evaluation", "best", "checkpoints"):
         shutil.rmtree(run / name)
     for name in ("manifest.json", "config.json"):
@@ -146,7 +145,7 @@ def test_a_run_in_phase_1_without_anything_else(run):
     assert "Bag of words, L_BOW" in charts and "Perplexity" not in charts
 
 
-def test_a_run_that_diverged(run):
+def test_a_run_that_diverged_says_so_and_at_which_step(run):
     with open(run / "log.jsonl", "a") as stream:
         stream.write('{"event": "step", "phase": 2, "step": 19, "loss": "nan", "losses": {"kl": "inf"}}\n')
         stream.write('{"event": "failure", "phase": 2, "step": 20, "loss": "nan"}\n')
@@ -154,14 +153,14 @@ def test_a_run_that_diverged(run):
     assert "not finished" in text and "stopped at step 20: a loss or gradient was not finite" in text
 
 
-def test_a_folder_with_a_manifest_only(tmp_path):
+def test_a_manifest_alone_is_reported_with_the_command_that_trains(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     text = read(write_report(tmp_path)).text
     assert "no log" in text and "case-fast train --data STORE" in text
 
 
 @pytest.mark.parametrize("make", [False, True])
-def test_no_run_at_all(tmp_path, make):
+def test_where_no_run_is_no_report_is_written(tmp_path, make):
     folder = tmp_path / "x"
     if make:
         folder.mkdir()
@@ -186,7 +185,7 @@ def test_damaged_files_are_said_and_passed_over(run):
     assert "Training loss, phase 2" in text
 
 
-def test_numbers_of_any_kind_in_the_log(tmp_path):
+def test_numbers_of_any_kind_in_the_log_are_drawn_or_left_out(tmp_path):
     odd = ["nan", None, True, [], {}, 1e308, -1e308, 10**400, "x", float("nan"), -5, 0]
     records = [{"event": "step", "phase": 2, "step": s, "loss": v, "losses": {"kl": v}, "lr": v} for s, v in enumerate(odd)]
     records += [{"event": "step", "phase": p, "step": s, "loss": 1} for p, s in ((None, 1), ([], 2), (2, "3"), (2, 1e308))]
@@ -228,24 +227,13 @@ def test_metrics_of_wrong_types_are_damaged(run, change):
 
 
 @pytest.mark.parametrize("value", ["1", 5.0, -1, None])
-def test_a_strange_accuracy(run, value):
+def test_a_strange_accuracy_is_reported_without_a_crash(run, value):
     (run / "log.jsonl").unlink()
     path = run / "evaluation" / "test" / "metrics.json"
     found = json.loads(path.read_text())
     next(metric for metric in found["metrics"] if metric["name"] == "acc_1")["value"] = value
     path.write_text(json.dumps(found))
     read(write_report(run))
-
-
-def test_the_last_record_of_a_step_counts(tmp_path):
-    lines = [{"event": "step", "phase": 2, "step": s, "losses": {"kl": v}} for s, v in ((2, 1), (4, 2), (2, 3))]
-    lines += [{"event": "step", "phase": 1, "step": 6, "losses": {"kl": 9}}, {"event": "validation", "step": 2, "kl": 7}]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run = Run.read(tmp_path)
-    assert run.series("step", "kl", 2) == ([2, 4], [3, 2])
-    assert run.series("step", "kl") == ([2, 4, 6], [3, 2, 9])
-    assert run.series("validation", "kl") == ([2], [7])
-    assert run.series("step", "absent") == ([], [])
 
 
 def test_html_escapes_all_but_html():

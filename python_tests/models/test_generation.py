@@ -173,11 +173,8 @@ def log_probabilities(model, batch, place, reply) -> torch.Tensor:
     said = [*reply.words, *([EOS] if reply.ended_by == "eos" else [])]
     with torch.no_grad():
         reading = model.read(batch)
-        memories = [
-            generation.Memory(s.rows[s.cu[place] : s.cu[place + 1]], torch.tensor([0, s.cu[place + 1] - s.cu[place]]))
-            for s in reading.memories
-        ]
-        logits = model.reply_logits(torch.tensor([BOS, *said[:-1]]), torch.tensor([0, len(said)]), memories)
+        words, cu = torch.tensor([BOS, *said[:-1]]), torch.tensor([0, len(said)])
+        logits = model.reply_logits(words, cu, reading.repeat(place, 1))
     logits[:, [w for w in range(len(SPECIALS)) if w != EOS]] = -math.inf
     return logits.log_softmax(1)[torch.arange(len(said)), said]
 

@@ -18,6 +18,7 @@ from helpers import (
     real_store,
     speakers_prompts,
     split_rows,
+    tensors,
     tiny_config,
     tiny_featurizer,
     tiny_model,
@@ -77,10 +78,10 @@ def per_dialogue(model: CASE, batch: Batch) -> list[dict[str, Tensor]]:
     packed = {
         "logits": (model.output(out.hidden), batch.cu_target),
         "nll": (out.nll, batch.cu_target),
-        "prior_cognition": (out.prior_cognition, batch.cu_knowledge),
-        "posterior_cognition": (out.posterior_cognition, batch.cu_knowledge),
-        "prior_concept": (out.prior_concept, batch.concept.cu_vertices),
-        "posterior_concept": (out.posterior_concept, batch.concept.cu_vertices),
+        "prior_cognition": (out.prior_cognition, batch.case.cu_knowledge),
+        "posterior_cognition": (out.posterior_cognition, batch.case.cu_knowledge),
+        "prior_concept": (out.prior_concept, batch.concept.graph.cu_vertices),
+        "posterior_concept": (out.posterior_concept, batch.concept.graph.cu_vertices),
     }
     whole = {name: getattr(out, name) for name in ("gate", "emotion_logits", "r_cog", "r_emo", "r_aff")}
     rows = {name: split_rows(tensor, cu) for name, (tensor, cu) in packed.items()} | whole
@@ -130,16 +131,16 @@ def test_nan_in_one_dialogue_stays_there():
     clean = per_dialogue(model, batch)
     assert model(batch).loss.isfinite()
     for victim in (0, 4, 8):
-        intensity = batch.concept_intensity.clone()
-        intensity[batch.concept.dialogue == victim] = torch.nan
-        spoiled = replace(batch, concept_intensity=intensity)
+        intensity = batch.concept.intensity.clone()
+        intensity[batch.concept.graph.dialogue == victim] = torch.nan
+        spoiled = replace(batch, concept=replace(batch.concept, intensity=intensity))
         for b, (before, after) in enumerate(zip(clean, per_dialogue(model, spoiled), strict=True)):
             if b == victim:
                 assert after["logits"].isnan().all() and after["gate"].isnan()
             else:
                 assert all(after[name].equal(before[name]) for name in before)
         out = model(spoiled)
-        has_knowledge = bool(batch.cu_knowledge[victim + 1] > batch.cu_knowledge[victim])
+        has_knowledge = bool(batch.case.cu_knowledge[victim + 1] > batch.case.cu_knowledge[victim])
         assert bool(out.losses["coarse"].isnan()) == has_knowledge and out.loss.isnan()
 
 
@@ -148,9 +149,8 @@ def test_the_batch_is_not_changed_by_the_model():
     batch = make_batch(examples, texts)
     before = copy.deepcopy(batch)
     tiny_model().train()(batch).loss.backward()
-    assert all(
-        torch.equal(getattr(batch, n), getattr(before, n)) for n in vars(batch) if isinstance(getattr(batch, n), Tensor)
-    )
+    found = dict(tensors(before))
+    assert len(found) > 40 and all(torch.equal(tensor, found[name]) for name, tensor in tensors(batch))
 
 
 # ---- one word at a time

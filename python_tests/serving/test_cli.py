@@ -12,7 +12,7 @@ import pytest
 from case_fast import __version__, cli
 from case_fast.data import open_store
 from case_fast.errors import Interrupted
-from case_fast.training import config as training_config
+from case_fast.models import CASE, MODELS, model_class
 
 SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--phase1-steps", "2", "--max-steps", "4", "--validate-every", "2",
          "--valid-limit", "8", "--min-steps", "0", "--log-every", "1"]
@@ -79,7 +79,7 @@ def test_missing_arguments_are_named(capsys):
         (["chat", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["merge-cache", "new.sqlite", "nowhere.sqlite"], "nowhere.sqlite: cache of inferences not found"),
-        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "--preset 'papr' is unknown; one of paper, demo"),
+        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "case has no preset 'papr'; it has paper, demo"),
         (["prepare", "--dialogues", "nowhere", "--knowledge", "bundled", "--conceptnet", "bundled", "--lexicon", "bundled",
           "--out", "s"], "nowhere"),
         (["prepare", "--dialogues", "bundled", "--knowledge", "commet:x", "--conceptnet", "bundled", "--lexicon", "bundled",
@@ -106,7 +106,7 @@ def test_inspect_shows_an_example_and_gives_json(sample_store, capsys):
 
 
 def test_key_value_overrides_config_overrides_preset(sample_store, tmp_path, monkeypatch):
-    monkeypatch.setitem(training_config.PRESETS, "demo", {"patience": 7, "batch_size": 5, "seed": 3})
+    monkeypatch.setitem(CASE.presets, "demo", {"patience": 7, "batch_size": 5, "seed": 3})
     settings = tmp_path / "mine.yaml"
     settings.write_text("batch_size: 6\nseed: 4\nmodel:\n  d_model: 16\n")
     out = tmp_path / "run"
@@ -119,7 +119,7 @@ def test_key_value_overrides_config_overrides_preset(sample_store, tmp_path, mon
     assert (chosen["model"]["d_model"], chosen["model"]["ffn"]) == (16, 8)
 
 
-def test_an_ablation_is_a_setting(sample_store, tmp_path, capsys):
+def test_an_ablation_is_a_setting_and_an_unknown_one_is_named(sample_store, tmp_path, capsys):
     words = ["train", "--data", str(sample_store.path), "--out", str(tmp_path / "run"), *SMALL, "--ablation", "w/o CSGraph"]
     assert cli.main(words) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["cognition_graph"] is False
@@ -134,7 +134,7 @@ def test_a_run_is_not_trained_over_but_resumed(run, sample_store, capsys):
     assert cli.main([*words, "--resume"]) == 0
 
 
-def test_evaluate_report_and_chat(run, sample_store, capsys, monkeypatch):
+def test_a_run_is_evaluated_reported_and_talked_to(run, sample_store, capsys, monkeypatch):
     assert cli.main(["evaluate", str(run), "--data", str(sample_store.path), "--limit", "6", "--strategy", "beam"]) == 0
     metrics = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
     assert "decoding=beam" in json.dumps(metrics)
@@ -145,6 +145,38 @@ def test_evaluate_report_and_chat(run, sample_store, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n"))
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
     assert "emotion" in said(capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "case"])
+def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, tmp_path, capsys, monkeypatch):
+    run, store = tmp_path / "run", str(sample_store.path)
+    words = ["train", "--model", name, "--data", store, "--out", str(run), "--preset", "frame", *SMALL]
+    assert cli.main(words) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["kind"] == name and (config["model"]["layers"], config["model"]["d_model"]) == (1, 16)
+    again = ["train", "--config", str(run / "config.json"), "--data", store, "--out", str(run), "--resume", "--max-steps", "6"]
+    assert cli.main(again) == 0 and "after 6 steps" in said(capsys)
+    assert cli.main(["evaluate", str(run), "--data", store, "--limit", "6"]) == 0
+    written = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    metrics = {metric["name"]: metric for metric in written["metrics"]}
+    predicts = model_class(name).published[""].get("acc_1") is not None
+    assert (metrics["acc_1"]["value"] is not None) == predicts and metrics["ppl"]["value"] > 1
+    shown = said(capsys)
+    assert predicts or "n/a: the model predicts no emotion" in shown
+    assert cli.main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert f"{model_class(name).__name__} run" in text and "Training loss" in text and "phase 1" not in text
+    assert ("Emotion accuracy" in text) and ("no value: the model predicts no emotion" in text) != predicts
+    monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n/why\n"))
+    assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
+    shown = said(capsys)
+    assert "No commonsense inferences." in shown and ("No predicted emotion." in shown) != predicts
+
+
+def test_an_unknown_model_is_named_with_those_that_there_are(capsys):
+    for words in (["--model", "cem"], ["--model=cem"], ["--kind", "cem"]):
+        assert cli.main(["train", *words, "--data", "x", "--out", "y"]) == 1
+        assert "there is no model 'cem'; one of case, transformer, multi-trs" in said(capsys)
 
 
 def test_merge_cache_adds_what_is_new(sample_store, tmp_path, capsys):
@@ -168,7 +200,7 @@ def test_an_interruption_is_no_error(monkeypatch, capsys):
 def test_demo_goes_the_whole_way(tmp_path, capsys, monkeypatch):
     tiny = {"model": {"d_model": 16, "ffn": 16}, "phase1_steps": 1, "max_steps": 2, "validate_every": 1, "min_steps": 0,
             "valid_limit": 4}
-    monkeypatch.setitem(training_config.PRESETS, "demo", tiny)
+    monkeypatch.setitem(CASE.presets, "demo", tiny)
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     shown = said(capsys)
     assert shown.count("speaker ") == 5 and "case-fast prepare --dialogues" in shown

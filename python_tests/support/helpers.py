@@ -177,11 +177,7 @@ def random_csr(
 
 def as_double(batch: Batch) -> Batch:
     """The batch with its floating-point fields in float64."""
-    for item in fields(batch):
-        value = getattr(batch, item.name)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(batch, item.name, value.double())
-    return batch
+    return batch._map(lambda x: x.double() if x.is_floating_point() else x)
 
 
 def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:

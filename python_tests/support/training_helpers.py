@@ -13,7 +13,7 @@ from helpers import random_examples, tiny_config, tiny_featurizer
 from rich.console import Console
 from torch import Tensor
 
-from case_fast.batch import Batch
+from case_fast.batch import PARTS, Batch
 from case_fast.data.featurizer import Example
 from case_fast.data.pack import make_batch
 from case_fast.training import TrainConfig, TrainResult, train
@@ -42,8 +42,9 @@ class MemoryStore:
     def example(self, split: str, index: int) -> Example:
         return self._splits[split][index]
 
-    def batch(self, split: str, indices: Sequence[int]) -> Batch:
-        return self.on_batch(split, list(indices), make_batch([self._splits[split][i] for i in indices], self.texts))
+    def batch(self, split: str, indices: Sequence[int], parts: Sequence[str] = PARTS, seed: int = 0) -> Batch:
+        made = make_batch([self._splits[split][i] for i in indices], self.texts, parts, seed)
+        return self.on_batch(split, list(indices), made)
 
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         return None if self._vectors is None else (torch.arange(8, 8 + len(self._vectors)), self._vectors)

@@ -47,7 +47,7 @@ def reseal(path: Path, change: Callable[[dict], object]) -> None:
     path.write_bytes(module._sealed(body))
 
 
-def test_round_trip(two):
+def test_what_was_saved_is_read_back(two):
     found = two.newest()
     assert (found.step, found.state, found.path.name) == (7, STATE, "00000007")
     assert torch.equal(found.tensors["model"]["a"], torch.full((3, 2), 7.0))
@@ -56,7 +56,7 @@ def test_round_trip(two):
     assert sorted(path.name for path in two.folder.iterdir()) == ["00000003", "00000007", "latest"]
 
 
-def test_nothing_there(tmp_path):
+def test_without_a_checkpoint_there_is_no_newest_one(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").newest() is None
 
 
@@ -109,7 +109,7 @@ def test_a_flipped_bit_anywhere_is_noticed_and_the_older_one_used(two, file, cap
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer", "folder", "link", "pipe"])
-def test_a_file_that_is_not_what_it_was(two, file, damage):
+def test_a_file_that_is_not_what_it_was_is_refused_and_the_older_checkpoint_used(two, file, damage):
     path = two.path(7) / file
     sound = path.read_bytes()
     path.unlink()
@@ -179,7 +179,7 @@ def test_a_manifest_that_asks_for_something_else_is_refused(two, change):
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"null", b"{}", b"[" * 500_000, b'{"a":' * 100_000, b"9" * 100_000, b'{"sha256": 3}'])
-def test_a_manifest_that_is_no_manifest(two, raw):
+def test_a_manifest_that_is_no_manifest_is_refused_at_once(two, raw):
     (two.path(7) / "manifest.json").write_bytes(raw)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match="manifest.json"):
@@ -300,7 +300,7 @@ def trained(model: torch.nn.Module) -> tuple[torch.optim.Adam, list[str]]:
     return optimizer, names
 
 
-def test_optimizer_state_by_name():
+def test_optimizer_state_comes_back_by_name():
     model = tiny_model()
     optimizer, names = trained(model)
     stored = optimizer_tensors(optimizer, names)
@@ -321,7 +321,7 @@ def test_optimizer_state_by_name():
         (lambda s: s.update({"embedding.weight/step": torch.tensor(1)}), "is torch.int64"),
     ],
 )
-def test_optimizer_state_that_does_not_fit(change, said):
+def test_optimizer_state_that_does_not_fit_is_named(change, said):
     optimizer, names = trained(tiny_model())
     stored = optimizer_tensors(optimizer, names)
     change(stored)
@@ -338,7 +338,7 @@ def test_optimizer_state_that_does_not_fit(change, said):
         (lambda s: s.update(w_aff=s["w_aff"].double()), "w_aff is torch.float64"),
     ],
 )
-def test_weights_that_do_not_fit(change, said):
+def test_weights_that_do_not_fit_are_named(change, said):
     model = tiny_model()
     stored = dict(model.state_dict())
     change(stored)
@@ -346,7 +346,7 @@ def test_weights_that_do_not_fit(change, said):
         load_model(model, stored)
 
 
-def test_random_state():
+def test_the_random_state_comes_back_and_a_damaged_one_is_refused():
     cpu = torch.device("cpu")
     state = json.loads(json.dumps(rng_state(cpu)))
     expected = torch.rand(5)

@@ -10,8 +10,8 @@ import pytest
 from helpers import tiny_config
 
 from case_fast.errors import ConfigError
-from case_fast.models import ABLATIONS, CASEConfig
-from case_fast.training import PRESETS, TrainConfig, preset
+from case_fast.models import CASE, CASEConfig
+from case_fast.training import TrainConfig, config_class, preset
 from case_fast.training.config import ADJUSTABLE, differences
 
 
@@ -41,14 +41,14 @@ def test_a_value_that_cannot_work_is_refused_by_name(name, value):
 
 
 def test_presets():
-    assert preset("demo").model.d_model == PRESETS["demo"]["model"]["d_model"]
+    assert preset("demo").model.d_model == CASE.presets["demo"]["model"]["d_model"]
     changed = preset("demo", model={"heads": 4}, seed=3)
-    assert (changed.model.heads, changed.model.d_model, changed.seed) == (4, PRESETS["demo"]["model"]["d_model"], 3)
-    with pytest.raises(ConfigError, match="unknown preset 'dmeo'; one of paper, demo"):
+    assert (changed.model.heads, changed.model.d_model, changed.seed) == (4, CASE.presets["demo"]["model"]["d_model"], 3)
+    with pytest.raises(ConfigError, match="case has no preset 'dmeo'; it has paper, demo"):
         preset("dmeo")
     with pytest.raises(ConfigError, match="unknown setting batchsize; there are model, ablation"):
         preset("demo", batchsize=4)
-    with pytest.raises(ConfigError, match="unknown setting model.dmodel"):
+    with pytest.raises(ConfigError, match="unknown setting dmodel of case"):
         preset("demo", model={"dmodel": 4})
 
 
@@ -59,10 +59,10 @@ def test_plain_values_and_back():
         TrainConfig.from_dict({"model": 3})
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("name", CASEConfig.ablations)
 def test_resolved_carries_out_the_ablation_and_takes_the_vocabulary(name):
     config = TrainConfig(model=tiny_config(), ablation=name).resolved(99)
-    assert config.model == CASEConfig(**{**vars(tiny_config()), "vocab_size": 99, **ABLATIONS[name]})
+    assert config.model == CASEConfig(**{**vars(tiny_config()), "vocab_size": 99, **CASEConfig.ablations[name]})
     assert config.resolved(99) == config
 
 
@@ -77,7 +77,7 @@ def test_differences_name_settings_and_leave_out_the_adjustable_ones():
 def test_command_line_and_yaml(tmp_path):
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.add_class_arguments(config_class("case"), as_group=False)
     file = tmp_path / "settings.yaml"
     file.write_text(
         "batch_size: 8\neps: 1e-8\nmodel:\n  d_model: 64\n  intensity: off\nablation: w/o Graph\n".replace("off", "'off'")

@@ -23,8 +23,8 @@ from training_helpers import PHASE_1, PHASE_2, MemoryStore, outcome, records, ru
 
 from case_fast.data import Featurizer
 from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
-from case_fast.models import ABLATIONS, CASE
-from case_fast.training import NotFinite, TrainConfig, default_device, loop, train
+from case_fast.models import CASE, CASEConfig
+from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
 
 STEPS = PHASE_1 + PHASE_2
@@ -68,7 +68,7 @@ def interrupt_at(store, out: Path, step: int, config: TrainConfig | None = None,
 # ---- what a run does and leaves behind
 
 
-def test_what_a_run_leaves_behind(store, whole):
+def test_a_run_leaves_settings_manifest_features_weights_and_checkpoints_behind(store, whole):
     names = {path.name for path in whole.iterdir()}
     assert names >= {"config.json", "manifest.json", "log.jsonl", "best", "features", "checkpoints"}
     assert TrainConfig.from_dict(json.loads((whole / "config.json").read_text())) == tiny_run().resolved(
@@ -84,7 +84,7 @@ def test_what_a_run_leaves_behind(store, whole):
     assert not [name for name in names if name.startswith(".") and name != ".lock"]
 
 
-def test_the_log(whole):
+def test_the_log_holds_every_step_phase_validation_and_the_end(whole):
     steps = records(whole, "step")
     assert [(record["step"], record["phase"]) for record in steps] == [(2, 1), (4, 1), (6, 2), (8, 2), (10, 2), (12, 2)]
     assert set(steps[0]["losses"]) == {"bow"} and steps[0]["losses"]["bow"] == steps[0]["loss"]
@@ -128,7 +128,7 @@ def test_best_weights_load_and_measure_what_the_log_says(store, whole):
     assert right.item() == pytest.approx(end["best"]["accuracy"])
 
 
-def test_the_result(store, tmp_path):
+def test_the_result_says_why_it_ended_and_what_was_best(store, tmp_path):
     result = run(store, tmp_path / "run", tiny_run(max_steps=None, patience=1, lr_scale=5.0))
     assert (result.stopped, result.phase_1_steps, result.run) == ("early stopping", PHASE_1, tmp_path / "run")
     assert result.best["ppl"] == min(record["ppl"] for record in records(tmp_path / "run", "validation"))
@@ -149,8 +149,8 @@ def test_without_a_terminal_plain_lines_say_what_happens(store, tmp_path, monkey
     train(store, tmp_path / "run", tiny_run(), Console(file=text, width=50))
     lines = text.getvalue().splitlines()
     assert "unknown words among the words of the replies: 12.50 % (train), 25.00 % (valid)" in lines
-    assert [line for line in lines if line.startswith("phase 1 (L_BOW): 3 of 4 steps; bow ") and "lr 3.3e-02" in line]
-    assert [line for line in lines if line.startswith("phase 2 (all losses): 9 of 9 steps; loss ") and "words/s" in line]
+    assert [line for line in lines if line.startswith("phase 1 (bow): 3 of 4 steps; loss ") and "lr 3.3e-02" in line]
+    assert [line for line in lines if line.startswith("phase 2 (all): 9 of 9 steps; loss ") and "words/s" in line]
     assert [
         line for line in lines if line.startswith("validation after step 7: perplexity ") and line.endswith("the best so far")
     ]
@@ -160,7 +160,7 @@ def test_without_a_terminal_plain_lines_say_what_happens(store, tmp_path, monkey
 def test_on_a_terminal_there_is_a_bar_a_phase(store, tmp_path):
     text = io.StringIO()
     train(store, tmp_path / "run", tiny_run(), Console(file=text, force_terminal=True, width=100))
-    assert "phase 1 (L_BOW)" in text.getvalue() and "9/9" in text.getvalue() and "validation after step 7" in text.getvalue()
+    assert "phase 1 (bow)" in text.getvalue() and "9/9" in text.getvalue() and "validation after step 7" in text.getvalue()
 
 
 # ---- phases
@@ -176,7 +176,7 @@ def test_phase_1_changes_only_what_its_loss_reaches(store, tmp_path):
     torch.manual_seed(every.seed)
     model = CASE(every.resolved(len(store.featurizer.vocabulary)).model)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    model.set_phase(1)
+    model.set_phase("bow")
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {"w_coarse", "decoder.norm.weight", "output.weight"} <= frozen
     after, end = weights(tmp_path / "run", PHASE_1), weights(tmp_path / "run", STEPS)
@@ -189,7 +189,7 @@ def test_phase_1_changes_only_what_its_loss_reaches(store, tmp_path):
     assert {counts[name] for name in frozen} == {PHASE_2} and {counts[name] for name in set(names) - frozen} == {STEPS}
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", CASEConfig.ablations)
 def test_every_ablation_trains_and_leaves_alone_what_it_switches_off(store, tmp_path, ablation):
     config = tiny_run(ablation=ablation, phase1_steps=1, max_steps=2)
     run(store, tmp_path / "run", config)
@@ -201,7 +201,7 @@ def test_every_ablation_trains_and_leaves_alone_what_it_switches_off(store, tmp_
     assert {name for name, value in model.named_parameters() if torch.equal(value, end[name])} == off
 
 
-def test_a_run_without_phase_1(store, tmp_path):
+def test_without_phase_1_every_step_is_one_of_phase_2(store, tmp_path):
     assert run(store, tmp_path / "run", tiny_run(phase1_steps=0, phase1_epochs=4)).steps == PHASE_2
     assert {record["phase"] for record in records(tmp_path / "run", "step")} == {2}
 
@@ -219,7 +219,7 @@ def test_pretrained_vectors_are_where_training_starts(tmp_path):
     run(store, tmp_path / "other")  # nothing had begun there
 
 
-def test_bf16_and_clipping_train(store, tmp_path):
+def test_bf16_and_clipping_train_float32_weights_to_another_outcome(store, tmp_path):
     result = run(store, tmp_path / "run", tiny_run(precision="bf16", clip_norm=0.5))
     assert result.best["ppl"] < 200
     assert {value.dtype for value in weights(tmp_path / "run", STEPS).values()} == {torch.float32, torch.int64}
@@ -230,7 +230,7 @@ def test_bf16_and_clipping_train(store, tmp_path):
 # ---- determinism, interruption, resumption
 
 
-def test_twice_the_same_run(store, whole, tmp_path):
+def test_the_same_seed_gives_the_same_run_bit_for_bit(store, whole, tmp_path):
     torch.manual_seed(123)  # the caller's random state is nothing to it
     torch.rand(3)
     state = torch.get_rng_state()
@@ -256,7 +256,7 @@ def test_resumed_after_an_interruption_it_ends_bit_for_bit_the_same(store, whole
     assert len(json.loads((out / "manifest.json").read_text())["resumed"]) == 1
 
 
-def test_interrupted_again_and_again(store, whole, tmp_path):
+def test_interrupted_again_and_again_it_ends_bit_for_bit_the_same(store, whole, tmp_path):
     rng = random.Random(1)
     done = 0
     while done < STEPS - 1:
@@ -311,7 +311,7 @@ def test_a_finished_run_resumed_is_finished(store, whole, tmp_path):
     assert longer.steps == STEPS + 2
 
 
-def test_resuming_a_run_killed_before_its_first_checkpoint(store, whole, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_when_resumed(store, whole, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 2, lambda: (_ for _ in ()).throw(ZeroDivisionError))
         with pytest.raises(ZeroDivisionError):
@@ -350,7 +350,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(store, whole):
     assert outcome(whole) == before
 
 
-def test_nothing_to_resume(store, tmp_path):
+def test_resuming_where_no_run_is_makes_no_folder(store, tmp_path):
     with pytest.raises(CheckpointError, match="holds no run to resume"):
         run(store, tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
@@ -376,7 +376,7 @@ def test_resuming_with_something_else_names_what_differs(store, whole, tmp_path)
         run(store, tmp_path / "run", resume=True)
 
 
-def test_one_process_at_a_time(store, tmp_path):
+def test_one_process_at_a_time_trains_in_a_folder(store, tmp_path):
     def again() -> None:
         with pytest.raises(CheckpointError, match="another process is training in"):
             run(store, tmp_path / "run", resume=True)
@@ -386,15 +386,7 @@ def test_one_process_at_a_time(store, tmp_path):
         run(store, tmp_path / "run")
 
 
-def test_devices():
-    assert default_device("cpu") == torch.device("cpu")
-    assert default_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "meta", "cuda:99", ""):
-        with pytest.raises(ConfigError, match="device"):
-            default_device(name)
-
-
-def test_a_store_without_a_split(store, tmp_path):
+def test_a_store_without_a_split_is_refused_before_a_folder_is_made(store, tmp_path):
     empty = MemoryStore(valid=0)
     with pytest.raises(DataError, match="the store has no valid examples"):
         run(empty, tmp_path / "run")
@@ -413,7 +405,7 @@ def test_nan_in_a_batch_is_noticed_in_that_step(tmp_path, step):
         if split == "train":
             seen.append(indices)
             if len(seen) == step:
-                batch.concept_intensity[0] = float("nan")
+                batch.concept.intensity[0] = float("nan")
         return batch
 
     store.on_batch = poison
@@ -445,12 +437,12 @@ def test_a_bad_gradient_of_a_finite_loss_is_noticed(store, whole, tmp_path, valu
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
-def test_nan_in_a_validation(tmp_path):
+def test_nan_in_a_validation_stops_the_run_with_a_dump(tmp_path):
     store = MemoryStore()
 
     def poison(split, indices, batch):
         if split == "valid":
-            batch.concept_intensity[0] = float("nan")
+            batch.concept.intensity[0] = float("nan")
         return batch
 
     store.on_batch = poison
@@ -491,7 +483,7 @@ def test_a_file_that_cannot_grow_stops_the_run_with_the_reason(store, whole, tmp
 
 
 @pytest.mark.parametrize("gone", ["run", "run/checkpoints"])
-def test_a_folder_that_vanishes(store, tmp_path, gone):
+def test_a_run_folder_that_vanishes_stops_the_run_and_vanished_checkpoints_do_not(store, tmp_path, gone):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 5, lambda: (tmp_path / gone).rename(tmp_path / "moved"))
         if gone == "run":
@@ -504,7 +496,7 @@ def test_a_folder_that_vanishes(store, tmp_path, gone):
     assert (tmp_path / "run").exists() == (gone != "run")
 
 
-def test_a_folder_that_cannot_be_made(store, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="the run could not be written to .*file/run"):
         run(store, tmp_path / "file" / "run")

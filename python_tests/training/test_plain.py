@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from case_fast.batch import Batch
 from case_fast.data.pack import make_batch
+from case_fast.models import CASE
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
@@ -27,7 +28,7 @@ def handmade(*places: int) -> Batch:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("phase", CASE.phases)
 def test_three_lines_train(name, phase):
     model, batch = tiny_model(), random_batch(6)
     model.set_phase(phase)
@@ -42,7 +43,7 @@ def test_three_lines_train(name, phase):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("phase", CASE.phases)
 def test_autocast_to_bf16_stays_near_float32(phase):
     model, batch = tiny_model(), random_batch(6)
     model.set_phase(phase)
@@ -65,7 +66,7 @@ PARTS = {
 }
 
 
-def steps_of_process(rank: int, address: str, folder: str, phase: int, parts: list[tuple[int, ...]]) -> None:
+def steps_of_process(rank: int, address: str, folder: str, phase: str, parts: list[tuple[int, ...]]) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=len(parts))
     model = tiny_model(seed=rank)  # DDP gives all the weights of the first
@@ -83,7 +84,7 @@ def steps_of_process(rank: int, address: str, folder: str, phase: int, parts: li
 
 def all_cases(rank: int, folder: str) -> None:
     for name, parts in PARTS.items():
-        for phase in (1, 2):
+        for phase in CASE.phases:
             case = Path(folder) / f"{name} {phase}"
             case.mkdir(exist_ok=True)
             steps_of_process(rank, f"file://{case}/rendezvous", str(case), phase, parts)
@@ -93,7 +94,7 @@ def test_distributed_data_parallel_in_both_phases(tmp_path):
     """Two processes end with the same weights, those of one process that averages their gradients."""
     mp.spawn(all_cases, (str(tmp_path),), nprocs=2)
     for name, parts in PARTS.items():
-        for phase in (1, 2):
+        for phase in CASE.phases:
             ended = [torch.load(tmp_path / f"{name} {phase}" / str(rank), weights_only=True) for rank in (0, 1)]
             models = [tiny_model(seed=0), tiny_model(seed=0)]  # a model each: the word counts are each process's own
             for model in models:

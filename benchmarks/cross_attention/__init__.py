@@ -1,0 +1,1 @@
+"""The decoder's attention to three sources, one word at a time and in training (`case_fast.ops.cross_attention`)."""

@@ -1,0 +1,42 @@
+"""What chooses among our own kernels, for a while."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """CASE_FAST_BACKEND for a while."""
+    before = os.environ.get("CASE_FAST_BACKEND")
+    os.environ["CASE_FAST_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("CASE_FAST_BACKEND")
+        if before is not None:
+            os.environ["CASE_FAST_BACKEND"] = before
+
+
+@contextmanager
+def setting(module: str, **values: Any) -> Iterator[None]:
+    """Names of a module of `case_fast.ops` for a while."""
+    found = import_module(f"case_fast.ops.{module}")
+    before = {name: getattr(found, name) for name in values}
+    vars(found).update(values)
+    try:
+        yield
+    finally:
+        vars(found).update(before)
+
+
+@contextmanager
+def tiles(module: str, rows: int, columns: int) -> Iterator[None]:
+    """The largest tile of scores of a family's Triton kernels, for every dtype."""
+    usual = import_module(f"case_fast.ops.{module}").TILES
+    with backend("triton"), setting(module, TILES=dict.fromkeys(usual, (rows, columns))):
+        yield

@@ -1,0 +1,34 @@
+"""The baselines' equations, one plain-torch function each, in the order of docs/models.md; `case_fast.equations` is CASE's.
+
+No parameters, no state, any float dtype: the oracle of the tests and what the models call. Shapes and ragged rows as there.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor, smoothing: float, pad: int
+                   ) -> Tensor:
+    """(M,) KL of the smoothed target distribution to the model's, up to its entropy, which has no gradient.
+
+    The target has 1 - smoothing at the word itself, smoothing / (V - 2) at every other word but PAD, which has 0. Without any
+    (M, V) tensor: with z = weight h + bias and lse = nll + z_y,
+    (1 - e) nll + e / (V - 2) ((V - 2) lse - sum_v z_v + z_y + z_pad).
+
+    Args:
+        nll: (M,) -log P(target); hidden: (M, d); weight (V, d), bias (V,): of the words.
+    """
+    words = weight.shape[0]
+    of_target = (hidden * F.embedding(target, weight)).sum(-1) + bias[target]
+    of_all = hidden @ weight.sum(0) + bias.sum()
+    of_pad = hidden @ weight[pad] + bias[pad]
+    others = (words - 2) * (nll + of_target) - of_all + of_target + of_pad
+    return (1 - smoothing) * nll + smoothing / (words - 2) * others
+
+
+def emotion_scale(scale: str, dialogues: int, words: int) -> float:
+    """lambda of L = L_gen + lambda L_emo, L_gen a mean over target words: "one" 1; "dialogue" B / M, as if both were summed over
+    the batch; "batch" 1 / M, as if words were summed and emotions averaged, which the released Multi-TRS, MoEL and MIME do."""
+    return {"one": 1.0, "dialogue": dialogues / max(words, 1), "batch": 1 / max(words, 1)}[scale]

@@ -1,0 +1,36 @@
+"""Opening the source of inferences that the command line's ``--knowledge`` names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from case_fast.errors import ConfigError
+from case_fast.knowledge.source import KnowledgeSource
+
+_SPEC_FORMS = "'bundled', 'atomic:PATH' (a TSV file or a folder of them) or 'comet:DIR' (a COMET-BART folder)"
+
+
+def open_source(spec: str, device: str = "auto", **settings: Any) -> KnowledgeSource:
+    """Open the source that ``spec`` names: 'bundled', 'atomic:PATH' or 'comet:DIR'.
+
+    ``device`` (see `resolve_device`) matters to COMET alone; ``settings`` go to the source's constructor.
+
+    Raises:
+        ConfigError: the spec or a setting is not an accepted one.
+        DataError: the files it names are missing or unusable.
+    """
+    kind, _, path = spec.partition(":")
+    try:
+        if spec == "bundled" or (kind == "atomic" and path):
+            from case_fast.knowledge.atomic import AtomicRetrieval
+
+            return AtomicRetrieval(path, **settings) if path else AtomicRetrieval.bundled(**settings)
+        if kind == "comet" and path:
+            from case_fast.knowledge.comet import CometSource
+
+            return CometSource(path, device=device, **settings)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ConfigError(f"--knowledge {spec}: {error}") from error
+    raise ConfigError(f"--knowledge {spec!r} is not a source of inferences. Give {_SPEC_FORMS}")

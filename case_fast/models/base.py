@@ -1,0 +1,401 @@
+"""The contract of a model: what training, decoding, evaluation, chat, report and tables know of it, and nothing more.
+
+A model is one file with a `ModelConfig` and a `DialogueModel`, and one line in `case_fast.models.MODELS`. It writes ``read``
+(what it understands of a context, before a reply is known) and ``forward`` (the losses); decoding follows from the `Reading`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from case_fast import equations as eq
+from case_fast import ops
+from case_fast.batch import Batch
+from case_fast.errors import CheckpointError, ConfigError
+from case_fast.models.layers import DecoderState, Memory
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What decides the shape and the objective of any model; a model's own settings stand on top of these.
+
+    Attributes:
+        vocab_size: words, special tokens included.
+        emotions: emotion labels.
+        eos_id: the word that ends a reply.
+        d_model: width of every module; heads must divide it.
+        heads, layers, ffn: attention heads, layers of every encoder and decoder, width of the feed-forward nets.
+        encoder_dropout, decoder_dropout: dropout probabilities.
+    """
+
+    kind: ClassVar[str]  # the model's name in MODELS
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name of an ablation -> the settings that it changes
+    retired: ClassVar[tuple[str, ...]] = ()  # settings of earlier versions that changed nothing in evaluation: read over
+
+    vocab_size: int = 24_000
+    emotions: int = 32
+    eos_id: int = 3
+    d_model: int = 300
+    heads: int = 2
+    layers: int = 1
+    ffn: int = 300
+    encoder_dropout: float = 0.0
+    decoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "emotions", "d_model", "heads", "layers", "ffn"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.d_model % self.heads:
+            raise ConfigError(f"heads must divide d_model: {self.heads} does not divide {self.d_model}")
+        for item in fields(self):
+            if item.name.endswith("dropout") and not 0 <= getattr(self, item.name) < 1:
+                raise ConfigError(f"{item.name} must be in [0, 1), not {getattr(self, item.name)}")
+
+    def ablated(self, name: str) -> Self:
+        """These settings with one of the ablations ("w/o Graph", ...) carried out."""
+        if name not in self.ablations:
+            known = ", ".join(self.ablations) or f"{self.kind} has none"
+            raise ConfigError(f"unknown ablation {name!r}; one of {known}")
+        return replace(self, **self.ablations[name])
+
+    @property
+    def ablation(self) -> str:
+        """The ablation that these settings are, "" for the whole model or a mixture that has no name."""
+        touched = {setting for changed in self.ablations.values() for setting in changed}
+        defaults = {item.name: item.default for item in fields(self)}
+        changed = {name: getattr(self, name) for name in touched if getattr(self, name) != defaults[name]}
+        return next((name for name, row in self.ablations.items() if dict(row) == changed), "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, the model's name first."""
+        return {"model": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Undo `as_dict`; what is left out keeps its default.
+
+        Raises:
+            ConfigError: an unknown setting, or a value that cannot work.
+        """
+        values = {name: value for name, value in values.items() if name != "model" and name not in cls.retired}
+        known = [item.name for item in fields(cls)]
+        if unknown := [name for name in values if name not in known]:
+            raise ConfigError(f"unknown setting {', '.join(unknown)} of {cls.kind}; there are {', '.join(known)}")
+        return cls(**values)
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: the scalar to minimise. losses: its parts by name, before their weights.
+        hidden: (M, d) what the model's ``output`` makes next-word scores of; nll, prediction (M,): -log P of the target, argmax.
+        emotion_logits: (B, emotions) log-probabilities; None where the model predicts no emotion.
+        diagnostics: numbers worth a line in the log.
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    hidden: Tensor | None = None
+    nll: Tensor | None = None
+    prediction: Tensor | None = None
+    emotion_logits: Tensor | None = None
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Reading:
+    """What a model understood of a batch of contexts, before a reply is known: all that decoding needs.
+
+    Attributes:
+        memories: what the decoder attends to, in order.
+        emotion_logits: (B, emotions) log-probabilities, or None.
+        start: (B, d) takes the place of the scaled word BOS, or None.
+        gates: (B, n) weights of a model's own decoders, or None.
+        added: (B, d) what each decoder layer adds to all rows of a dialogue after its sources, or None.
+    """
+
+    memories: list[Memory]
+    emotion_logits: Tensor | None = None
+    start: Tensor | None = None
+    gates: Tensor | None = None
+    added: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.memories[0].rows.device
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return self.memories[0].cu.numel() - 1
+
+    def repeat(self, dialogue: int, count: int) -> Reading:
+        """One dialogue of it, ``count`` times: for the hypotheses of an uncached search."""
+
+        def row(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[dialogue].expand(count, *x.shape[1:])
+
+        memories = [memory.repeat(dialogue, count) for memory in self.memories]
+        return Reading(memories=memories, emotion_logits=row(self.emotion_logits), start=row(self.start), gates=row(self.gates),
+                       added=row(self.added))
+
+
+@dataclass(kw_only=True)
+class Why:
+    """What a model can say of its reasons, as tensors; None where it has no such thing.
+
+    Attributes:
+        emotion: (B, emotions) probabilities.
+        knowledge: (K,) weights of the inferences, packed by the batch's case.cu_knowledge.
+        concept: (V_ec,) weights of the vertices of G_EC, packed by the batch's concept.graph.cu_vertices.
+        gate: (B,) share of the concepts' side in the affection.
+    """
+
+    emotion: Tensor | None = None
+    knowledge: Tensor | None = None
+    concept: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", tags=["empathetic-dialogue"]):
+    """A model that answers dialogues: ``model(batch)`` takes a packed `Batch`, returns an `Output`; ``.loss.backward()`` trains.
+
+    A subclass makes ``embedding`` (the shared word table), ``decoder`` and ``output`` (d -> words) among its own parts, ends its
+    constructor with ``self.finish()``, and writes `read` and `forward`.
+
+    Attributes:
+        needs: parts of the `Batch` that it reads.
+        phases: of training, in order; the last one trains the whole objective.
+        presets: named changes to the training recipe, the first one the default.
+        published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
+        retired: buffers of weights of earlier versions that are read over.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    needs: ClassVar[tuple[str, ...]] = ("dialogue",)
+    phases: ClassVar[tuple[str, ...]] = ("all",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    retired: ClassVar[tuple[str, ...]] = ()
+
+    embedding: nn.Embedding
+    decoder: nn.Module
+    output: nn.Linear
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self._hub_mixin_config = config.as_dict()
+        self.phase = self.phases[-1]
+        self._frozen: list[nn.Parameter] = []
+
+    def finish(self) -> None:
+        """Initialise the weights, and freeze what the settings leave without any use."""
+        self._initialize()
+        for part in self.switched_off():
+            part.requires_grad_(False)
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+
+    # ---- what a model writes
+
+    def forward(self, batch: Batch) -> Output:
+        """Losses of a batch whose replies and emotions are known."""
+        raise NotImplementedError
+
+    def read(self, batch: Batch) -> Reading:
+        """Everything up to the decoder; needs no reply and no emotion."""
+        raise NotImplementedError
+
+    def explain(self, reading: Reading) -> Why:
+        """Its reasons, from the `Reading`; by default the emotion alone."""
+        return Why(emotion=None if reading.emotion_logits is None else reading.emotion_logits.exp())
+
+    def switched_off(self) -> Iterable[nn.Module | nn.Parameter]:
+        """Parts that the settings leave without any use."""
+        return ()
+
+    def unreached(self, phase: str) -> Iterable[nn.Module | nn.Parameter]:
+        """Parts that the loss of a phase does not reach."""
+        return ()
+
+    # ---- phases
+
+    def set_phase(self, name: str) -> None:
+        """Train this phase's loss: parameters that it does not reach are frozen, those of the phase before are trained again."""
+        if name not in self.phases:
+            raise ConfigError(f"{self.config.kind} has no phase {name!r}; it has {', '.join(self.phases)}")
+        self.phase = name
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+        for part in self.unreached(name):
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                if parameter.requires_grad:
+                    self._frozen.append(parameter.requires_grad_(False))
+
+    # ---- words
+
+    def look_up(self, words: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scaled rows of the shared table for several lists of words by name.
+
+        One lookup for all of them: the backward of each lookup fills a gradient as large as the table.
+        """
+        rows = self.embedding(torch.cat([*words.values()])) * self.config.d_model**0.5
+        return dict(zip(words, rows.split([len(ids) for ids in words.values()]), strict=True))
+
+    def place(self, rows: Tensor, position: Tensor) -> Tensor:
+        """word * sqrt(d) + sinusoidal position."""
+        return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
+
+    def place_packed(self, rows: Tensor, cu: Tensor) -> Tensor:
+        return self.place(rows, eq.segment_positions(cu, rows.shape[0]))
+
+    def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
+        """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
+        if vectors.dim() != 2 or vectors.shape[1] != self.config.d_model:
+            raise ValueError(f"vectors must be (n, {self.config.d_model}), not {tuple(vectors.shape)}")
+        with torch.no_grad():
+            self.embedding.weight[ids.long()] = vectors.to(self.embedding.weight)
+
+    # ---- the decoder over whole replies
+
+    def decode(self, rows: Tensor, cu: Tensor, reading: Reading, seed: int = 0) -> Tensor:
+        """(M, d) hidden states of packed decoder inputs: rows (M, d) are their scaled words, cu (B + 1,)."""
+        if reading.start is not None:
+            rows = rows.index_copy(0, cu[:-1], reading.start.to(rows.dtype))
+        return self.decoder(self.place_packed(rows, cu), cu, reading.memories, added=reading.added, seed=seed)
+
+    def word_losses(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(M,) -log P of the words ``target`` (M,) after hidden states (M, d), and the most probable words (M,)."""
+        return ops.linear_cross_entropy(hidden, self.output.weight, self.output.bias, target)
+
+    def reply_logits(self, words: Tensor, cu: Tensor, reading: Reading, last_only: bool = False) -> Tensor:
+        """(M, V) scores of the word after each of packed decoder inputs (M,), cu (B + 1,): the decoder without a cache.
+
+        ``last_only``: (B, V), after the last of each sequence alone.
+        """
+        hidden = self._reply(words, cu, reading)
+        return eq.full_precision(self.output(eq.take(hidden, cu[1:] - 1) if last_only else hidden))
+
+    def reply_nll(self, words: Tensor, cu: Tensor, reading: Reading, target: Tensor) -> Tensor:
+        """(M,) -log P of the words ``target`` (M,) after each of packed decoder inputs, as `reply_logits` scores them."""
+        return self.word_losses(self._reply(words, cu, reading), target)[0]
+
+    def _reply(self, words: Tensor, cu: Tensor, reading: Reading) -> Tensor:
+        return self.decode(self.embedding(words) * self.config.d_model**0.5, cu, reading)
+
+    # ---- decoding, one word at a time (case_fast.generation drives it)
+
+    def start_decoding(self, reading: Reading, beams: int = 1) -> DecoderState:
+        return self.decoder.start(reading.memories, beams, start=reading.start, added=reading.added)
+
+    def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
+        """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
+        return eq.full_precision(self.output(self._decode_step(words, position, state)))
+
+    def next_words(self, words: Tensor, position: int, state: DecoderState, k: int, never: Sequence[int] = ()
+                   ) -> tuple[Tensor, Tensor]:
+        """The k most probable next words and their log-probabilities among those not in ``never``, (B * beams, k) each.
+
+        The scores are those of `next_word_logits`; log-probabilities come first, the best and then the lowest word first.
+        """
+        hidden, bias = self._decode_step(words, position, state), self.output.bias
+        if never:
+            bias = bias.index_fill(0, torch.tensor(never, device=bias.device), -math.inf)
+        return ops.top_words(hidden, self.output.weight, bias, k)
+
+    def _decode_step(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
+        rows = self.embedding(words) * self.config.d_model**0.5
+        if position == 0 and state.start is not None:
+            rows = state.start.to(rows.dtype)
+        return self.decoder.step(self.place(rows, torch.full_like(words, position)), state)
+
+    # ---- weights on disk
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, map_location: str = "cpu") -> Self:
+        """The model that `save_pretrained` wrote into ``folder``, in evaluation mode, on the device ``map_location``.
+
+        Folders only, where the mixin would ask the network for any path that does not exist: fetch a model from the hub
+        first, with ``huggingface_hub.snapshot_download``. Strict: all weights and settings must be there and fit.
+
+        Raises:
+            CheckpointError: a part is missing, damaged, or not of this model.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        if (found := config.get("model", "case")) != cls.Config.kind:
+            remedy = "case_fast.models.load opens any of them"
+            raise CheckpointError(f"{folder} holds the model {found}, not {cls.Config.kind}: {remedy}")
+        try:
+            model = cls(cls.Config.from_dict(config))
+            model.load_weights(folder / "model.safetensors")
+        except (ValueError, TypeError) as error:
+            raise _not_of_this_model(folder, error) from error
+        return model.to(map_location).eval()
+
+    def load_weights(self, path: str | Path) -> None:
+        """Load a safetensors file of this model's weights, all of them and no others.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or not of this model.
+        """
+        try:
+            weights = {name: x for name, x in load_file(path).items() if name not in self.retired}
+            self.load_state_dict(weights)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise _not_of_this_model(Path(path).parent, error) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in FOLDER/config.json, the model's name among them (absent: case); `CheckpointError` if there are none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no JSON object")
+        return config
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_of_this_model(folder, error) from error
+
+
+def _not_of_this_model(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder}: missing, damaged or not of this model ({error}). Give a folder that save_pretrained wrote")
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Softmax, KL and the MIM sums run in float32 under autocast."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; the model's mode is restored after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

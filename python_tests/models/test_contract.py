@@ -1,0 +1,242 @@
+"""What every model of `MODELS` owes to training, decoding and evaluation, whichever it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import as_double, close, handmade_examples, random_batch, random_examples, same, split_rows, tensors, tiny_vocabulary
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from training_helpers import MemoryStore, outcome, records, run, tiny_run
+
+from case_fast.data.pack import make_batch
+from case_fast.errors import CheckpointError, ConfigError
+from case_fast.generation import GenerationConfig, generate, generate_uncached
+from case_fast.models import CASE, MODELS, DialogueModel, build, load, model_class
+from case_fast.models.base import Reading
+from case_fast.references import read_references
+
+GREEDY, BEAM = GenerationConfig(max_words=8), GenerationConfig(strategy="beam", beams=3, max_words=8)
+TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12}
+
+
+def tiny(name: str, **changes: object) -> DialogueModel:
+    """A few thousand weights, no dropout."""
+    torch.manual_seed(0)
+    settings = TINY | ({"graph_dropout": 0.0} if name == "case" else {"attention_width": 8}) | changes
+    return build(name, **settings)
+
+
+def outputs(model: DialogueModel, batch) -> list[dict[str, Tensor]]:
+    """hidden, nll and emotion of each dialogue."""
+    out = model(batch)
+    found = {"hidden": split_rows(out.hidden, batch.cu_target), "nll": split_rows(out.nll, batch.cu_target)}
+    if out.emotion_logits is not None:
+        found["emotion"] = list(out.emotion_logits)
+    return [{name: rows[b] for name, rows in found.items()} for b in range(batch.size)]
+
+
+pytestmark = pytest.mark.parametrize("name", MODELS)
+
+
+def test_a_model_names_what_it_is(name):
+    kind = model_class(name)
+    assert kind.Config.kind == name and issubclass(kind, DialogueModel) and kind.needs[0] == "dialogue"
+    assert tiny(name).config.as_dict()["model"] == name
+    assert all("source" in figures for figures in kind.published.values()) and "demo" in kind.presets
+    assert kind.Config.from_dict(tiny(name).config.as_dict()) == tiny(name).config
+
+
+def test_a_dialogue_does_not_depend_on_its_batch_and_gradients_add_up(name):
+    examples, texts = handmade_examples()
+    model = tiny(name).double().eval()
+    whole = as_double(make_batch(examples, texts))
+    alone = [as_double(make_batch([e], texts)) for e in examples]
+    backwards = outputs(model, as_double(make_batch(examples[::-1], texts)))[::-1]
+    for found, other, one in zip(outputs(model, whole), backwards, alone, strict=True):
+        (own,) = outputs(model, one)
+        for part, value in own.items():
+            same(found[part], value, 1e-10)
+            same(other[part], value, 1e-10)
+
+    def gradients(batches: list) -> list[Tensor | None]:
+        total = sum(model(batch).nll.sum() for batch in batches)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        return list(torch.autograd.grad(total, wanted, allow_unused=True))
+
+    for together, apart in zip(gradients([whole]), gradients(alone), strict=True):
+        assert (together is None) == (apart is None)
+        if together is not None:
+            same(together, apart, 1e-10)
+
+
+def test_cached_decoding_is_uncached_decoding_whatever_the_batch(name):
+    examples, texts = random_examples(6, seed=2)
+    model = tiny(name).double().eval()
+    with torch.no_grad():
+        model.output.weight *= 8  # replies that differ
+    batch = as_double(make_batch(examples, texts))
+    for config in (GREEDY, BEAM):
+        found = generate(model, batch, config)
+        expected = generate_uncached(model, batch, config)
+        assert [reply.words for reply in found] == [reply.words for reply in expected]
+        assert all(abs(a.score - b.score) < 1e-9 for a, b in zip(found, expected, strict=True))
+        alone = [generate(model, as_double(make_batch([e], texts)), config)[0].words for e in examples]
+        assert [reply.words for reply in found] == alone
+    assert len({reply.words for reply in found}) > 2
+
+
+def test_reading_sees_neither_the_reply_nor_the_emotion(name):
+    model, batch = tiny(name).eval(), random_batch(5)
+    case = replace(batch.case, response=batch.case.response * 0 + 9, response_role=batch.case.response_role * 0 + 9)
+    other = replace(batch, emotion=(batch.emotion + 7) % 32, target=batch.target * 0, decoder_input=batch.decoder_input * 0,
+                    case=case)
+    found = dict(tensors(model.read(other)))
+    assert found and all(tensor.equal(found[path]) for path, tensor in tensors(model.read(batch)))
+
+
+def test_forward_in_evaluation_is_reading_and_scoring(name):
+    model, batch = tiny(name).eval(), random_batch(5)
+    out, reading = model(batch), model.read(batch)
+    same(model.reply_nll(batch.decoder_input, batch.cu_target, reading, batch.target), out.nll, 1e-5)
+    assert (out.emotion_logits is None) == (reading.emotion_logits is None)
+    whole, quick = read_references(model, [batch], model), read_references(model, [batch])
+    assert all(close(a, b, 1e-5) for a, b in zip(whole.nll, quick.nll, strict=True)) and whole.words == batch.target.numel()
+    assert whole.accuracy == quick.accuracy and not quick.losses
+    assert whole.losses["generation"] == pytest.approx(out.losses["generation"].item(), rel=1e-5)
+    assert whole.losses["loss"] == pytest.approx(out.loss.item(), rel=1e-6)
+
+
+def test_every_trained_parameter_is_in_the_graph_of_each_phase(name):
+    model, batch = tiny(name).train(), random_batch(4)
+    for phase in model.phases:
+        model.set_phase(phase)
+        model.zero_grad()
+        model(batch).loss.backward()
+        assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    with pytest.raises(ConfigError, match=f"{name} has no phase 'else'; it has {', '.join(model.phases)}"):
+        model.set_phase("else")
+
+
+def test_a_batch_without_a_part_that_the_model_needs_is_refused(name):
+    examples, texts = random_examples(2)
+    model = tiny(name)
+    model(make_batch(examples, texts, model.needs))
+    for part in set(model.needs) - {"dialogue"}:
+        with pytest.raises(ConfigError, match=f"lacks what the model reads: {part}"):
+            model(make_batch(examples, texts, [need for need in model.needs if need != part]))
+
+
+@pytest.mark.slow
+def test_eight_dialogues_are_learnt_by_heart(name):
+    examples, texts = random_examples(8, seed=5)
+    smoothing = {} if name == "case" else {"label_smoothing": 0.0}
+    batch, model = make_batch(examples, texts), tiny(name, d_model=32, ffn=64, **smoothing).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        out = model(batch)
+        out.loss.backward()
+        optimizer.step()
+    assert model.eval()(batch).losses["generation"] < 0.05
+
+
+def test_bf16_autocast_stays_near_float32(name):
+    model, batch = tiny(name).eval(), random_batch(8)
+    exact = model(batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(model(batch).loss - exact) <= 0.02 * exact.abs()
+
+
+def test_words_alone_and_nothing_else_are_finite(name):
+    examples, texts = handmade_examples()
+    model = tiny(name).train()
+    for example in (examples[4], examples[6]):  # no knowledge, no reaction, no concept, no reply; one word
+        out = model(make_batch([example], texts))
+        out.loss.backward()
+        assert out.loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_saved_weights_come_back_as_the_model_they_are(name, tmp_path):
+    model, batch = tiny(name).eval(), random_batch(3)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == name
+    loaded = load(tmp_path)
+    assert type(loaded) is type(model) and loaded.config == model.config
+    assert loaded(batch).loss.equal(model(batch).loss)
+    other = next(kind for kind in MODELS if kind != name)
+    with pytest.raises(CheckpointError, match=f"holds the model {name}, not {other}"):
+        model_class(other).from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model": "oracle"}))
+    with pytest.raises(CheckpointError, match="'oracle', which this version does not know; it knows case, "):
+        load(tmp_path)
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(name, tmp_path):
+    settings = tiny_run().model if name == "case" else tiny(name, encoder_dropout=0.1, decoder_dropout=0.1).config
+    store = MemoryStore()
+    whole = run(store, tmp_path / "whole", tiny_run(model=settings))
+    run(store, tmp_path / "parts", tiny_run(model=settings, max_steps=6))
+    ended = run(store, tmp_path / "parts", tiny_run(model=settings), resume=True)
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts") and (whole.steps, whole.best) == (ended.steps, ended.best)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["kind"] == name
+    phases = [record["name"] for record in records(tmp_path / "whole", "phase")]
+    assert phases == list(model_class(name).phases)
+    with pytest.raises(ConfigError, match=f"cannot be resumed so: the model is {name} in the run and"):
+        run(store, tmp_path / "whole", tiny_run(model=tiny(next(k for k in MODELS if k != name)).config), resume=True)
+
+
+# ---- the first input and the added row of a `Reading`: room for models to come; here any model's decoder takes them
+
+
+def test_a_given_first_input_and_an_added_row_decode_alike_with_and_without_a_cache(name):
+    examples, texts = random_examples(3, seed=4)
+    model = tiny(name).double().eval()
+    with torch.no_grad():
+        model.output.weight *= 8
+    batch = as_double(make_batch(examples, texts))
+    start, added = torch.randn(2, 3, 16, dtype=torch.float64)
+    plain = model.read(batch)
+    opened = Reading(memories=plain.memories, start=start, added=added)
+    for config in (GREEDY, BEAM):
+        found = generate(model, batch, config, reading=opened)
+        model.read = lambda batch: opened
+        assert [reply.words for reply in found] == [reply.words for reply in generate_uncached(model, batch, config)]
+        del model.read
+        assert found != generate(model, batch, config, reading=plain)
+    words, cu = batch.decoder_input, batch.cu_target
+    both, neither = (model.reply_logits(words, cu, reading) for reading in (opened, plain))
+    assert not close(both, neither, 1e-3)
+    (whole,) = [split_rows(both, cu)[2]]
+    same(model.reply_logits(words[cu[2] :], torch.tensor([0, len(whole)]), opened.repeat(2, 1)), whole, 1e-10)
+    bos = model.embedding(words[cu[:-1]]) * model.config.d_model**0.5
+    same(model.reply_logits(words, cu, replace_reading(plain, start=bos)), neither, 1e-12)
+
+
+def replace_reading(reading: Reading, **changes: Tensor) -> Reading:
+    return Reading(memories=reading.memories, **changes)
+
+
+# ---- what earlier versions wrote
+
+
+def test_weights_of_earlier_versions_load(name, tmp_path):
+    if name != "case":
+        pytest.skip("there was only CASE")
+    model = tiny(name).eval()
+    model.save_pretrained(tmp_path)
+    config = {key: value for key, value in model.config.as_dict().items() if key != "model"} | {"seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"draws": torch.tensor(7)}, tmp_path / "model.safetensors")
+    for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):
+        assert loaded.config == model.config
+        assert all(a.equal(b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="there is no model 'cem'; one of case, "):
+        build("cem")
+    with pytest.raises(ConfigError, match="unknown setting colour of case"):
+        build("case", colour=1)
