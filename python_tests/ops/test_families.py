@@ -46,7 +46,7 @@ def test_the_table_holds_every_family_of_the_native_module(native):
 
 @of_family
 @pytest.mark.parametrize("row", ROWS)
-def test_row_of_the_scorecard(native, family, row):
+def test_the_row_of_the_scorecard_holds(native, family, row):
     size = SHARE.get(row, full_size(family, row))
     assert size <= full_size(family, row)
     with counted(family) as calls:
@@ -59,7 +59,7 @@ def test_row_of_the_scorecard(native, family, row):
 
 @of_family
 @pytest.mark.parametrize("row", [2, 3, 4, 5])
-def test_row_of_the_scorecard_on_the_reference(on_reference, family, row):
+def test_the_row_of_the_scorecard_holds_on_the_reference(on_reference, family, row):
     size = min(25, full_size(family, row))
     with counted(family) as calls:
         assert ROWS[row](family, size, "cpu") >= size

@@ -29,7 +29,7 @@ def native(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("variant", CrossAttention.VARIANTS, ids=["", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CrossAttention.ON_GPU)
-def test_decoded_against_float64(shape, dtype, variant, fused, monkeypatch):
+def test_without_gradients_it_keeps_the_rule(shape, dtype, variant, fused, monkeypatch):
     monkeypatch.setattr(CrossAttention.kernels(), "FEW_ROWS", 256 if fused else -1)
     case = case_of(CrossAttention, shape, dtype=dtype, **variant)
     with counted(CrossAttention) as calls, torch.no_grad():

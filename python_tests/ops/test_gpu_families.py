@@ -54,7 +54,7 @@ def taken(name: str, backend: str, shape: str, dtype: torch.dtype) -> bool:
     for way in ALL for shape in way.values[0][0].ON_GPU for dtype in DTYPES
     if taken(way.values[0][0].family, way.values[0][1], shape, dtype)
 ], indirect=["family"])
-def test_against_float64(family, shape, dtype):
+def test_results_and_gradients_keep_the_rule(family, shape, dtype):
     with counted(family) as calls:
         for variant in family.VARIANTS:
             case_of(family, shape, dtype=dtype, **variant).close_to_truth()
@@ -85,20 +85,20 @@ def test_nothing_is_read_that_was_not_written(family):
 
 @pytest.mark.parametrize("family", ALL, indirect=True)
 @pytest.mark.parametrize("place", range(3))
-def test_replayed_from_a_cuda_graph(family, place):
+def test_a_cuda_graph_replays_the_same_bits(family, place):
     shape = list(family.ON_GPU)[place]
     for variant in family.VARIANTS:
         assert gpu.replayed_is_launched(case_of(family, shape, **variant).results), shape
 
 
 @pytest.mark.parametrize("family", ways("native") + ways("triton", of=ATTENTION), indirect=True)
-def test_gradcheck_in_double(family):
+def test_gradients_are_the_numerical_ones_in_double(family):
     for recipe in family.GRADCHECK[8:15:3]:
         family.made(dtype=torch.float64, device=gpu.DEVICE, **recipe).gradcheck()
 
 
 @pytest.mark.parametrize("family", ways("native") + ways("triton", of=ATTENTION), indirect=True)
-def test_opcheck(family):
+def test_the_registered_ops_pass_opcheck(family):
     assert check_opcheck(family, 3, gpu.DEVICE) >= 6
 
 

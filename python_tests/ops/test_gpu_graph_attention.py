@@ -63,7 +63,7 @@ def test_nan_in_one_graph_stays_there():
     assert all(torch.equal(found[name][others], clean[name][others]) for name in ("out", "grad_query", "grad_key", "grad_value"))
 
 
-def test_compiled_without_breaks():
+def test_compiled_without_breaks_it_gives_the_same():
     arguments = case_of(GraphAttention, BATCH).arguments()
     compiled = torch.compile(lambda **x: graph_attention(**x) * 2, fullgraph=True)
     assert torch.equal(compiled(**arguments), graph_attention(**arguments) * 2)

@@ -32,7 +32,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", BEST)
-def test_the_most_probable_words(shape, dtype):
+def test_the_most_probable_words_keep_the_rule(shape, dtype):
     rows, words, dim, k = BEST[shape]
     case = LinearCrossEntropy.made(rows, words, dim, dtype=dtype, device=gpu.DEVICE, magnitude=2.0)
     exact = case.to(torch.float64)
@@ -87,7 +87,7 @@ def test_wrong_offsets_are_raised_at_the_next_call(place, wrong):
         raise_pending()
 
 
-def test_words_and_losses_are_replayed_from_a_cuda_graph_in_half_precision():
+def test_a_cuda_graph_replays_the_same_bits_in_half_precision():
     for shape in ("training", "bags of words"):
         for variant in LinearCrossEntropy.VARIANTS:
             assert gpu.replayed_is_launched(case_of(LinearCrossEntropy, shape, dtype=torch.bfloat16, **variant).results), shape
