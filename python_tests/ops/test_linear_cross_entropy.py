@@ -125,6 +125,11 @@ def test_top_words_of_a_row_do_not_depend_on_the_others(native):
         assert identical(together["log_probability"][row], alone[0][0]) and torch.equal(together["word"][row], alone[1][0])
 
 
+def test_of_equal_scores_the_loss_is_the_log_of_their_number(runs):
+    nll, _ = linear_cross_entropy(torch.zeros(4, 5), torch.zeros(6, 5), torch.zeros(6), torch.tensor([0, 5, 2, 0]))
+    assert close(nll, torch.full((4,), math.log(6)), 1e-6)
+
+
 def test_of_one_word_the_loss_is_exactly_zero(runs):
     for keep_bytes in (KEEP, RECOMPUTE):
         found = make_case(30, 1, keep_bytes=keep_bytes).results()

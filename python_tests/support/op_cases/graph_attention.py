@@ -100,10 +100,11 @@ class GraphAttention(Case):
     @classmethod
     def made(cls, vertices: int, edges: int, heads: int = 2, dim: int = 5, relations: int | None = 3, number: int = 0,
              dtype: torch.dtype = torch.float32, device: str = "cpu", isolated: float = 0.2, magnitude: float = 1.0,
-             layout: int = 0, long: int = 0, part: int = 0, hub: int = 0, **more: object) -> GraphAttention:
-        """relations None: plain attention. long: bits that say which of INDEX are int64. part: a batch of graphs of so many
-        vertices. hub: the first vertex has so many edges, and the second is at the end of as many."""
-        g = generator(number)
+             layout: int = 0, long: int | None = None, part: int = 0, hub: int = 0, **more: object) -> GraphAttention:
+        """relations None: plain attention. long: bits that say which of INDEX are int64; None: all, where floats are float64.
+        part: a batch of graphs of so many vertices. hub: the first vertex has so many edges, and the second is at the end of
+        as many."""
+        g, long = generator(number), 7 * (dtype == torch.float64) if long is None else long
         indptr, indices, relation = random_csr(vertices, edges, g, relations or 1, isolated)
         if part:
             indices = equations.segment_ids(indptr, edges).int() // part * part + indices % part
