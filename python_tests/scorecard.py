@@ -23,28 +23,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # what tests share is imported by bare names
 
-import bilinear_mim_checks
-import cross_attention_checks
-import graph_attention_checks
-import linear_cross_entropy_checks
-import packed_attention_checks
 import torch
+from op_cases import FAMILIES
+from op_checks import ROWS, Family, full_size
 
 from case_fast import ops
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = {
-    "bilinear_mim": bilinear_mim_checks.CHECKS,
-    "cross_attention": cross_attention_checks.CHECKS,
-    "graph_attention": graph_attention_checks.CHECKS,
-    "linear_cross_entropy": linear_cross_entropy_checks.CHECKS,
-    "packed_attention": packed_attention_checks.CHECKS,
-}
 SANITIZERS = ("address,undefined", "thread")
 
 
-def check_sanitizers(size: int, device: str) -> int:
-    """Row 8: the C++ test program built with each sanitizer, which ends it at the first report; returns the tests run."""
+def check_sanitizers(family: Family, size: int, device: str) -> int:
+    """Row 8, of all families at once: the C++ tests built with each sanitizer, which ends them at the first report; returns the
+    tests run."""
     cmake, ran = shutil.which("cmake"), 0
     assert cmake and shutil.which("ctest"), "row 8 needs cmake, ninja and a C++ compiler"
     for sanitizer in SANITIZERS[:size]:
@@ -64,11 +55,11 @@ def check_sanitizers(size: int, device: str) -> int:
     return ran
 
 
-def run_row(family: str, row: int, check: Callable[[int, str], int], size: int, device: str) -> dict:
+def run_row(family: Family, row: int, check: Callable[[Family, int, str], int], size: int, device: str) -> dict:
     started = time.monotonic()
-    found = {"family": family, "row": row, "check": check.__name__.removeprefix("check_"), "size": size, "device": device}
+    found = {"family": family.family, "row": row, "check": check.__name__.removeprefix("check_"), "size": size, "device": device}
     try:
-        found |= {"cases": check(size, device), "failures": 0, "said": ""}
+        found |= {"cases": check(family, size, device), "failures": 0, "said": ""}
     except Exception as error:  # any error fails the row and belongs in its report
         found |= {"cases": 0, "failures": 1, "said": f"{type(error).__name__}: {error}"}
     return found | {"seconds": round(time.monotonic() - started, 1)}
@@ -82,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    checks = FAMILIES[options.family] | {8: (check_sanitizers, len(SANITIZERS))}
+    family = FAMILIES[options.family]
+    checks = {row: (check, full_size(family, row)) for row, check in ROWS.items()} | {8: (check_sanitizers, len(SANITIZERS))}
     rows = sorted(checks) if options.row is None else options.row
     if unknown := set(rows) - set(checks):
         parser.error(f"no such rows: {sorted(unknown)}; there are {sorted(checks)}")
@@ -95,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     for row in rows:
         check, full = checks[row]
-        found = run_row(options.family, row, check, options.size or full, options.device)
+        found = run_row(family, row, check, options.size or full, options.device)
         results.append(found)
         print("| {row:>3} | {check:<14} | {cases:>7} | {failures:>8} | {seconds:>8} |".format(**found), flush=True)
     for found in results:

@@ -271,7 +271,7 @@ def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], c
 _library = torch.library.Library("case_fast", "FRAGMENT")
 # floats: for each source key, value, norm_weight, norm_bias, query_weight, output_weight, end to end.
 _INPUTS = "Tensor hidden, Tensor cu_hidden, Tensor[] floats, Tensor[] cu_keys, Tensor?[] key_of"
-_NUMBERS = "float eps, float dropout_p, float output_dropout_p, int seed"
+_NUMBERS = "float eps, float dropout_p, float output_dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
 # out, and what backward needs of it, as the kernel lays it out; empty unless it is to be kept.
 _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}, bool keep) -> (Tensor, Tensor)")
 # Gradients of hidden and of floats.

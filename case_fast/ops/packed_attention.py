@@ -212,7 +212,7 @@ def check_key_of(name: str, key_of: Tensor | None, sequences: int) -> None:
 
 _library = torch.library.Library("case_fast", "FRAGMENT")
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_query, Tensor cu_key, Tensor? key_of, Tensor? key_length"
-_NUMBERS = "bool causal, float scale, float dropout_p, int seed"
+_NUMBERS = "bool causal, float scale, float dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
 # out, and the log of the softmax' divisor (Tq, H) in float32 (float64 for float64 inputs), kept for backward.
 _library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)")
 # Gradients of query, key and value.

@@ -129,11 +129,11 @@ def check(examples: list[Example], texts: TextTable) -> Batch:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_ragged_examples_against_a_slow_loop(count, seed):
+def test_ragged_examples_are_packed_as_by_a_slow_loop(count, seed):
     check(*random_examples(count, seed))
 
 
-def test_the_same_example_twice_and_any_order():
+def test_examples_may_come_twice_and_in_any_order():
     examples, texts = random_examples(5, seed=3)
     check([examples[2], examples[2]], texts)
     check(examples[::-1], texts)
@@ -188,7 +188,7 @@ def test_dialogues_with_one_sentence_text_do_not_share_rows_across_dialogues():
     assert batch.case.cu_text.tolist() == [0, 3]  # the text itself is encoded once
 
 
-def test_no_knowledge_no_words_no_reply():
+def test_an_example_may_lack_knowledge_words_and_reply():
     texts = TextTable(VOCABULARY)
     batch = check([example("", {}, texts, "")], texts)
     assert batch.context.tolist() == [CLS] and batch.target.tolist() == [EOS] and batch.decoder_input.tolist() == [BOS]
@@ -197,7 +197,7 @@ def test_no_knowledge_no_words_no_reply():
     check([example("", {}, texts, ""), example("a . b", {"b": {"xWant": ["c"]}}, texts)], texts)
 
 
-def test_only_reactions_and_only_one_relation():
+def test_an_example_may_have_reactions_alone_or_one_relation():
     texts = TextTable(VOCABULARY)
     check([example("a", {"a": {"xReact": ["b"]}}, texts)], texts)
     for relation in ("xIntent", "xNeed", "xWant", "xEffect"):

@@ -58,7 +58,7 @@ def row(**changed: str) -> str:
 # ---- what a sound file gives
 
 
-def test_sound_file(tmp_path):
+def test_a_sound_file_is_read_whole(tmp_path):
     conversations, report = read_conversations(write(tmp_path, GOOD), "train")
     assert [(c.id, c.emotion, c.situation) for c in conversations] == [
         ("c:0", "sad", "My cat, old."),
@@ -81,7 +81,7 @@ def test_one_example_a_listener_turn(tmp_path):
     assert (examples[1].emotion, examples[1].situation) == ("sad", "My cat, old.")
 
 
-def test_two_listener_turns_in_a_row_and_a_third_author(tmp_path):
+def test_all_but_the_first_author_are_the_listener(tmp_path):
     lines = [HEADER, "c,1,sad,p,0,a,,", "c,2,sad,p,1,b,,", "c,3,sad,p,1,c,,", "c,4,sad,p,2,d,,", "c,5,sad,p,0,e,,"]
     (conversation,), _ = read_conversations(write(tmp_path, lines), "train")
     assert [turn.by_speaker for turn in conversation.turns] == [True, False, False, False, True]
@@ -122,7 +122,7 @@ def test_quotes_are_text(tmp_path):
     assert conversations[0].turns[1].text == 'He said "no' and report.rows == 6
 
 
-def test_compressed_csv(tmp_path):
+def test_a_compressed_csv_reads_the_same(tmp_path):
     expected = read_conversations(write(tmp_path / "a", GOOD), "train")[0]
     folder = write(tmp_path / "b", gzip.compress("\n".join(GOOD).encode()), "train.csv.gz")
     found, report = read_conversations(folder, "train")
@@ -269,7 +269,7 @@ def test_what_is_missing_is_named(tmp_path):
         read_conversations(tmp_path, "test")
 
 
-def test_endless_line_ends(tmp_path):
+def test_an_endless_line_is_refused(tmp_path):
     """300 kB that unpack to 300 MB of zeros without a line end."""
     write(tmp_path, gzip.compress(bytes(300 << 20), 9), "train.csv.gz")
     with pytest.raises(DataError, match=r"train\.csv\.gz:1: a line of more than 256 MiB: not a text file"):
@@ -303,7 +303,7 @@ def link(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
 
 
 @pytest.mark.parametrize(("name", "mode"), [("ed.tar.gz", "w:gz"), ("ed.tgz", "w:gz"), ("ed.tar", "w")])
-def test_official_archive(tmp_path, name, mode):
+def test_the_official_archive_reads_as_its_files(tmp_path, name, mode):
     expected = read_conversations(write(tmp_path / "a", GOOD), "train")[0]
     path = archive(tmp_path / name, {"empatheticdialogues/readme.txt": b"hello", **official()}, mode)
     for split in SPLITS:
@@ -319,7 +319,7 @@ def test_errors_inside_an_archive_name_member_and_line(tmp_path):
     assert read_conversations(path, "test")[1].lines == {"not 8 or 9 fields": [7]}
 
 
-def test_archive_without_a_split(tmp_path):
+def test_a_split_that_the_archive_lacks_is_named(tmp_path):
     members = official()
     del members["empatheticdialogues/valid.csv"]
     path = archive(tmp_path / "ed.tar.gz", members)
@@ -348,7 +348,7 @@ def test_traversal_names_write_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w"])
-def test_damaged_archives(tmp_path, mode):
+def test_a_damaged_archive_is_read_or_refused_by_name(tmp_path, mode):
     """Cut short or with flipped bits: read, or a typed error, never another exception."""
     name = "ed.tar.gz" if mode == "w:gz" else "ed.tar"
     rng = random.Random(5)
@@ -411,7 +411,7 @@ def test_archive_bombs_are_refused_at_once(tmp_path, bomb, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", gzip.compress(b"hello"), bytes(10_000)])
-def test_no_archive_at_all(tmp_path, content):
+def test_what_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "ed.tar.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"ed\.tar\.gz: (damaged archive|the archive holds no)"):
         read_conversations(tmp_path / "ed.tar.gz", "train")

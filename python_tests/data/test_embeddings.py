@@ -34,7 +34,7 @@ def same(found: dict[int, list[float]], expected: dict[int, list[float]]) -> boo
     return found.keys() == expected.keys() and all(np.allclose(found[i], expected[i]) for i in expected)
 
 
-def test_vectors_of_the_vocabulary_words(tmp_path):
+def test_the_words_of_the_vocabulary_get_their_vectors(tmp_path):
     found, report = read(tmp_path, GOOD)
     assert same(found, EXPECTED) and report.ignored == {"not in the vocabulary": 3} and not report.skipped
     assert "3 rows; not needed 3 (not in the vocabulary)" in report.summary()
@@ -53,7 +53,7 @@ def test_harmless_variants_read_the_same(tmp_path, content, name):
     assert same(read(tmp_path, content, name)[0], EXPECTED)
 
 
-def test_word2vec_header(tmp_path):
+def test_a_word2vec_header_is_no_word_and_must_fit(tmp_path):
     found, report = read(tmp_path, ["6 3", *GOOD])
     assert same(found, EXPECTED) and report.ignored["header"] == 1
     with pytest.raises(DataError, match=r"glove\.txt:1: the header says 4 numbers a word, the rows hold 3"):
@@ -62,7 +62,7 @@ def test_word2vec_header(tmp_path):
     assert read(tmp_path, ["2 1", "5 3", "cat 4"])[0] == {FIVE: [3], CAT: [4]}
 
 
-def test_words_with_blanks_and_odd_words(tmp_path):
+def test_words_may_hold_blanks_and_odd_signs(tmp_path):
     rows = [". . 9 9 9", "new york city 9 9 9", "\u00a0 9 9 9", "5 1 1 1", "café 2 2 2", *GOOD, "at name@domain.com 9 9 9"]
     found, report = read(tmp_path, rows)
     assert same(found, EXPECTED | {FIVE: [1, 1, 1], CAFE: [2, 2, 2]}) and not report.skipped
@@ -131,7 +131,7 @@ def test_unusable_file_is_a_typed_error(tmp_path, case):
     assert "Expected a word of the vocabulary and its numbers" in str(caught.value)
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt: input file not found"):
         read_glove(tmp_path / "nowhere.txt", VOCABULARY)
     with pytest.raises(DataError, match=r": input file is a folder, not a file"):

@@ -43,7 +43,7 @@ def words(ids) -> list[str]:
 # ---- context
 
 
-def test_context_words_roles_and_intensities():
+def test_each_context_word_has_its_role_and_intensity():
     found, _ = example(["My exam was lost.", "Sad!", "The zebra."])
     assert words(found.context) == "my exam was lost . sad ! the <unk> .".split()
     assert found.context_role.tolist() == [SPEAKER] * 5 + [LISTENER] * 2 + [SPEAKER] * 3
@@ -99,7 +99,7 @@ def test_source_keeps_the_texts():
 # ---- sub-utterances
 
 
-def test_sub_utterances():
+def test_sub_utterances_are_the_whole_and_its_sentences():
     assert sub_utterances("I  failed. So sad!") == ["I failed. So sad!", "I failed.", "So sad!"]
     assert sub_utterances("I failed.") == ["I failed.", "I failed."]  # t >= 1: u_0 = u_1
     assert sub_utterances("") == ["", ""]
@@ -124,7 +124,7 @@ def test_one_sentence_gives_two_sub_utterances_of_one_text():
 # ---- knowledge
 
 
-def test_knowledge_by_sub_utterance_and_relation():
+def test_knowledge_is_ordered_by_sub_utterance_and_relation():
     whole, one, two = sub_utterances("my exam . my dog .")
     inferences = {
         whole: {"xIntent": ["a", "b"], "xEffect": ["c"], "xReact": ["sad"]},
@@ -158,7 +158,7 @@ def test_inferences_are_limited_per_sub_utterance_and_relation():
     assert FeatureSettings().inferences_per_relation == 5
 
 
-def test_no_knowledge_at_all():
+def test_without_knowledge_the_parts_are_empty():
     found, _ = example(["a b"], {"a b": {}})
     for part in (found.knowledge, found.knowledge_sub, found.knowledge_relation, found.reaction, found.reaction_sub):
         assert part.shape == (0,) and part.dtype == np.int32
@@ -204,7 +204,7 @@ def test_a_concept_that_is_a_context_word_is_a_vertex_of_its_own():
     assert words(found.concept) == ["grim", "sad"] and len(found.concept_graph.indptr) - 1 == 1 + 2 + 2
 
 
-def test_no_concepts():
+def test_without_concepts_the_parts_are_empty():
     found, _ = example(["the cat"])
     assert found.concept.shape == found.concept_position.shape == found.concept_intensity.shape == (0,)
 
@@ -213,7 +213,7 @@ def test_no_concepts():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 511, 512, 513, 2000])
-def test_contexts_of_any_length(count):
+def test_contexts_of_any_length_are_cut_to_512_words(count):
     said = " ".join(random.Random(count).choices([*WORDS, "zebra"], k=count))
     found, _ = example([said])
     total = len(example([said], made=featurizer(max_context=10**6))[0].context)
@@ -247,7 +247,7 @@ def test_impossible_settings_are_named(setting):
 # ---- on disk
 
 
-def test_round_trip(tmp_path):
+def test_saved_and_loaded_it_makes_the_same_examples(tmp_path):
     made = featurizer(max_context=7, minimum_intensity=0.5)
     made.save(tmp_path / "f")
     loaded = Featurizer.load(tmp_path / "f")

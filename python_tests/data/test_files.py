@@ -99,12 +99,12 @@ def test_texts_are_written_in_one_step(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a.json"] and json.loads(path.read_text(encoding="utf-8")) == {"é": [1, 2]}
 
 
-def test_sha256(tmp_path):
+def test_sha256_is_that_of_the_content(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_required_files_and_folders(tmp_path):
+def test_a_required_file_or_folder_that_is_not_there_is_named(tmp_path):
     (tmp_path / "f").touch()
     assert require_file(str(tmp_path / "f"), "thing") == tmp_path / "f" and require_folder(tmp_path, "place") == tmp_path
     for function, path, message in (

@@ -44,14 +44,14 @@ def lawful(graph: CSR, vertices: int) -> None:
     assert all((relation == SELF) == (a == b) for a, b, relation in edges)
 
 
-def test_relation_ids():
+def test_relations_keep_their_order():
     assert COGNITION_GRAPH_RELATIONS == ("self", "global", "temporary", "xIntent", "xNeed", "xWant", "xEffect")
     assert CONCEPT_GRAPH_RELATIONS == ("self", "global", "temporary", "concept")
     assert COGNITION_GRAPH_RELATIONS[FIRST_COMMONSENSE:] == COGNITION_RELATIONS
     assert CONCEPT_GRAPH_RELATIONS[CONCEPT] == "concept"
 
 
-def test_cognition_graph_edge_by_edge():
+def test_a_cognition_graph_is_the_one_by_hand():
     """u_0 = 'I failed. So sad. Help!' and its three sentences; inferences a, b of u_0, c of u_2, d of u_3."""
     graph = cognition_graph(4, np.array([0, 0, 2, 3]), np.array([0, 3, 1, 2]))  # a xIntent, b xEffect, c xNeed, d xWant
     a, b, c, d = 4, 5, 6, 7
@@ -67,7 +67,7 @@ def test_cognition_graph_edge_by_edge():
     assert rows[d] == [(3, WANT), (d, SELF)]
 
 
-def test_smallest_cognition_graph():
+def test_the_smallest_cognition_graph_is_one_sentence():
     graph = cognition_graph(2, np.zeros(0, np.int32), np.zeros(0, np.int32))
     assert Counter(graph.edges()) == loops(2) + both_ways((0, 1, GLOBAL))
 
@@ -77,7 +77,7 @@ def test_equal_inferences_of_two_relations_are_two_vertices():
     assert Counter(graph.edges()) == loops(4) + both_ways((0, 1, GLOBAL), (1, 2, WANT), (1, 3, EFFECT))
 
 
-def test_concept_graph_edge_by_edge():
+def test_a_concept_graph_is_the_one_by_hand():
     """[CLS] my exam , my dog . exam, with concepts p of both 'exam's and q of 'dog' and of the first 'exam'."""
     graph = concept_graph(7, [(1, 0), (6, 0), (4, 1), (1, 1)], 2)
     p, q = 8, 9
@@ -90,7 +90,7 @@ def test_concept_graph_edge_by_edge():
 
 
 @pytest.mark.parametrize(("tokens", "edges"), [(0, 0), (1, 2), (2, 6)])
-def test_smallest_concept_graphs(tokens, edges):
+def test_the_smallest_concept_graphs_have_all_their_edges(tokens, edges):
     graph = concept_graph(tokens, [], 0)
     lawful(graph, 1 + tokens)
     assert len(graph.indices) == 1 + tokens + edges
@@ -103,7 +103,7 @@ def test_parallel_edges_count_separately():
 
 
 @given(pieces=st.integers(1, 8), knowledge=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 3)), max_size=40))
-def test_cognition_graph_laws(pieces, knowledge):
+def test_any_cognition_graph_keeps_the_laws(pieces, knowledge):
     subs = np.array([min(sub, pieces) for sub, _ in knowledge], dtype=np.int32)
     relations = np.array([relation for _, relation in knowledge], dtype=np.int32)
     graph = cognition_graph(pieces + 1, subs, relations)
@@ -121,7 +121,7 @@ def test_cognition_graph_laws(pieces, knowledge):
     concepts=st.integers(0, 10),
     pairs=st.lists(st.tuples(st.integers(0, 29), st.integers(0, 9)), max_size=30),
 )
-def test_concept_graph_laws(tokens, concepts, pairs):
+def test_any_concept_graph_keeps_the_laws(tokens, concepts, pairs):
     pairs = [(token, concept) for token, concept in pairs if token < tokens and concept < concepts]
     graph = concept_graph(tokens, pairs, concepts)
     lawful(graph, 1 + tokens + concepts)

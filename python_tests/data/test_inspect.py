@@ -43,7 +43,7 @@ def printed(store: Store, split: str = "train", index: int = 0, width: int = 300
     return console.file.getvalue()
 
 
-def test_describe(tmp_path):
+def test_describe_tells_every_part_of_an_example(tmp_path):
     found = describe(written(tmp_path, TURNS, "So sad."), "train", 0)
     words = "<unk> exam was <unk> . sad . my exam . my dog <unk>".split()
     assert {name: found[name] for name in ("id", "situation", "emotion", "context", "by_speaker", "response", "words",
@@ -108,7 +108,7 @@ def test_brackets_in_a_text_are_no_markup(tmp_path):
     assert text.count(said) >= 3 and "[/nothing] open" in text and "[/x]" in text
 
 
-def test_the_emptiest_example(tmp_path):
+def test_the_emptiest_example_can_be_shown(tmp_path):
     store = written(tmp_path, [Turn("", True)], "")
     found = describe(store, "train", 0)
     assert found["words"] == [] and found["concepts"] == [] and [sub["text"] for sub in found["sub_utterances"]] == ["", ""]

@@ -62,7 +62,7 @@ def test_an_utterance_and_its_event_have_the_same_terms(utterance, event):
     assert event_terms(utterance) == event_terms(event) != []
 
 
-def test_terms_by_hand():
+def test_terms_are_those_by_hand():
     # "broke" -> break; light "down" only in the pair; "my", "the" and the clitic go; no pair starts with a particle
     assert event_terms("My car's broken down near the bridge") == [
         *("car", "break", "near", "bridg"),
@@ -95,11 +95,11 @@ def test_terms_by_hand():
         ("", ""),
     ],
 )
-def test_wording_of_people(tail, wording):
+def test_people_are_worded_alike(tail, wording):
     assert neutral_wording(tail) == wording
 
 
-def test_clean_inferences():
+def test_inferences_are_cleaned():
     texts = [
         " none",
         "Happy",
@@ -125,14 +125,14 @@ def test_clean_inferences():
     assert clean_inferences(endless(), 2) == ["a", "b"]
 
 
-def test_relations():
+def test_the_relations_are_four_of_cognition_and_the_reaction():
     assert RELATIONS == (*COGNITION_RELATIONS, REACTION_RELATION) == ("xIntent", "xNeed", "xWant", "xEffect", "xReact")
 
 
 # --- retrieval
 
 
-def test_answers_by_hand(source):
+def test_answers_are_those_by_hand(source):
     exam, nothing = source.infer(["I failed my exam", "purple numbers"], RELATIONS, 5)
     # the exact event first, its most frequent reaction first; then the other failing
     assert exam == {
@@ -148,7 +148,7 @@ def test_answers_by_hand(source):
     assert source.infer([], RELATIONS, 5) == []
 
 
-def test_similarity_by_hand(source):
+def test_similarity_is_that_by_hand(source):
     # three events of three terms each; smooth idf = ln(4 / (1 + df)) + 1
     assert source.events == sorted([("fail", "exam", "fail exam"), ("fail", "test", "fail test"), ("lose", "dog", "lose dog")])
     one, two = math.log(4 / 2) + 1, math.log(4 / 3) + 1
@@ -159,7 +159,7 @@ def test_similarity_by_hand(source):
     assert second[1] == pytest.approx((two / length) ** 2, abs=1e-6)
 
 
-def test_the_same_in_any_chunk_order_and_company(source, monkeypatch):
+def test_an_answer_is_the_same_in_any_chunk_order_and_company(source, monkeypatch):
     texts = ["I failed my exam", "my dog is lost", "", "I failed a test", "I lost"] * 3
     together = source.infer(texts, RELATIONS, 5)
     assert together == [source.infer([text], RELATIONS, 5)[0] for text in texts]
@@ -167,7 +167,7 @@ def test_the_same_in_any_chunk_order_and_company(source, monkeypatch):
     assert source.infer(texts, RELATIONS, 5) == together
 
 
-def test_nearest_against_dense_cosine(tmp_path):
+def test_the_nearest_are_those_of_a_dense_cosine(tmp_path):
     rng = random.Random(5)
     words = [f"{a}{b}{c}" for a in "bdfgk" for b in "aio" for c in "mnrt"]
     heads = {" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(400)}
@@ -204,7 +204,7 @@ def test_an_event_without_the_relation_is_not_a_used_neighbour(tmp_path):
 # --- reading
 
 
-def test_orders_headers_and_a_folder(tmp_path, source):
+def test_columns_in_any_order_headers_and_folders_are_read(tmp_path, source):
     head, tail = "PersonX loses PersonX's dog", "to cry"
     folder = tmp_path / "many"
     folder.mkdir()
@@ -226,7 +226,7 @@ def test_orders_headers_and_a_folder(tmp_path, source):
     assert not any(report.skipped for report in many.reports)
 
 
-def test_counts_of_what_was_not_needed(source):
+def test_what_was_not_needed_is_counted(source):
     (report,) = source.reports
     assert report.rows == 7 and not report.skipped
     assert report.ignored == {"no inference (blank or none)": 2, "other relation": 1}
@@ -289,7 +289,7 @@ def test_nothing_usable_is_an_error(tmp_path, content, message):
     assert str(path) in str(error.value) and message in str(error.value) and "xIntent" in str(error.value)
 
 
-def test_missing_files(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="ATOMIC file not found"):
         AtomicRetrieval(tmp_path / "none.tsv")
     with pytest.raises(DataError, match=r"no \*\.tsv file in this folder"):
@@ -303,12 +303,12 @@ def test_missing_files(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"neighbours": 0}, {"minimum_similarity": 0.0}, {"minimum_similarity": 1.5}])
-def test_wrong_settings(tmp_path, wrong):
+def test_wrong_settings_are_named(tmp_path, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         AtomicRetrieval(write(tmp_path / "events.tsv", ROWS), **wrong)
 
 
-def test_wrong_requests(source):
+def test_wrong_requests_are_named(source):
     with pytest.raises(ConfigError, match="relations: 'xAttr' unknown"):
         source.infer(["a"], ["xAttr"], 5)
     with pytest.raises(ConfigError, match="k: 0"):
@@ -321,7 +321,7 @@ def test_bad_specs_name_the_accepted_ones(spec):
         open_source(spec)
 
 
-def test_specs(tmp_path):
+def test_a_spec_opens_its_source(tmp_path):
     path = write(tmp_path / "a:b.tsv", ROWS)
     assert isinstance(open_source(f"atomic:{path}", neighbours=3), AtomicRetrieval)
     with pytest.raises(ConfigError, match="beams"):
@@ -332,7 +332,7 @@ def test_specs(tmp_path):
         open_source(f"comet:{tmp_path / 'missing'}")
 
 
-def test_bundled():
+def test_the_bundled_events_answer():
     source = open_source("bundled")
     (answer,) = source.infer(["I failed my exam and I feel so sad"], RELATIONS, 5)
     assert sum(map(len, answer.values())) > 0
@@ -344,7 +344,7 @@ def test_bundled():
 
 
 @pytest.mark.skipif(not (REAL / "atomic").is_dir(), reason=f"no real data at {REAL}")
-def test_real_atomic():
+def test_real_atomic_answers():
     source = AtomicRetrieval(REAL / "atomic")
     assert sum(report.rows for report in source.reports) > 80_000
     assert not any(report.skipped for report in source.reports)

@@ -115,7 +115,7 @@ def test_chunks_follow_the_speed_of_the_source(tmp_path, monkeypatch):
         assert sizes == [16, 8, 4, 2, 1] + [1] * 9
 
 
-def test_half_surrogates_from_a_terminal(tmp_path):
+def test_half_surrogates_from_a_terminal_are_taken(tmp_path):
     with InferenceCache(tmp_path / "c.sqlite") as cache:
         (answer,) = CachedSource(Echo(), cache).infer(["bad \udce9 byte"], ["xWant"], 2)
         assert answer == {"xWant": ["xWant of bad ? byte 0", "xWant of bad ? byte 1"]}
@@ -181,7 +181,7 @@ def worker(path: Path, first: int, last: int, chunk: int, seconds: float = 0.0) 
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_kill_and_resume(tmp_path):
+def test_killed_it_keeps_what_was_finished(tmp_path):
     path, rng = tmp_path / "c.sqlite", random.Random(3)
     texts = [f"text {i}" for i in range(20_000)]
     kept = 0
@@ -205,7 +205,7 @@ def test_kill_and_resume(tmp_path):
         assert len(source.asked) == 40_000 - kept and len(cache) == 40_000
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_may_write_at_once(tmp_path):
     path = tmp_path / "c.sqlite"
     processes = [worker(path, first, first + 400, chunk=8) for first in (0, 200, 0)]  # overlapping, all from nothing
     for process in processes:
@@ -233,7 +233,7 @@ def test_a_long_lock_is_said(tmp_path, monkeypatch):
 # --- merging
 
 
-def test_merge(tmp_path, monkeypatch):
+def test_merge_adds_what_is_new(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_MERGE_CHUNK", 7)
     with InferenceCache(tmp_path / "a.sqlite") as a, InferenceCache(tmp_path / "b.sqlite") as b:
         a.store(*KEY, {"both": {"xWant": ["ours"]}, "only a": {"xWant": ["a"]}})
@@ -246,7 +246,7 @@ def test_merge(tmp_path, monkeypatch):
         assert len(b) == 33
 
 
-def test_merge_refuses(tmp_path):
+def test_merge_refuses_itself_and_what_is_no_cache(tmp_path):
     with InferenceCache(tmp_path / "a.sqlite") as a:
         with pytest.raises(ConfigError, match="into itself"):
             a.merge(tmp_path / "." / "a.sqlite")
@@ -342,7 +342,7 @@ def test_one_flipped_byte_never_gives_a_wrong_answer(tmp_path):
     assert noticed > 30  # the rest lay in unused space, or only hid a record, which is then asked again
 
 
-def test_no_folder_and_no_space(tmp_path):
+def test_a_missing_folder_and_a_full_disk_are_named(tmp_path):
     with pytest.raises(DataError, match="cannot be opened or made .* Check that the folder is there"):
         InferenceCache(tmp_path / "missing" / "c.sqlite")
     with InferenceCache(tmp_path / "c.sqlite") as cache:

@@ -100,7 +100,7 @@ def copy(folder, tmp_path) -> Path:
 # --- answers
 
 
-def test_shape_of_the_answers(source):
+def test_answers_hold_every_relation_and_no_special_token(source):
     answers = source.infer(TEXTS, RELATIONS, 5)
     assert len(answers) == len(TEXTS) and all(tuple(answer) == RELATIONS for answer in answers)
     flat = [texts for answer in answers for texts in answer.values()]
@@ -121,7 +121,7 @@ def test_batching_changes_nothing(folder, source):
     assert source.infer(TEXTS, ["xReact", "xWant"], 5) == [{r: a[r] for r in ("xReact", "xWant")} for a in together]
 
 
-def test_against_a_plain_beam_search(folder, source):
+def test_answers_are_those_of_a_plain_beam_search(folder, source):
     """One prompt at a time, straight through transformers: the prompt's form, the beams and their order."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
@@ -142,7 +142,7 @@ def test_fewer_inferences_are_the_best_ones(source):
         assert best["xNeed"] == all_of_them["xNeed"][: len(best["xNeed"])]
 
 
-def test_greedy(folder):
+def test_with_one_beam_texts_are_answered_as_one_by_one(folder):
     one = CometSource(folder, device="cpu", beams=1, max_new_tokens=6)
     answers = one.infer(TEXTS, RELATIONS, 1)
     assert answers == [one.infer([text], RELATIONS, 1)[0] for text in TEXTS]
@@ -178,7 +178,7 @@ def test_identity_is_the_content(folder, copy, tmp_path, source):
     json.dumps(source.settings)
 
 
-def test_cached(tmp_path, folder):
+def test_the_cache_answers_the_second_time(tmp_path, folder):
     source = CometSource(folder, device="cpu", max_new_tokens=8)
     with InferenceCache(tmp_path / "c.sqlite") as cache:
         first = CachedSource(source, cache).infer(TEXTS, RELATIONS, 5)
@@ -189,7 +189,7 @@ def test_cached(tmp_path, folder):
             CachedSource(source, cache).infer(["a new text"], RELATIONS, 5)
 
 
-def test_open_source(folder, monkeypatch):
+def test_a_comet_spec_opens_the_model(folder, monkeypatch):
     source = open_source(f"comet:{folder}", device="cpu", beams=3)
     assert isinstance(source, CometSource) and source.settings["beams"] == 3 and source.device.type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -295,7 +295,7 @@ def remote_code(folder: Path):
         (remote_code, "cannot be loaded"),
     ],
 )
-def test_broken_folders(copy, break_it, message):
+def test_broken_folders_are_named(copy, break_it, message):
     break_it(copy)
     with pytest.raises(DataError, match=message) as error:
         CometSource(copy, device="cpu")
@@ -303,7 +303,7 @@ def test_broken_folders(copy, break_it, message):
     assert not (copy / "executed").exists()
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"COMET folder not found\. Give the unpacked"):
         CometSource(tmp_path / "missing")
     (tmp_path / "file").write_text("")
@@ -315,17 +315,17 @@ def test_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"beams": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"max_input_tokens": 3}])
-def test_wrong_arguments(folder, wrong):
+def test_wrong_arguments_are_named(folder, wrong):
     with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}: "):
         CometSource(folder, **wrong)
 
 
-def test_more_inferences_than_beams(source):
+def test_more_inferences_than_beams_are_refused(source):
     with pytest.raises(ConfigError, match="k: 6 inferences asked of 5 beams; raise beams or lower k"):
         source.infer(["a"], ["xWant"], 6)
 
 
-def test_without_transformers(folder, monkeypatch):
+def test_without_transformers_the_remedy_is_said(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"needs the package transformers .*pip install 'case_fast\[comet\]'"):
         CometSource(folder, device="cpu")

@@ -35,7 +35,7 @@ def concepts(path: Path, **settings):
     return read_concepts(path, VOCABULARY, INTENSITY, {"the", "a"}, **settings)
 
 
-def test_the_best_three_by_hand(tmp_path):
+def test_the_best_three_are_those_by_hand(tmp_path):
     rows = [row("birthday", word) for word in ("party", "table", "dance", "fun", "love", "unrated", "joy", "grief")]
     best, report = concepts(write(tmp_path, *rows))
     assert best["birthday"] == ["joy", "love", "fun"]  # the tie of joy and love goes by the word
@@ -67,7 +67,7 @@ def test_repeats_count_once(tmp_path):
 
 
 @pytest.mark.parametrize("relation", [*sorted(EXCLUDED_RELATIONS), "dbpedia/genre", "dbpedia/occupation"])
-def test_excluded_relations(tmp_path, relation):
+def test_excluded_relations_do_not_count(tmp_path, relation):
     best, report = concepts(write(tmp_path, row("cake", "fun", relation)))
     assert best == {} and report.ignored == {"excluded relation": 1}
 
@@ -98,7 +98,7 @@ def test_there_are_sixteen_excluded_relations():
         ("\n", "blank line"),
     ],
 )
-def test_sound_rows_that_do_not_count(tmp_path, line, reason):
+def test_sound_rows_that_do_not_count_are_told_apart(tmp_path, line, reason):
     best, report = concepts(write(tmp_path, line, row("sea", "joy")))
     assert best == {"sea": ["joy"]} and report.ignored == {reason: 1} and not report.skipped
     assert "not needed 1" in report.summary()
@@ -109,7 +109,7 @@ def test_stop_words_are_neither_head_nor_neighbour(tmp_path):
     assert best == {}
 
 
-def test_suffixes_uris_and_weights(tmp_path):
+def test_suffixes_uris_and_weights_are_read(tmp_path):
     rows = [
         row("cake/n", "fun/n/wn/food"),
         "\t/r/IsA/\t/c/en/pie/n\t/c/en/joy\t" + json.dumps({"dataset": "/d/x", "weight": 2, "sources": [{"a": "\\t"}]}) + "\n",
@@ -176,7 +176,7 @@ def test_no_row_of_this_layout_is_an_error(tmp_path, content, message):
     assert "/c/en/a" in str(error.value)
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"missing\.csv: ConceptNet assertions file not found"):
         concepts(tmp_path / "missing.csv")
     with pytest.raises(DataError, match="is a folder, not a file"):
@@ -193,7 +193,7 @@ def test_missing_and_damaged_files(tmp_path):
             concepts(path)
 
 
-def test_wrong_settings(tmp_path):
+def test_wrong_settings_are_named(tmp_path):
     with pytest.raises(ConfigError, match="per_token: 0"):
         concepts(write(tmp_path, row("cake", "fun")), per_token=0)
 
@@ -230,7 +230,7 @@ def brute_force(lines: list[str], vocabulary, intensity, stop_words, per_token: 
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_stream_against_brute_force(tmp_path, seed):
+def test_the_stream_finds_what_brute_force_finds(tmp_path, seed):
     rng = random.Random(seed)
     strength = {f"w{i}": rng.choice([0.5, 0.6, 0.7, 0.8, 0.9]) for i in range(60)}  # many ties
     vocabulary, stop_words = {f"w{i}" for i in range(0, 60) if i % 5}, {"w1", "w2", "w3"}
@@ -257,7 +257,7 @@ def test_progress_tells_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_million_lines_in_bounded_memory(tmp_path):
+def test_a_million_lines_are_read_in_bounded_memory(tmp_path):
     """A tenth English, as in the full file; the answer, not the file, is what memory holds."""
     rng, path = random.Random(0), tmp_path / "big.csv.gz"
     with gzip.open(path, "wt", compresslevel=1) as file:
@@ -278,7 +278,7 @@ def test_a_million_lines_in_bounded_memory(tmp_path):
 
 
 @pytest.mark.skipif(not (REAL / "conceptnet").is_dir(), reason=f"no real data at {REAL}")
-def test_real_conceptnet_and_lexicon():
+def test_real_conceptnet_and_lexicon_give_the_known_numbers():
     lexicon = VADLexicon.read(REAL / "nrc_vad" / "NRC-VAD-Lexicon.txt")
     best, report = read_concepts(REAL / "conceptnet" / "assertions.csv", lexicon, lexicon.intensity, {"the", "a", "you"})
     assert report.rows + report.ignored.total() + report.skipped.total() == 101_200

@@ -22,7 +22,7 @@ def read(tmp_path: Path, content: str | bytes) -> VADLexicon:
     return VADLexicon.read(path)
 
 
-def test_intensity_by_hand(tmp_path):
+def test_intensity_is_that_by_hand(tmp_path):
     lexicon = read(tmp_path, HEADER + "grief\t0.1\t0.6\t0.2\n" + "table\t0.5\t0.0\t0.5\n" + "joy\t1.0\t1.0\t0.9\n"
                    + "wow\t0.8\t0.8\t0.5\n")
     # grief: (0.1, 0.3) - (0.5, 0) is a 3-4-5 triangle of length 0.5
@@ -35,7 +35,7 @@ def test_intensity_by_hand(tmp_path):
     assert lexicon.words["grief"] == (0.1, 0.6)
 
 
-def test_with_and_without_header_and_entries_of_several_words(tmp_path):
+def test_a_header_a_mark_or_more_columns_change_no_entry(tmp_path):
     rows = GOOD + "Alarm  Clock\t0.3\t0.7\t0.5\r\n\n" + "more columns\t0.3\t0.7\t0.5\tnote\n"
     for content in (rows, HEADER + rows, "\ufeff" + HEADER + rows, "term\tvalence\tarousal\tdominance\n" + rows):
         lexicon = read(tmp_path, content)
@@ -44,7 +44,7 @@ def test_with_and_without_header_and_entries_of_several_words(tmp_path):
         assert lexicon.report.ignored["blank line"] == 1
 
 
-def test_values_on_minus_one_to_one(tmp_path):
+def test_values_on_minus_one_to_one_are_rescaled(tmp_path):
     lexicon = read(tmp_path, HEADER + "grief\t-0.8\t0.2\t-0.6\n" + "joy\t1.0\t1.0\t0.8\n" + "table\t0\t-1\t0\n")
     assert lexicon.words == {"grief": pytest.approx((0.1, 0.6)), "joy": (1.0, 1.0), "table": (0.5, 0.0)}
     assert lexicon.intensity("grief") == pytest.approx((0.5 - 0.06467) / 0.607468)
@@ -102,7 +102,7 @@ def test_nothing_usable_is_an_error(tmp_path, content, message):
     assert "lexicon.txt: no usable row" in str(error.value) and message in str(error.value)
 
 
-def test_missing_and_damaged_files(tmp_path):
+def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"missing\.txt: input file not found"):
         VADLexicon.read(tmp_path / "missing.txt")
     with pytest.raises(DataError, match="is a folder, not a file"):
@@ -113,7 +113,7 @@ def test_missing_and_damaged_files(tmp_path):
 
 
 @pytest.mark.skipif(not (REAL / "nrc_vad").is_dir(), reason=f"no real data at {REAL}")
-def test_real_lexicon():
+def test_the_real_lexicon_is_read_whole():
     lexicon = VADLexicon.read(REAL / "nrc_vad" / "NRC-VAD-Lexicon.txt")
     assert len(lexicon) == lexicon.report.rows == 20_007
     assert not lexicon.report.skipped and not lexicon.report.notes

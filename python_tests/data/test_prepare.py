@@ -101,7 +101,7 @@ def content(store: Store) -> dict[str, bytes]:
 # ---- what is in the store
 
 
-def test_a_small_store_by_hand(inputs):
+def test_a_small_store_is_the_one_by_hand(inputs):
     record = Record()
     store = prepare(inputs, record)
     assert [store.size(split) for split in SPLITS] == [3, 1, 1]
@@ -185,13 +185,13 @@ def test_cut_contexts_are_said(inputs):
     assert all(len(store.example("train", i).context) <= 5 for i in range(3))
 
 
-def test_limit(inputs):
+def test_limit_counts_conversations_of_each_split(inputs):
     store = prepare(changed(inputs, limit=1))
     assert [store.size(split) for split in SPLITS] == [1, 1, 1]
     assert store.manifest["counts"]["conversations"] == {"train": 1, "valid": 1, "test": 1}
 
 
-def test_word_vectors(inputs):
+def test_word_vectors_are_stored_and_their_coverage_said(inputs):
     record = Record()
     store = prepare(changed(inputs, embeddings=str(Path(inputs.dialogues) / "glove.txt")), record)
     ids, vectors = store.embeddings()
@@ -203,7 +203,7 @@ def test_word_vectors(inputs):
     assert prepare(inputs).embeddings() is None
 
 
-def test_a_part_without_listener_turns(inputs):
+def test_a_part_may_have_no_listener_turns(inputs):
     (Path(inputs.dialogues) / "valid.csv").write_text(f"{HEADER}\nz,1,sad,p,0,Alone.,,\n")
     store = prepare(inputs)
     assert store.size("valid") == 0 and store.size("train") == 3
@@ -212,7 +212,7 @@ def test_a_part_without_listener_turns(inputs):
 # ---- the same inputs give the same store
 
 
-def test_the_bundled_sample_twice(sample_store, tmp_path):
+def test_the_bundled_sample_is_prepared_the_same_twice(sample_store, tmp_path):
     again = prepare(PrepareSettings("bundled", "bundled", "bundled", "bundled", str(tmp_path / "again")))
     assert content(again) == content(sample_store) and again.fingerprint == sample_store.fingerprint
     assert again.manifest["bundled"] is True and again.knowledge["spec"] == "bundled"
@@ -264,7 +264,7 @@ def test_ctrl_c_keeps_the_cache_and_the_next_run_asks_for_the_rest(tmp_path, mon
     assert prepare(changed(settings, out=str(tmp_path / "whole"))).fingerprint == store.fingerprint
 
 
-def test_a_cache_of_ones_own(inputs, tmp_path):
+def test_a_cache_may_lie_where_one_says(inputs, tmp_path):
     cache = tmp_path / "caches" / "k.sqlite"
     store = prepare(changed(inputs, cache=str(cache)))
     assert cache.is_file() and Path(store.knowledge["cache"]) == cache
@@ -405,7 +405,7 @@ def test_impossible_settings_are_named(inputs, setting):
 # ---- the real files
 
 
-def test_real_data(real_data, tmp_path):
+def test_real_data_are_prepared(real_data, tmp_path):
     store = real_store(real_data, tmp_path, limit=60)
     counts = store.manifest["counts"]
     assert counts["conversations"] == dict.fromkeys(SPLITS, 60) and counts["vocabulary"] > 500

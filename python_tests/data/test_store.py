@@ -105,7 +105,7 @@ def test_any_text_comes_back(tmp_path, made):
     assert store.splits == ()
 
 
-def test_word_vectors(store, tmp_path, made):
+def test_word_vectors_come_back(store, tmp_path, made):
     ids, vectors = store.embeddings()
     assert torch.equal(ids, torch.tensor([8, 10, 11], dtype=torch.int32)) and torch.equal(vectors, torch.arange(12.0).view(3, 4))
     assert open_store(write(tmp_path / "b.store", *made)).embeddings() is None
@@ -155,14 +155,14 @@ def test_the_bundled_sample_is_what_the_readers_give(sample_store):
             assert found.emotion == EMOTIONS.index(turn.emotion)
 
 
-def test_package_front_door(sample_store):
+def test_the_package_opens_a_store(sample_store):
     assert isinstance(case_fast.open_store(str(sample_store.path)), case_fast.Store)
 
 
 # ---- what a caller may get wrong
 
 
-def test_split_and_index_errors(store):
+def test_an_unknown_split_or_index_is_named(store):
     with pytest.raises(ValueError, match="split 'dev' is not in this store; it has train, valid, test"):
         store.size("dev")
     for index in (-1, 40):
@@ -337,7 +337,7 @@ def test_emotions_in_another_order_are_refused_by_name(store):
 
 @pytest.mark.parametrize("part", ["manifest.json", "vocabulary.json", "features.json", "texts.safetensors", "valid.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "folder", "link to nothing", "link to itself", "link to a device", "pipe"])
-def test_missing_parts_and_links_to_no_file(store, part, how):
+def test_a_missing_part_or_a_link_to_no_file_is_refused(store, part, how):
     path = store.path / part
     path.unlink()
     if how == "folder":
@@ -361,7 +361,7 @@ def test_a_split_name_is_no_path(store):
     assert open_store(store.path).splits == ("valid",)
 
 
-def test_no_store_at_all(tmp_path):
+def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere: store not found. Make one with case-fast prepare"):
         open_store(tmp_path / "nowhere")
     (tmp_path / "file").touch()
@@ -372,7 +372,7 @@ def test_no_store_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-4], lambda raw: b"", header_with(lambda h: h.update(v=h.pop("vectors")))])
-def test_damaged_word_vectors(store, damage):
+def test_damaged_word_vectors_are_named(store, damage):
     path = store.path / "embeddings.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"embeddings\.safetensors: damaged"):

@@ -60,7 +60,7 @@ TALK = st.lists(
         (" \t\n ", ""),
     ],
 )
-def test_tokenize(text, words):
+def test_tokenize_gives_the_words_by_hand(text, words):
     assert tokenize(text) == words.split()
 
 
@@ -159,7 +159,7 @@ def test_detokenize_writes_contractions_long_and_capitals():
         ("   ", [""]),
     ],
 )
-def test_split_sentences(text, pieces):
+def test_sentences_are_split_as_by_hand(text, pieces):
     assert split_sentences(text) == pieces
 
 

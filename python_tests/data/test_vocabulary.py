@@ -16,7 +16,7 @@ from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, PAD, SEP, SPEAKER
 from case_fast.errors import DataError
 
 
-def test_special_ids():
+def test_special_tokens_come_first_in_their_order():
     vocabulary = Vocabulary(SPECIALS)
     assert vocabulary.decode([PAD, UNK, BOS, EOS, CLS, SEP, SPEAKER, LISTENER]) == list(SPECIALS)
     assert [vocabulary.ids[word] for word in SPECIALS] == list(range(8)) and len(vocabulary) == 8
@@ -55,7 +55,7 @@ def test_no_text_can_name_a_special_token(text):
     assert not set(SPECIALS) & set(tokenize(text + " <pad> <speaker>" + text))
 
 
-def test_round_trip(tmp_path):
+def test_saved_and_loaded_it_holds_the_same_words(tmp_path):
     words = [*SPECIALS, "cat", 'quote"', "naïve", "🙂", "\u2028", "back\\slash"]
     Vocabulary(words).save(tmp_path / "v.json")
     assert Vocabulary.load(tmp_path / "v.json").words == tuple(words)
@@ -90,7 +90,7 @@ def test_damaged_file_is_a_typed_error(tmp_path, case):
     assert str(caught.value).startswith(f"{path}: ") and str(caught.value).endswith("Prepare the store again.")
 
 
-def test_other_damage(tmp_path):
+def test_missing_files_noise_and_links_to_themselves_are_named(tmp_path):
     path = tmp_path / "vocabulary.json"
     with pytest.raises(DataError, match="vocabulary not found"):
         Vocabulary.load(path)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import dot, generator, gradcheck, normal, offsets, random_csr, same, sigmoid, slow_philox, softmax
+from helpers import dot, generator, gradcheck, normal, offsets, same, sigmoid, slow_philox, softmax
+from op_cases.graph_attention import random_csr
 from torch import Tensor
 
 from case_fast import equations as eq

@@ -35,7 +35,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_report_of_the_built_module():
+def test_the_report_says_what_was_built():
     native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
     report = native_report()
     assert report == {"available": True, "reason": "", **native.report()}

@@ -157,24 +157,6 @@ def random_batch(count: int, seed: int = 0) -> Batch:
     return make_batch(examples, texts)
 
 
-def random_csr(
-    vertices: int, edges: int, generator: torch.Generator, relations: int = 3, isolated: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """indptr, indices, relation (int32) of a random graph with parallel edges; a share of its vertices ``isolated``."""
-    degree = torch.zeros(vertices, dtype=torch.int64)
-    lonely = torch.rand(vertices, generator=generator) < isolated
-    if vertices and edges and not lonely.all():
-        allowed = (~lonely).nonzero().squeeze(1)
-        rows = allowed[torch.randint(len(allowed), (edges,), generator=generator)]
-        degree = torch.bincount(rows, minlength=vertices)
-    else:
-        edges = 0
-    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), degree.cumsum(0)])
-    indices = torch.randint(max(vertices, 1), (edges,), generator=generator)
-    relation = torch.randint(max(relations, 1), (edges,), generator=generator)
-    return indptr.int(), indices.int(), relation.int()
-
-
 def as_double(batch: Batch) -> Batch:
     """The batch with its floating-point fields in float64."""
     return batch._map(lambda x: x.double() if x.is_floating_point() else x)

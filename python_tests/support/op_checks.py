@@ -1,4 +1,8 @@
-"""What the checks of all kernel families share: bits, strides, counted calls, buffers full of NaN, and threads."""
+"""The scorecard's rows, said once for every family of ops: the tests run a share of each, `python -m python_tests.scorecard` all.
+
+A check takes a family, the number of cases and a device, returns how many cases it looked at, and raises AssertionError on a
+failure.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,140 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from op_case import Case, generator
 from torch import Tensor
 
+from case_fast import ops
 from case_fast.ops import backend
 
+Family = type[Case]
 
-def strided(x: Tensor, layout: int) -> Tensor:
-    """The same values in memory laid out otherwise; 0 leaves it as it is."""
-    if layout == 0 or x.dim() == 1 and layout % 2 == 0:
-        return x
-    if x.dim() == 1:
-        return torch.stack([x, torch.full_like(x, -7)], dim=1)[:, 0]
-    if layout % 3 == 0:
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout % 3 == 1:
-        return torch.cat([torch.full_like(x, torch.nan), x], dim=-1)[..., x.shape[-1] :]
-    return x.flip(0).contiguous().flip(0).transpose(0, 1).contiguous().transpose(0, 1)
+
+def check_opcheck(family: Family, size: int, device: str) -> int:
+    """Row 1: torch.library.opcheck of the registered ops."""
+    runs, seen = ops.backend_name(family.family, device), 0
+    assert runs != "reference", "the registered ops call kernels, and there is none here"
+    for recipe in family.OPCHECK[:size]:
+        for op, arguments in family.made(device=device, **recipe).registered(runs):
+            torch.library.opcheck(op, arguments)
+            seen += 1
+    return seen
+
+
+def check_gradcheck(family: Family, size: int, device: str) -> int:
+    """Row 2: analytic against numerical gradients in float64."""
+    recipes = family.GRADCHECK[:size]
+    for recipe in recipes:
+        family.made(dtype=torch.float64, device=device, **recipe).gradcheck()
+    return len(recipes)
+
+
+def check_fuzz(family: Family, size: int, device: str) -> int:
+    """Row 3: results and all gradients against float64, on whatever hypothesis thinks of. Values are kept of order 1: with
+    scores in the tens, one rounding of one score is above the rule's 1e-5, and which of two equally good sums it hits is luck;
+    `mean_errors` compares those on average."""
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
+    kinds = [torch.float32] * 4 + [torch.float64, torch.bfloat16] + [torch.float16] * (device != "cpu")
+    seen = 0
+
+    @st.composite
+    def recipes(draw: Callable) -> dict:
+        alike = {"number": st.integers(0, 2**31), "dtype": st.sampled_from(kinds), "layout": st.integers(0, 5),
+                 "magnitude": st.sampled_from([0.1, 0.5, 1.0])}
+        return family.recipe(draw, st) | {name: draw(choice) for name, choice in alike.items()}
+
+    @settings(max_examples=size, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(recipes())
+    def compare(recipe: dict) -> None:
+        nonlocal seen
+        seen += 1
+        family.made(device=device, **recipe).close_to_truth()
+
+    compare()
+    return seen
+
+
+def check_bad_indices(family: Family, size: int, device: str) -> int:
+    """Row 4: an entry that names nothing is an IndexError that names its argument, before anything is computed; the next good
+    call gives the same bits as ever."""
+    g = generator(4)
+    for number in range(size):
+        case, name, broken, said = family.damaged(number, g, device)
+        expected = case.call()
+        if number % 5 == 0:
+            broken = broken.having({leaf: x.clone().requires_grad_() for leaf, x in broken.floats().items()})
+        try:
+            family.public(**broken.arguments(), validate=True)
+        except IndexError as error:
+            assert str(error).startswith(f"{name} "), f"{name}{said} gave: {error}"
+        else:
+            raise AssertionError(f"{name}{said} was taken")
+        assert all(identical(x, expected[key]) for key, x in case.call().items())
+    return size
+
+
+def check_nan_isolation(family: Family, size: int, device: str) -> int:
+    """Row 5: NaN or infinities in some rows leave the bits of results and gradients of the others, and show in their own."""
+    for number in range(size):
+        clean, broken, poison, said, kept, shown, equal = family.poisoned(number, generator(number), device)
+        said = f"number {number}: {poison} in {said}"
+        before, found = clean.results(), broken.results()
+        for name, mask in kept.items():
+            assert identical(found[name][mask], before[name][mask]), f"{said} reached others' {name}"
+        for name, mask in shown.items():
+            x = found[name][mask]
+            assert (x.isnan() if poison != poison else ~x.isfinite()).all(), f"{said} was hidden from {name}"
+        for name, value in equal.items():
+            assert (found[name] == value).all(), f"{said} was hidden from {name}"
+    return size
+
+
+def check_prefilled(family: Family, size: int, device: str) -> int:
+    """Row 6: outputs full of NaN, and on CPU workspaces full of 0xFE bytes (glibc's MALLOC_PERTURB_): the same bits."""
+    clean = digests(family, device)
+    with nan_filled(family.kernels()) as filled:
+        for _ in range(size):
+            assert digests(family, device) == clean
+    assert {"_outputs", "_gradients"} <= filled
+    if device == "cpu" and sys.platform == "linux":
+        here = Path(__file__).resolve().parent
+        code = ("import op_cases, op_checks, torch; torch.set_num_threads(1); "
+                f"print(*op_checks.digests(op_cases.FAMILIES[{family.family!r}], 'cpu'))")
+        environment = os.environ | {"MALLOC_PERTURB_": "1", "MALLOC_MMAP_MAX_": "0"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == clean, "a workspace is read before it is written"
+    return (size + 1) * len(clean)
+
+
+def check_determinism(family: Family, size: int, device: str) -> int:
+    """Row 11: `size` runs, each by 1, 2 and 3 threads on CPU, give one sha256 a case."""
+    threads = torch.get_num_threads()
+    expected, seen = digests(family, device), 0
+    try:
+        for _ in range(size):
+            for count in (1, 2, 3) if device == "cpu" else (threads,):
+                torch.set_num_threads(count)
+                assert digests(family, device) == expected, f"{count} threads"
+                seen += len(expected)
+    finally:
+        torch.set_num_threads(threads)
+    return seen
+
+
+ROWS = {1: check_opcheck, 2: check_gradcheck, 3: check_fuzz, 4: check_bad_indices, 5: check_nan_isolation, 6: check_prefilled,
+        11: check_determinism}
+
+
+def full_size(family: Family, row: int) -> int:
+    """The cases of a row of the scorecard."""
+    return {1: len(family.OPCHECK), 2: len(family.GRADCHECK), 3: 10_000, 4: 1_000, 5: 500, 6: 3, 11: 10}[row]
+
+
+# ---- what checks and tests look with
 
 
 def identical(a: Tensor, b: Tensor) -> bool:
@@ -45,14 +167,32 @@ def digest(found: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def digests(family: Family, device: str) -> list[str]:
+    return [digest(run()) for run in family.runs(device)]
+
+
+def mean_errors(made: Callable[[int], Case], number: int) -> dict[str, float]:
+    """Root mean square error over `number` cases, of results and gradients, over plain torch's."""
+    ours, theirs = Counter(), Counter()
+    for place in range(number):
+        case = made(place)
+        found, plain = case.results(), case.results(case.plain)
+        for name, true in case.to(torch.float64).results(case.plain).items():
+            if true.is_floating_point():
+                ours[name] += (found[name].double() - true).square().mean().item()
+                theirs[name] += (plain[name].double() - true).square().mean().item()
+    return {name: (ours[name] / theirs[name]) ** 0.5 for name in ours if ours[name]}
+
+
 @contextmanager
-def counted(family: str) -> Iterator[Counter]:
-    """How often each native function of a family is called within."""
+def counted(family: Family) -> Iterator[Counter]:
+    """How often each native function of a family is called within; nothing where there is no native module."""
     calls: Counter = Counter()
-    originals = {name: getattr(backend.native, name) for name in dir(backend.native) if name.startswith(f"{family}_")}
+    native, own = getattr(backend, "native", None), (f"{family.family}_", *family.NATIVE)
+    originals = {name: getattr(native, name) for name in dir(native) if name.startswith(own)}
 
     def counting(name: str) -> Callable:
-        def call(*arguments: object) -> int:
+        def call(*arguments: object) -> object:
             calls[name] += 1
             return originals[name](*arguments)
 
@@ -60,64 +200,34 @@ def counted(family: str) -> Iterator[Counter]:
 
     try:
         for name in originals:
-            setattr(backend.native, name, counting(name))
+            setattr(native, name, counting(name))
         yield calls
     finally:
         for name, original in originals.items():
-            setattr(backend.native, name, original)
+            setattr(native, name, original)
 
 
 @contextmanager
-def nan_filled(kernels: ModuleType) -> Iterator[None]:
-    """Every tensor that this module of ops makes for a kernel to write is full of NaN before; of integers, of -7."""
+def nan_filled(kernels: ModuleType) -> Iterator[set[str]]:
+    """Every tensor that this module of ops makes for a kernel to write is full of NaN before; of integers, of -7. Gives the
+    names of the functions that made some."""
     makers = {name: getattr(kernels, name) for name in ("_outputs", "_gradients", "_best") if hasattr(kernels, name)}
+    used: set[str] = set()
 
-    def filled(make: Callable) -> Callable:
+    def filled(name: str, make: Callable) -> Callable:
         def made(*arguments: object) -> list | tuple:
             found = make(*arguments)
+            used.add(name)
             return type(found)(x.fill_(torch.nan if x.is_floating_point() else -7) for x in found)
 
         return made
 
     try:
         for name, make in makers.items():
-            setattr(kernels, name, filled(make))
-        yield
+            setattr(kernels, name, filled(name, make))
+        yield used
     finally:
         for name, make in makers.items():
             setattr(kernels, name, make)
 
 
-def prefilled(checks: str, kernels: ModuleType, size: int, device: str) -> int:
-    """Row 6 for the module `checks` with its ``digests``: outputs full of NaN, and on CPU workspaces full of 0xFE bytes
-    (glibc's MALLOC_PERTURB_): the same bits."""
-    digests = sys.modules[checks].digests
-    clean = digests(device)
-    with nan_filled(kernels):
-        for _ in range(size):
-            assert digests(device) == clean
-    if device == "cpu" and sys.platform == "linux":
-        here = Path(__file__).resolve().parent
-        code = f"import {checks} as c, torch; torch.set_num_threads(1); print(*c.digests('cpu'))"
-        environment = os.environ | {"MALLOC_PERTURB_": "1", "MALLOC_MMAP_MAX_": "0"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == clean, "a workspace is read before it is written"
-    return (size + 1) * len(clean)
-
-
-def deterministic(digests: Callable[[str], list[str]], size: int, device: str) -> int:
-    """Row 11: `size` runs, each by 1, 2 and 3 threads on CPU, give one sha256 a case."""
-    threads = torch.get_num_threads()
-    expected = digests(device)
-    runs = 0
-    try:
-        for _ in range(size):
-            for count in (1, 2, 3) if device == "cpu" else (threads,):
-                torch.set_num_threads(count)
-                assert digests(device) == expected, f"{count} threads"
-                runs += len(expected)
-    finally:
-        torch.set_num_threads(threads)
-    return runs

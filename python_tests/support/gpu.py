@@ -1,0 +1,74 @@
+"""What the test files of a GPU share; where there is none, importing this skips them. Needs only torch, numpy and pytest."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from op_case import Case
+from op_checks import identical
+from torch import Tensor
+
+from case_fast.ops import backend_name, native_report
+from case_fast.ops.device_flag import raise_pending
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+DEVICE = "cuda"
+NEEDS = {
+    "native": pytest.mark.skipif(not native_report().get("cuda"), reason="the native module was built without CUDA"),
+    "triton": pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+}
+
+
+@contextmanager
+def running(monkeypatch: pytest.MonkeyPatch, family: type[Case], backend: str, plan: int = 0) -> Iterator[None]:
+    """With this backend, and of its kernels this plan (0: theirs to choose); at the end what they have found is raised."""
+    monkeypatch.setenv("CASE_FAST_BACKEND", backend)
+    if hasattr(family.kernels(), "PLAN_AUTO"):
+        monkeypatch.setattr(family.kernels(), "PLAN_AUTO", plan)
+    assert backend_name(family.family, DEVICE) == backend
+    torch.manual_seed(0)
+    yield
+    torch.cuda.synchronize()
+    raise_pending()
+
+
+def case_of(family: type[Case], shape: str, **more: object) -> Case:
+    return family.made(**({"device": DEVICE} | family.ON_GPU[shape] | more))
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(identical(x, expected[name]) for name, x in found.items())
+
+
+def replayed_is_launched(step: Callable[[], dict[str, Tensor]]) -> bool:
+    """Whether a step gives the same bits launched, and replayed from a CUDA graph into memory full of NaN."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=side):
+        found = step()
+    for x in found.values():
+        x.fill_(torch.nan if x.is_floating_point() else -7)
+    captured.replay()
+    torch.cuda.synchronize()
+    return same_bits(found, expected)
+
+
+@contextmanager
+def memory_full_of_nan() -> Iterator[None]:
+    """Memory that torch hands out holds NaN: outputs and workspaces."""
+    before, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before
