@@ -17,6 +17,7 @@ from case_fast.ops import backend, common
 from case_fast.ops.common import pointer
 
 FAMILY = "bilinear_mim"
+PLAN_AUTO = 0  # enum case_fast_mim_plan
 MOST_ROWS = 2**31  # a draw is a 32-bit word times the number of rows, in 64 bits
 
 
@@ -180,7 +181,7 @@ def _outputs(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, num_negativ
 
         saved = saved_elements(pairs, rows, num_negatives)
     elif isinstance(pairs, int) and isinstance(rows, int) and isinstance(dim, int):
-        saved = backend.native.bilinear_mim_saved(*_problem(x, y, None, num_negatives, 0, score))
+        saved = backend.native.bilinear_mim_saved(_problem(x, y, None, num_negatives, 0, score))
     else:
         saved = _saved_elements(pairs, rows, dim, num_negatives, score)
     return tuple(torch.empty(size, dtype=_full(x), device=x.device) for size in (pairs, pairs, pairs, saved))
@@ -207,7 +208,7 @@ def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int |
     """The fields of struct case_fast_mim."""
     pairs, dim = x.shape
     negatives = -1 if num_negatives is None else num_negatives
-    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, pointer(positive), seed
+    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, pointer(positive), seed, PLAN_AUTO
 
 
 @functools.lru_cache(maxsize=8)
@@ -231,7 +232,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
     positive = _int64(positive, x)
     found = _outputs(runs, x, y, weight, num_negatives, score)
     status = backend.native.bilinear_mim_forward(
-        *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
+        _problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
         *[tensor.data_ptr() for tensor in found], torch.get_num_threads(),
     )
     if status:
@@ -253,7 +254,7 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
     positive = _int64(positive, x)
     found = _gradients(x, y, weight)
     status = backend.native.bilinear_mim_backward(
-        *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight), saved.data_ptr(),
+        _problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight), saved.data_ptr(),
         grad_side_y.data_ptr(), grad_side_x.data_ptr(), *[gradient.data_ptr() for gradient in found],
         *(() if weight is not None else (0,)), torch.get_num_threads(),
     )

@@ -202,8 +202,8 @@ def _step(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source], eps: flo
             return None
         members.append(known.members)
     out = torch.empty_like(hidden)
-    call = _call_members(hidden, cu_hidden, heads, (eps, 0.0, 0.0), members)
-    bad = backend.native.cross_attention_forward(*call, hidden.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
+    call = _call_members(hidden, cu_hidden, heads, (eps, 0.0, 0.0), len(members))
+    bad = backend.native.cross_attention_forward(call, members, hidden.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
     return None if bad else out
 
 
@@ -311,13 +311,13 @@ def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor],
     numbers = (eps, dropout_p, output_dropout_p, seed)
     if not hidden.is_cpu and (keep or hidden.shape[0] > FEW_ROWS or hidden.shape[1] > MAX_WIDTH):
         return _forward_composed(hidden, cu_hidden, floats, cu_keys, key_of, *numbers, out, saved if keep else None), saved
-    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, *numbers)
+    call, given = _call(hidden, cu_hidden, floats, cu_keys, key_of, *numbers)
     if hidden.is_cpu:
         status = backend.native.cross_attention_forward(
-            *call, hidden.data_ptr(), out.data_ptr(), saved.data_ptr() if keep else 0, torch.get_num_threads()
+            call, given, hidden.data_ptr(), out.data_ptr(), saved.data_ptr() if keep else 0, torch.get_num_threads()
         )
     else:
-        status = on_cuda(f"{FAMILY}_forward", hidden.device, call, (), (hidden.data_ptr(), out.data_ptr()))
+        status = on_cuda(f"{FAMILY}_forward", hidden.device, call, (), (given, hidden.data_ptr(), out.data_ptr()))
     if status:
         _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
     return out, saved
@@ -339,11 +339,11 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
         numbers = (eps, dropout_p, output_dropout_p, seed)
         _backward_composed(grad_out, hidden, cu_hidden, floats, cu_keys, key_of, saved, *numbers, found)
         return found
-    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
+    call, given = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
     each = len(FLOATS)
     gradients = [tuple(x.data_ptr() for x in found[at : at + each]) for at in range(1, len(found), each)]
     status = backend.native.cross_attention_backward(
-        *call, saved.data_ptr(), grad_out.data_ptr(), found[0].data_ptr(), gradients, torch.get_num_threads()
+        call, given, saved.data_ptr(), grad_out.data_ptr(), found[0].data_ptr(), gradients, torch.get_num_threads()
     )
     if status:
         _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
@@ -468,19 +468,19 @@ def _laid_out(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: 
 
 
 def _call(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None],
-          eps: float, dropout_p: float, output_dropout_p: float, seed: int) -> tuple:
+          eps: float, dropout_p: float, output_dropout_p: float, seed: int) -> tuple[tuple, list[tuple]]:
     """The members of struct case_fast_cross_attention, and those of each struct case_fast_source."""
     each, sources = len(FLOATS), []
     for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
         seeds = equations.source_seed(seed, place, 0), equations.source_seed(seed, place, 1)
         sources.append(_source_members(floats[place * each : place * each + each], cu, of, cu_hidden, *seeds))
-    return _call_members(hidden, cu_hidden, floats[0].shape[1:], (eps, dropout_p, output_dropout_p), sources)
+    return _call_members(hidden, cu_hidden, floats[0].shape[1:], (eps, dropout_p, output_dropout_p), len(sources)), sources
 
 
-def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], numbers: tuple, sources: list[tuple]) -> tuple:
+def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], numbers: tuple, sources: int) -> tuple:
     return (
-        cu_hidden.shape[0] - 1, *hidden.shape, *heads, common.DTYPES[hidden.dtype], INDEX_BITS[cu_hidden.dtype],
-        cu_hidden.data_ptr(), *numbers, sources,
+        cu_hidden.shape[0] - 1, hidden.shape[0], sources, hidden.shape[1], *heads, common.DTYPES[hidden.dtype], INDEX_BITS[cu_hidden.dtype],
+        cu_hidden.data_ptr(), *numbers,
     )
 
 

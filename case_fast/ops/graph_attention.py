@@ -216,7 +216,7 @@ def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tenso
         out.data_ptr(), weights.data_ptr(),
     )
     if query.is_cpu:
-        status = backend.native.graph_attention_forward(*graph, *pointers, torch.get_num_threads())
+        status = backend.native.graph_attention_forward(graph, *pointers, torch.get_num_threads())
     else:
         status = _on_cuda("forward", query.device, graph, pointers)
     if status:
@@ -246,7 +246,7 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
         weights.data_ptr(), grad_out.data_ptr(), *[x.data_ptr() for x in found], *(() if relation is not None else (0, 0)),
     )
     if query.is_cpu:
-        status = backend.native.graph_attention_backward(*graph, *pointers, torch.get_num_threads())
+        status = backend.native.graph_attention_backward(graph, *pointers, torch.get_num_threads())
     else:
         status = _on_cuda("backward", query.device, graph, pointers)
     if status:
@@ -269,10 +269,10 @@ def _on_cuda(direction: str, device: torch.device, graph: tuple, pointers: tuple
     """Launches a native CUDA kernel on torch's current stream, with its workspace; the status. Waits for nothing."""
     raise_pending()
     with torch.cuda.device(device):
-        size = backend.native.graph_attention_workspace_cuda(*graph, direction == "backward", PLAN_AUTO)
+        size = backend.native.graph_attention_workspace_cuda(graph, direction == "backward", PLAN_AUTO)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         call = getattr(backend.native, f"graph_attention_{direction}_cuda")
-        return call(*graph, *pointers, PLAN_AUTO, workspace.data_ptr(), size, device_flag().data_ptr(),
+        return call(graph, *pointers, PLAN_AUTO, workspace.data_ptr(), size, device_flag().data_ptr(),
                     torch.cuda.current_stream().cuda_stream)
 
 

@@ -223,7 +223,7 @@ def _contiguous(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _call(hidden: Tensor, weight: Tensor, target: Tensor, cu_target: Tensor | None) -> tuple:
-    """The fields of struct case_fast_vocabulary."""
+    """The fields of struct case_fast_linear_cross_entropy."""
     rows, dim = hidden.shape
     return (
         rows, weight.shape[0], target.shape[0], dim, common.DTYPES[hidden.dtype], _INDEX_BITS[target.dtype],
@@ -240,7 +240,7 @@ def _forward(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: Te
         return triton.forward(hidden, weight, bias, target, cu_target, keep)
     nll, prediction, state, kept = found = _outputs(hidden, weight, target, keep)
     status = backend.native.linear_cross_entropy_forward(
-        *_call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), nll.data_ptr(),
+        _call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), nll.data_ptr(),
         prediction.data_ptr(), state.data_ptr(), kept.data_ptr() if keep else 0, torch.get_num_threads(),
     )
     if status:
@@ -259,7 +259,7 @@ def _backward(runs: str, grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias:
     found = _gradients(wanted, hidden, weight, bias)
     given = iter(found)
     status = backend.native.linear_cross_entropy_backward(
-        *_call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), state.data_ptr(),
+        _call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), state.data_ptr(),
         kept.data_ptr() if kept.numel() else 0, grad_nll.data_ptr(), *[next(given).data_ptr() if w else 0 for w in wanted],
         torch.get_num_threads(),
     )

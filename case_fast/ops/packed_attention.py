@@ -275,7 +275,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, offsets: tuple, numbers: t
     call = _call(query, key, value, *offsets, *numbers)
     pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
     if query.is_cpu:
-        status = backend.native.packed_attention_forward(*call, *pointers, torch.get_num_threads())
+        status = backend.native.packed_attention_forward(call, *pointers, torch.get_num_threads())
     else:
         status = on_cuda(f"{FAMILY}_forward", query.device, call, (False,), (*pointers, PLAN_AUTO))
     if status:
@@ -305,7 +305,7 @@ def attend_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor,
     pointers = [x.data_ptr() for x in (query, key, value, out, lse, grad_out)]
     pointers += [y for x in into for y in (x.data_ptr(), row_stride(x))]
     if query.is_cpu:
-        status = backend.native.packed_attention_backward(*call, *pointers, torch.get_num_threads())
+        status = backend.native.packed_attention_backward(call, *pointers, torch.get_num_threads())
     else:
         status = on_cuda(f"{FAMILY}_backward", query.device, call, (True,), pointers)
     if status:
@@ -317,10 +317,10 @@ def on_cuda(name: str, device: torch.device, call: tuple, of_workspace: tuple, a
     raise_pending()
     family = name.rpartition("_")[0]
     with torch.cuda.device(device):
-        size = getattr(backend.native, f"{family}_workspace_cuda")(*call, *of_workspace)
+        size = getattr(backend.native, f"{family}_workspace_cuda")(call, *of_workspace)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         launch = getattr(backend.native, f"{name}_cuda")
-        return launch(*call, *arguments, workspace.data_ptr(), size, device_flag().data_ptr(),
+        return launch(call, *arguments, workspace.data_ptr(), size, device_flag().data_ptr(),
                       torch.cuda.current_stream().cuda_stream)
 
 
@@ -337,7 +337,7 @@ def _contiguous(*indices: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _call(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
           key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int) -> tuple:
-    """The fields of struct case_fast_attention."""
+    """The fields of struct case_fast_packed_attention."""
     rows, heads, dimension = query.shape
     return (
         cu_query.shape[0] - 1, rows, cu_key.shape[0] - 1, key.shape[0], heads, dimension, common.DTYPES[query.dtype],

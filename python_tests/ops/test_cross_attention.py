@@ -135,7 +135,7 @@ def test_what_is_kept_is_as_large_as_the_kernel_says(native):
         case = make_case([rows], [[4]] * sources, width=width, heads=heads, dim=dim)
         floats = [x for name, x in case.floats().items() if name != "hidden"]
         size = kernels(FAMILY)._outputs(case.hidden, floats, True)[1].numel()
-        assert size == native.cross_attention_saved(1, rows, sources, width, heads, dim)
+        assert size == native.cross_attention_saved((1, rows, sources, width, heads, dim, 0, 64, 0, 0.0, 0.0, 0.0))
         assert kernels(FAMILY)._outputs(case.hidden, floats, False)[1].numel() == 0
 
 
