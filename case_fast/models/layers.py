@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from case_fast.equations import superimpose_intensity, take
-from case_fast.ops import Source, cross_attention, graph_attention, packed_attention
+from case_fast.ops import PreparedSources, Source, cross_attention, graph_attention, packed_attention, prepare_sources
 
 
 def first_rows(cu: Tensor) -> Tensor:
@@ -146,12 +146,12 @@ class Memory:
 class DecoderState:
     """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each.
 
-    ``sources[layer]`` are projected once, when decoding starts; all beams of a dialogue read the same keys, and a dialogue that
+    ``sources[layer]`` are projected and prepared once, when decoding starts; all beams of a dialogue read the same keys, and a dialogue that
     leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words so far:
     each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
     """
 
-    def __init__(self, sources: list[list[Source]], dialogues: int, beams: int, device: torch.device):
+    def __init__(self, sources: list[PreparedSources], dialogues: int, beams: int, device: torch.device):
         self.sources, self.beams = sources, beams
         self.dialogues = torch.arange(dialogues, device=device)  # those that go on, by their number in the sources
         self.size = dialogues * beams
@@ -180,7 +180,9 @@ class DecoderState:
         """Go on with these dialogues (n,) only."""
         self.reorder((dialogues[:, None] * self.beams + torch.arange(self.beams, device=dialogues.device)).flatten())
         self.dialogues = self.dialogues[dialogues]
-        self.sources = [[replace(source, key_of=self.dialogues) for source in layer] for layer in self.sources]
+        self.sources = [
+            prepare_sources([replace(source, key_of=self.dialogues) for source in layer.sources]) for layer in self.sources
+        ]
 
     def lengthen(self, like: Tensor) -> None:
         """Make room for one more word, whose keys are like ``like`` (hypotheses, H, D), and find where everything lies."""
@@ -262,7 +264,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def start(self, memories: Sequence[Memory], beams: int = 1) -> DecoderState:
-        sources = [layer.sources(memories) for layer in self.layers]
+        sources = [prepare_sources(layer.sources(memories)) for layer in self.layers]
         return DecoderState(sources, memories[0].cu.numel() - 1, beams, memories[0].rows.device)
 
     @torch.no_grad()
