@@ -283,7 +283,8 @@ def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
 
 def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and saved."""
-    return common.empty_like(hidden)[0], torch.empty(_saved_size(hidden, floats) if keep else 0, dtype=hidden.dtype, device=hidden.device)
+    size = _saved_size(hidden, floats) if keep else 0
+    return common.empty_like(hidden)[0], torch.empty(size, dtype=hidden.dtype, device=hidden.device)
 
 
 def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:

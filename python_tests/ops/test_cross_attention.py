@@ -331,7 +331,8 @@ def test_what_is_wrong_with_sources_is_said_when_they_are_prepared(native):
     case = make_case([1, 2, 1], [[5, 0, 3], [2, 9, 1]])
     first, second = case.sources
     for wrong, error, said in (
-        ([], ValueError, "sources must hold at least one source"), ([3], TypeError, r"sources\[0\] must be a case_fast.ops.Source"),
+        ([], ValueError, "sources must hold at least one source"),
+        ([3], TypeError, r"sources\[0\] must be a case_fast.ops.Source"),
         ([first, 3], TypeError, r"sources\[1\] must be a case_fast.ops.Source"),
         ([replace(first, key=first.key.int())], TypeError, r"sources\[0\]"),
         ([first, replace(second, value=second.value.double())], TypeError, r"sources\[1\].value must be torch.float32 as"),
@@ -378,7 +379,8 @@ def test_memory_that_has_moved_is_not_read(steps, move, name):
 def test_what_the_kernel_would_copy_is_copied_once(native):
     strided = make_case([1, 1], [[2, 3]], layout=3)
     mixed = make_case([1, 1], [[2, 3]])
-    mixed = replace(mixed, sources=[replace(s, cu_keys=s.cu_keys.long(), key_of=torch.tensor([1, 0]).int()) for s in mixed.sources])
+    of_int = torch.tensor([1, 0], dtype=torch.int32)
+    mixed = replace(mixed, sources=[replace(s, cu_keys=s.cu_keys.long(), key_of=of_int) for s in mixed.sources])
     for case, name in ((strided, "key"), (mixed, "key_of")):
         prepared = prepare_sources(case.sources)
         with torch.no_grad():
