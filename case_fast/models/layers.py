@@ -147,8 +147,8 @@ class DecoderState:
     """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each.
 
     ``sources[layer]`` are projected and prepared once, when decoding starts; all beams of a dialogue read the same keys, and a
-    dialogue that leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words so
-    far: each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
+    dialogue that leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words
+    so far: each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
     """
 
     def __init__(self, sources: list[PreparedSources], dialogues: int, beams: int, device: torch.device):
