@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from case_fast.ops import backend, common, reference
-from case_fast.ops.common import pointer
 from case_fast.ops.reference import SCORES
 
 FAMILY = "bilinear_mim"
@@ -75,7 +74,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
     Returns:
         side_y (P,), over rows of y; side_x (P,), over rows of x; and without gradient x_p^T W y_c (or x_p . y_c), (P,).
     """
-    device = x.device.type
+    device = common.device_type(x)
     compute, differs = common.compute_dtype(x)
     if differs:
         x, y, weight = common.cast(compute, x, y, weight)
@@ -164,7 +163,8 @@ def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int |
     """The fields of struct case_fast_mim."""
     pairs, dim = x.shape
     negatives = -1 if num_negatives is None else num_negatives
-    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, pointer(positive), seed, PLAN_AUTO
+    address = 0 if positive is None else positive.data_ptr()
+    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, address, seed, PLAN_AUTO
 
 
 @functools.lru_cache(maxsize=8)
@@ -213,8 +213,7 @@ def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: 
     """Runs the native kernel. others: what its arguments are beside the inputs."""
     positive = _int64(positive, x)
     problem = _problem(x, y, positive, num_negatives, seed, score)
-    pointers = [pointer(tensor) for tensor in (x, y, weight, *others)]
-    status = common.run_native(f"{FAMILY}_{direction}", x.device, problem, pointers)
+    status = common.run_native(f"{FAMILY}_{direction}", x, problem, common.pointers(x, y, weight, *others))
     if status:
         rows = y.shape[0]
         common.refuse_contents(FAMILY, status, {2: "positive"}, lambda: common.check_within("positive", positive, rows))

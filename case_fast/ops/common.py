@@ -23,10 +23,15 @@ MAX_DIMENSION = 256  # of a head, in the GPU kernels of attention
 # ------------------------------------------------------------------------------------------------------------------- dtypes
 
 
+def device_type(x: Tensor) -> str:
+    """As ``x.device.type``, which takes longer."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def compute_dtype(like: Tensor) -> tuple[torch.dtype, bool]:
     """The dtype that a call on ``like`` computes in, and whether its inputs must be cast to it: under autocast, autocast's;
     on CPU, float32 in place of half precision."""
-    device = like.device.type
+    device = device_type(like)
     autocast = torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else like.dtype
     if device == "cpu" and compute in HALF:
@@ -157,13 +162,17 @@ def check_within(name: str, index: Tensor, size: int) -> None:
 
 def like_indices(*indices: Tensor | None) -> tuple[Tensor | None, ...]:
     """int64 for all where they differ; the kernels take one of both."""
-    if len({x.dtype for x in indices if x is not None}) == 1:
-        return indices
-    return tuple(x if x is None else x.long() for x in indices)
+    dtype = None
+    for x in indices:
+        if x is not None and x.dtype != dtype:
+            if dtype is not None:
+                return tuple([x if x is None else x.long() for x in indices])
+            dtype = x.dtype
+    return indices
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(x if x is None else x.contiguous() for x in tensors)
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
 def empty_like(*tensors: Tensor | None) -> list[Tensor]:
@@ -195,9 +204,9 @@ def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [x if x is None else x.view_as(x) for x in tensors]
 
 
-def pointer(x: Tensor | None) -> int:
-    """Its address; 0 stands for an absent one."""
-    return 0 if x is None else x.data_ptr()
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Their addresses; 0 stands for an absent one."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def pointer_of(key_of: Tensor | None, cu_query: Tensor) -> int:
@@ -208,22 +217,22 @@ def pointer_of(key_of: Tensor | None, cu_query: Tensor) -> int:
 # -------------------------------------------------------------------------------------------------------- the native module
 
 
-def run_native(name: str, device: torch.device, call: tuple, arguments: Sequence, of_workspace: tuple = (), on_cuda: tuple = ()
+def run_native(name: str, like: Tensor, call: tuple, arguments: Sequence, of_workspace: tuple = (), on_cuda: tuple = ()
                ) -> int:
-    """The status of a native function: on CPU on torch's threads; on CUDA on torch's current stream, with its workspace and the
-    device flag, where it waits for nothing.
+    """The status of a native function where ``like`` lies: on CPU on torch's threads; on CUDA on torch's current stream, with its
+    workspace and the device flag, where it waits for nothing.
 
     Args:
         name: such as "graph_attention_forward".
         call: the members of the struct that describes the call; arguments: what follows it on any device.
         of_workspace, on_cuda: for CUDA, what follows ``call`` for the workspace, and ``arguments`` for the function.
     """
-    if device.type == "cpu":
+    if like.is_cpu:
         return getattr(backend.native, name)(call, *arguments, torch.get_num_threads())
     raise_pending()
-    with torch.cuda.device(device):
+    with torch.cuda.device(like.device):
         size = getattr(backend.native, f"{name.rpartition('_')[0]}_workspace_cuda")(call, *of_workspace)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
         return getattr(backend.native, f"{name}_cuda")(
             call, *arguments, *on_cuda, workspace.data_ptr(), size, device_flag().data_ptr(),
             torch.cuda.current_stream().cuda_stream,

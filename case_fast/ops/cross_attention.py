@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from case_fast.ops import backend, common, reference
-from case_fast.ops.common import pointer
 from case_fast.ops.packed_attention import attend, attend_backward
 
 FAMILY = "cross_attention"
@@ -88,7 +87,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
         if keeps_all and not torch.is_grad_enabled() and (stepped := sources.step(hidden, cu_hidden, eps)) is not None:
             return stepped
         sources = sources.sources
-    device_type, given = hidden.device.type, hidden.dtype
+    device_type, given = common.device_type(hidden), hidden.dtype
     compute, differs = common.compute_dtype(hidden)
     if differs:
         (hidden,) = common.cast(compute, hidden)
@@ -284,7 +283,8 @@ def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
 def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and saved."""
     size = _saved_size(hidden, floats) if keep else 0
-    return common.empty_like(hidden)[0], torch.empty(size, dtype=hidden.dtype, device=hidden.device)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return out, torch.empty(size, dtype=hidden.dtype, device=hidden.device)
 
 
 def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
@@ -433,7 +433,7 @@ def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: in
     else:
         with torch.cuda.device(x.device):
             status = backend.native.cross_attention_drop_cuda(
-                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, x.data_ptr(), pointer(base), to.data_ptr(),
+                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, *common.pointers(x, base, to),
                 torch.cuda.current_stream().cuda_stream,
             )
         if status:
@@ -444,7 +444,7 @@ def _laid_out(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Seque
               ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """As the kernels read them."""
     floats = [common.rows_apart(x) if place % len(FLOATS) < 2 else x.contiguous() for place, x in enumerate(floats)]
-    return floats, [x.contiguous() for x in cu_keys], list(common.contiguous(*key_of))
+    return floats, [x.contiguous() for x in cu_keys], common.contiguous(*key_of)
 
 
 def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Tensor], cu_keys: Sequence[Tensor],
@@ -457,8 +457,8 @@ def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Ten
         seeds = reference.source_seed(seed, place, 0), reference.source_seed(seed, place, 1)
         sources.append(_source_members(floats[place * each : place * each + each], cu, of, *seeds))
     call = _call_members(hidden, cu_hidden, floats[0].shape[1:], scales, len(sources))
-    pointers = [pointer(x) for x in (others if hidden.is_cpu else others[:-1])]
-    status = common.run_native(f"{FAMILY}_{direction}", hidden.device, call, (sources, *pointers, *more))
+    pointers = common.pointers(*(others if hidden.is_cpu else others[:-1]))
+    status = common.run_native(f"{FAMILY}_{direction}", hidden, call, (sources, *pointers, *more))
     if status:
         place, status = divmod(status, 16)  # of source i, with 16 i on top
         names = {7: "cu_hidden", 8: f"sources[{place}].cu_keys", 9: f"sources[{place}].key_of"}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from case_fast.ops import backend, common, reference
-from case_fast.ops.common import pointer
 
 FAMILY = "graph_attention"
 PLAN_AUTO = 0  # enum case_fast_plan
@@ -49,7 +48,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
     but on the reference backend.
     """
-    device_type, given = query.device.type, query.dtype
+    device_type, given = common.device_type(query), query.dtype
     compute, differs = common.compute_dtype(query)
     if differs:
         query, key, value, relation_query, relation_key = common.cast(
@@ -137,7 +136,7 @@ def _check_contents(indptr: Tensor, indices: Tensor, relation: Tensor | None, ve
 def _outputs(query: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised out and weights."""
     weights = torch.empty((indices.shape[0], query.shape[1]), dtype=common.sum_dtype(query), device=query.device)
-    return common.empty_like(query)[0], weights
+    return torch.empty_like(query, memory_format=torch.contiguous_format), weights
 
 
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
@@ -167,18 +166,18 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Te
     return found
 
 
-def _run(direction: str, inputs: tuple[Tensor | None, ...], numbers: tuple, others: tuple[Tensor | None, ...]) -> None:
+def _run(direction: str, inputs: list[Tensor | None], numbers: tuple, others: tuple[Tensor | None, ...]) -> None:
     """Runs the native kernel. others: what its arguments are beside the inputs."""
     query, key, value, indptr, indices, relation, relation_query, relation_key = inputs
     vertices, heads, dimension = query.shape
     relations = 0 if relation_query is None else relation_query.shape[0]
     graph = (  # struct case_fast_graph
         vertices, indices.shape[0], relations, heads, dimension, common.DTYPES[query.dtype], common.INDEX_BITS[indices.dtype],
-        indptr.data_ptr(), indices.data_ptr(), pointer(relation), *numbers,
+        indptr.data_ptr(), indices.data_ptr(), 0 if relation is None else relation.data_ptr(), *numbers,
     )
-    pointers = [pointer(x) for x in (query, key, value, relation_query, relation_key, *others)]
-    status = common.run_native(f"{FAMILY}_{direction}", query.device, graph, pointers,
-                               of_workspace=(direction == "backward", PLAN_AUTO), on_cuda=(PLAN_AUTO,))
+    arguments = common.pointers(query, key, value, relation_query, relation_key, *others)
+    of_workspace = (direction == "backward", PLAN_AUTO)
+    status = common.run_native(f"{FAMILY}_{direction}", query, graph, arguments, of_workspace, (PLAN_AUTO,))
     if status:
         common.refuse_contents(FAMILY, status, {1: "indptr", 2: "indices", 3: "relation"},
                                lambda: _check_contents(indptr, indices, relation, vertices, relation_query))

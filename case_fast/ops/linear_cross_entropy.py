@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from case_fast.ops import backend, common, reference
-from case_fast.ops.common import pointer
 
 FAMILY = "linear_cross_entropy"
 MOST_WORDS = 2**31
@@ -53,7 +52,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     grad_hidden; the gradients of weight and bias, sums over all rows that take part, are NaN then. No second derivative but on
     the reference backend.
     """
-    device = hidden.device.type
+    device = common.device_type(hidden)
     compute, differs = common.compute_dtype(hidden)
     if differs:
         hidden, weight, bias = common.cast(compute, hidden, weight, bias)
@@ -103,7 +102,7 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
     common.check_whole("k", k)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in [1, V] = [1, {weight.shape[0]}], not {k}")
-    device = hidden.device.type
+    device = common.device_type(hidden)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         runs = backend.choose(FAMILY, device)
         if runs == "native" or runs == "triton" and k <= MOST_BEST and weight.shape[0] <= MOST_WORDS_OF_BEST:
@@ -177,11 +176,10 @@ def _run(direction: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     rows, dim = hidden.shape
     words = weight.shape[0]
     call = (  # struct case_fast_linear_cross_entropy
-        rows, words, target.shape[0], dim, common.DTYPES[hidden.dtype], common.INDEX_BITS[target.dtype], target.data_ptr(),
-        pointer(cu_target),
+        rows, words, target.shape[0], dim, common.DTYPES[hidden.dtype], common.INDEX_BITS[target.dtype],
+        target.data_ptr(), 0 if cu_target is None else cu_target.data_ptr(),
     )
-    pointers = [pointer(x) for x in (hidden, weight, bias, *others)]
-    status = common.run_native(f"{FAMILY}_{direction}", hidden.device, call, pointers)
+    status = common.run_native(f"{FAMILY}_{direction}", hidden, call, common.pointers(hidden, weight, bias, *others))
     if status:
         common.refuse_contents(FAMILY, status, {11: "target", 12: "cu_target"}, lambda: _check_contents(target, cu_target, words))
 

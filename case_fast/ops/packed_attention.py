@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from case_fast.ops import backend, common, reference
-from case_fast.ops.common import pointer, row_stride, rows_apart
+from case_fast.ops.common import row_stride, rows_apart
 
 FAMILY = "packed_attention"
 PLAN_AUTO = 0  # enum case_fast_attention_plan
@@ -55,7 +55,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
     but on the reference backend.
     """
-    device_type, given = query.device.type, query.dtype
+    device_type, given = common.device_type(query), query.dtype
     compute, differs = common.compute_dtype(query)
     if differs:
         query, key, value = common.cast(compute, query, key, value)
@@ -126,7 +126,8 @@ def _check_contents(query: Tensor, key: Tensor, cu_query: Tensor, cu_key: Tensor
 
 def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised out and lse."""
-    return common.empty_like(query)[0], torch.empty(query.shape[:2], dtype=common.sum_dtype(query), device=query.device)
+    lse = torch.empty(query.shape[:2], dtype=common.sum_dtype(query), device=query.device)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
 
 
 def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -183,10 +184,10 @@ def _run(direction: str, query: Tensor, key: Tensor, value: Tensor, offsets: tup
     call = (  # struct case_fast_packed_attention
         cu_query.shape[0] - 1, rows, cu_key.shape[0] - 1, key.shape[0], heads, dimension, common.DTYPES[query.dtype],
         common.INDEX_BITS[cu_query.dtype], causal, cu_query.data_ptr(), cu_key.data_ptr(), common.pointer_of(key_of, cu_query),
-        pointer(key_length), row_stride(query), row_stride(key), row_stride(value), *rest,
+        0 if key_length is None else key_length.data_ptr(), row_stride(query), row_stride(key), row_stride(value), *rest,
     )
     arguments = (query.data_ptr(), key.data_ptr(), value.data_ptr(), *others)
-    status = common.run_native(f"{FAMILY}_{direction}", query.device, call, arguments, (direction == "backward",), on_cuda)
+    status = common.run_native(f"{FAMILY}_{direction}", query, call, arguments, (direction == "backward",), on_cuda)
     if status:
         common.refuse_contents(FAMILY, status, {7: "cu_query", 8: "cu_key", 9: "key_of", 10: "key_length"},
                                lambda: _check_contents(query, key, *offsets))
