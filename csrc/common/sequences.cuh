@@ -1,8 +1,6 @@
 // What the kernels need to know of sequences: where they lie, what they may read, which weights dropout leaves.
 #pragma once
 
-#include <initializer_list>
-
 #include "common/device.cuh"
 #include "common/philox.h"
 #include "common/types.h"
@@ -160,26 +158,5 @@ template <class T> struct Strided {  // rows of all heads
     int64_t stride;
     __device__ __forceinline__ T *row(int64_t row, int head, int dim) const { return base + row * stride + head * dim; }
 };
-
-// ---- what the host can check
-
-constexpr int64_t MOST = INT32_MAX - 4096;  // rows and sequences, so that a tile may count a little beyond the end
-
-inline bool good_kinds(int dtype, int index_bits, int heads, int dim, double dropout_p) {
-    return dtype >= CASE_FAST_F32 && dtype <= CASE_FAST_BF16 && (index_bits == 32 || index_bits == 64) && heads > 0 &&
-           heads < 65536 && dim > 0 && dim <= 256 && dropout_p >= 0 && dropout_p <= 1;
-}
-inline bool few(std::initializer_list<int64_t> counts) {
-    for (const int64_t count : counts)
-        if (count < 0 || count >= MOST) return false;
-    return true;
-}
-
-// What offsets of no sequences must be wrong about, whatever they hold.
-inline int impossible(int64_t batch, int64_t rows, int64_t key_sequences, int64_t keys) {
-    if (batch == 0 && rows > 0) return CASE_FAST_BAD_CU_QUERY;
-    if (key_sequences == 0 && keys > 0) return CASE_FAST_BAD_CU_KEY;
-    return batch > 0 && key_sequences == 0 ? CASE_FAST_BAD_KEY_OF : CASE_FAST_OK;
-}
 
 }  // namespace case_fast

@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr int64_t most_rows = 60;        // of a task: a multiple of all tiles
-constexpr int64_t few_rows = 4;          // of a task: a tile of rows shares each weight that is read
+constexpr int64_t most_rows = 60;  // of a task: a multiple of all tiles
+constexpr int64_t few_rows = 4;    // of a task: a tile of rows shares each weight that is read
 
 template <class T>
 const BlockKernels<T> &block_kernels() {

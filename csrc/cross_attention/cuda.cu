@@ -3,8 +3,6 @@
 
 #include <cmath>
 
-#include "common/sequences.cuh"
-
 namespace case_fast::cross_attention {
 namespace {
 

@@ -3,12 +3,10 @@
 
 #include <cmath>
 
-#include "common/sequences.cuh"
-
 namespace case_fast::packed_attention {
 namespace {
 
-constexpr int FEW_ROWS = 4;                 // of a sequence, on average: beyond, keys are better read once for several rows
+constexpr int FEW_ROWS = 4;  // of a sequence, on average: beyond, keys are better read once for several rows
 
 bool served(const case_fast_packed_attention *c) {
     return c && good_kinds(c->dtype, c->index_bits, c->heads, c->dim, c->dropout_p) && std::isfinite(c->scale) &&

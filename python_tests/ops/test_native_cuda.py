@@ -154,6 +154,6 @@ def test_no_hot_kernel_spills_registers():
     assert done.returncode == 0, done.stderr
     hot = [line for line in done.stdout.splitlines() if "2, 3>" in line]
     assert {line.split()[0] for line in hot} == {"sm_80", "sm_90"}
-    of_attention = [line for line in hot if "cross_attention::" in line]
-    assert len(of_attention) == 2 * 3 * 6  # targets, storage types, kernels
-    assert len(hot) - len(of_attention) == 2 * 3 * 8
+    for family, kernels in (("graph_attention", 8), ("packed_attention", 4), ("cross_attention", 2)):
+        assert len([line for line in hot if f"{family}::" in line]) == 2 * 3 * kernels  # targets, storage types
+    assert len(hot) == 2 * 3 * 14
