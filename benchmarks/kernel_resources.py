@@ -52,7 +52,8 @@ def resources(module: Path, cuobjdump: str) -> list[dict[str, Any]]:
 
 def _short(name: str) -> str:
     name = re.sub(r"^void |case_fast::", "", name)
-    for long, short in (("__nv_bfloat16", "bf16"), ("__half", "f16"), ("(Pass)0", "forward"), ("(Pass)1", "backward")):
+    for long, short in (("__nv_bfloat16", "bf16"), ("__half", "f16"), ("(graph_attention::Pass)0", "forward"),
+                        ("(graph_attention::Pass)1", "backward")):
         name = name.replace(long, short)
     depth = 0
     for place, letter in enumerate(name):  # up to the arguments

@@ -1,9 +1,9 @@
 """The paper in its order: one plain-torch function per equation of CASE (Zhou et al., ACL 2023).
 
-No parameters, no state, any float dtype (float64 included): the oracle of the tests, the fallback of the kernels and the
-baseline of the benchmarks at once. Ragged collections lie end to end: ``segment`` (n,) names the dialogue (or sequence) that
-each row belongs to, ``cu`` (s + 1,) holds where each sequence starts. Empty collections are legal everywhere and give
-zeros; nothing here divides by a count that can be 0. Half-precision inputs are reduced in float32.
+No parameters, no state, any float dtype (float64 included). Those equations that have kernels are in
+`case_fast.ops.reference`, and stand here by name where the paper has them. Ragged collections lie end to end: ``segment`` (n,)
+names the dialogue (or sequence) that each row belongs to, ``cu`` (s + 1,) holds where each sequence starts. Empty collections are
+legal everywhere and give zeros; nothing here divides by a count that can be 0. Half-precision inputs are reduced in float32.
 
 Deviations from the paper's print, as the project defines them: Eq. 9 and 11 are negated (a loss is minimised); Eq. 11 and 19
 are averaged; the posterior is detached in Eq. 7 by the caller.
@@ -12,59 +12,15 @@ are averaged; the posterior is detached in Eq. 7 by the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------- ragged rows
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """float32 for half-precision tensors, else the tensor itself."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` (n, ...) at ``index`` (...): as ``x[index]``, whose backward is several times slower on CPU."""
-    return x.index_select(0, index.reshape(-1)).unflatten(0, index.shape)
-
-
-def segment_ids(cu: Tensor, total: int) -> Tensor:
-    """(total,) int64: the sequence that each row belongs to, from offsets ``cu`` (s + 1,)."""
-    sequences = torch.arange(cu.numel() - 1, device=cu.device)
-    return torch.repeat_interleave(sequences, cu[1:].long() - cu[:-1].long(), output_size=total)
-
-
-def segment_positions(cu: Tensor, total: int) -> Tensor:
-    """(total,) int64: the place of each row within its sequence, from 0."""
-    return torch.arange(total, device=cu.device) - cu[:-1].long()[segment_ids(cu, total)]
-
-
-def segment_sum(x: Tensor, segment: Tensor, size: int) -> Tensor:
-    """(size, ...): rows of ``x`` (n, ...) summed by segment; an empty segment gives zeros."""
-    full = full_precision(x)
-    return full.new_zeros((size, *x.shape[1:])).index_add(0, segment, full).to(x.dtype)
-
-
-def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
-    """(size, ...): rows averaged by segment; an empty segment gives zeros."""
-    full = full_precision(x)
-    count = segment_sum(full.new_ones(x.shape[0]), segment, size).clamp(min=1)
-    return (segment_sum(full, segment, size) / count.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
-
-
-def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
-    """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
-    score = full_precision(score)
-    index = segment.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
-    peak = score.new_full((size, *score.shape[1:]), -math.inf).scatter_reduce(0, index, score.detach(), "amax")
-    shifted = score - take(peak, segment)
-    total = segment_sum(shifted.exp(), segment, size).clamp(min=1)  # at least 1 where there are rows; no log(0) where not
-    return shifted - take(total.log(), segment)
-
+from case_fast.ops import reference
+from case_fast.ops.reference import full_precision, segment_log_softmax, segment_mean, segment_sum, take
+from case_fast.ops.reference import segment_ids as segment_ids
+from case_fast.ops.reference import segment_positions as segment_positions
 
 # -------------------------------------------------------------------------------------------------- 3.1 Graph encoding, Eq. 1-2
 
@@ -77,67 +33,13 @@ def sinusoidal_position(position: Tensor, dimension: int, dtype: torch.dtype = t
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dimension].to(dtype)
 
 
-def emotion_intensity(valence: Tensor, arousal: Tensor) -> Tensor:
-    """Intensity of a word from its valence and arousal in 0..1 (Li et al., 2022): min-max scaled distance to neutral."""
-    return (torch.sqrt((valence - 0.5) ** 2 + (arousal / 2) ** 2) - 0.06467) / 0.607468
-
-
-def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
-                    relation: Tensor | None = None, relation_query: Tensor | None = None,
-                    relation_key: Tensor | None = None, scale: float | None = None,
-                    dropout_p: float = 0.0, seed: int = 0) -> Tensor:
-    """Eq. 1-2: relation-enhanced multi-head attention of each vertex over its neighbours.
-
-    score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r]), softmax over the neighbours of i. Without
-    ``relation`` it is the vanilla graph attention that G_EC uses. A vertex without neighbours gives zeros; parallel edges
-    count separately.
-
-    Args:
-        query, key, value: (V, H, D).
-        indptr, indices: CSR, (V + 1,) and (E,) integers.
-        relation: (E,) integers in [0, R); relation_query, relation_key: (R, H, D), l of Eq. 2 after projection.
-        scale: default D ** -0.5.
-        dropout_p, seed: dropout on the attention weights, by counter (`dropout_keep`).
-
-    Returns:
-        (V, H, D).
-    """
-    vertices, heads, dimension = query.shape
-    row = segment_ids(indptr, indices.numel())
-    neighbour = indices.long()
-    q, k = take(query, row), take(key, neighbour)
-    if relation is not None:
-        if relation_query is None or relation_key is None:
-            raise ValueError("relation needs relation_query and relation_key")
-        q = q + take(relation_query, relation.long())
-        k = k + take(relation_key, relation.long())
-    score = full_precision((q * k).sum(-1)) * (dimension**-0.5 if scale is None else scale)
-    weight = segment_log_softmax(score, row, vertices).exp().to(value.dtype)
-    if dropout_p > 0:
-        weight = weight * dropout_keep(indices.numel(), heads, dropout_p, seed, weight.device) / (1 - dropout_p)
-    return segment_sum(weight.unsqueeze(-1) * take(value, neighbour), row, vertices)
-
-
-def dropout_keep(edges: int | Tensor, heads: int, dropout_p: float, seed: int, device: torch.device | None = None) -> Tensor:
-    """(..., H) bool: the attention weights that dropout keeps; a function of (seed, edge, head) alone, on every backend.
-
-    keep(e, h): word 0 of Philox(counter = (e low, e high, h, 0), key = seed) >= floor(p 2^32).
-
-    Args:
-        edges: the numbers e (...) of the weights, or how many there are from 0.
-        device: of the answer; that of ``edges`` where they are a tensor.
-    """
-    number = torch.arange(edges, device=device) if isinstance(edges, int) else edges
-    edge = number.reshape(-1).repeat_interleave(heads)
-    head = torch.arange(heads, device=edge.device).repeat(number.numel())
-    counter = torch.stack([edge & 0xFFFFFFFF, edge >> 32, head, torch.zeros_like(head)], dim=1)
-    word = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[:, 0]
-    return (word >= math.floor(dropout_p * 2**32)).view(*number.shape, heads)
-
-
 def superimpose_intensity(vertices: Tensor, intensity: Tensor) -> Tensor:
     """ec_i = (1 + w_i) v_i: the emotion intensity (n,) superimposed on vertex embeddings (n, d)."""
     return vertices * (1 + intensity.to(vertices.dtype)).unsqueeze(-1)
+
+
+graph_attention = reference.graph_attention  # Eq. 1-2
+dropout_keep = reference.dropout_keep  # which attention weights dropout leaves, there and below
 
 
 # ----------------------------------------------------------------------------------------- 3.2 Coarse-to-fine alignment, Eq. 3-13
@@ -177,182 +79,15 @@ def bow_loss(nll: Tensor, segment: Tensor, dialogues: int) -> Tensor:
     return segment_mean(nll, segment, dialogues).mean()
 
 
-def bilinear_logit(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """The argument of the sigmoid in Eq. 10 and 12: z = x_p^T W y_p for rows that belong together, (P,)."""
-    return ((x @ weight) * y).sum(-1)
-
-
-SCORES = ("bilinear_sigmoid", "dot")  # f of Eq. 10 and 12 as the paper prints it, and as the authors' code computes it
-
-
-def group_sizes(positive: Tensor, rows_of_y: int) -> Tensor:
-    """(Q,) int64: how many pairs each row of y belongs to. As ``bincount``, whose length is known to a compiler."""
-    return positive.new_zeros(rows_of_y).index_add(0, positive, torch.ones_like(positive))
-
-
-def mim_negatives(positive: Tensor, rows_of_y: int, num_negatives: int | None = None) -> tuple[Tensor, Tensor]:
-    """(P,), (P,) int64: how many negatives each pair has over rows of y, and over rows of x, in `mim_sides`."""
-    over_y = torch.full_like(positive, rows_of_y - 1)
-    over_x = positive.numel() - take(group_sizes(positive, rows_of_y), positive)
-    if num_negatives is None:
-        return over_y, over_x
-    return (over_y > 0) * num_negatives, (over_x > 0) * num_negatives
-
-
-def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num_negatives: int | None = None, seed: int = 0,
-              score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:
-    """Both bracketed sums of Eq. 9 / 11 with a score S, each as log(sum over its set of exp S) - S(positive).
-
-    "bilinear_sigmoid": S = sigmoid(z) with z = x^T W y; as 0 < S < 1, its sums need no maximum. "dot": S = z = x . y.
-
-    Args:
-        x (P, d), y (Q, d), weight (d, d), None for "dot"; positive (P,) names the row of y that pairs with x_p.
-        num_negatives: draw so many negatives a pair and side (`draw_negatives`) in place of all (`mim_negatives`).
-
-    Returns:
-        side over rows of y (P,), side over rows of x (P,), z of the positive pair (P,).
-    """
-    if score not in SCORES or (score == "dot") != (weight is None):
-        raise ValueError(f"score must be bilinear_sigmoid with a weight or dot without, not {score!r}")
-    x, y, positive = full_precision(x), full_precision(y), positive.long()
-    projected = x if weight is None else x @ full_precision(weight)
-    logit = (projected * take(y, positive)).sum(-1)
-    if num_negatives is None:
-        z = projected @ y.T  # (P, Q)
-        # own[p, q]: row q of y is the positive of x_p, so neither is a negative of the other
-        own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)
-        absent_y = absent_x = own
-    else:
-        over_y, over_x, found_y, found_x = draw_negatives(positive, y.shape[0], num_negatives, seed)
-        z_y = torch.einsum("pd,pkd->pk", projected, take(y, over_y))
-        z_x = torch.einsum("pkd,pd->pk", take(projected, over_x), take(y, positive))
-        absent_y, absent_x = ((~found).unsqueeze(1).expand_as(over_y) for found in (found_y, found_x))
-    if score == "dot":
-        if num_negatives is None:
-            (peak_y, rest_y), (peak_x, rest_x) = _log_sum(z, absent_y, 1), _log_sum(z, absent_x, 0)
-            peak_x, rest_x = take(peak_x, positive), take(rest_x, positive)
-        else:
-            (peak_y, rest_y), (peak_x, rest_x) = _log_sum(z_y, absent_y, 1), _log_sum(z_x, absent_x, 1)
-        # log(exp a + exp b) - b = softplus(a - b); beyond the threshold it is a - b, exact in float64 too
-        side_y, side_x = (F.softplus((peak - logit) + rest, threshold=40) for peak, rest in ((peak_y, rest_y), (peak_x, rest_x)))
-        return side_y, side_x, logit
-    if num_negatives is None:
-        exponential = torch.sigmoid(z).exp().masked_fill(own, 0)
-        sum_y, sum_x = exponential.sum(1), take(exponential.sum(0), positive)
-    else:
-        sum_y, sum_x = (torch.sigmoid(z).exp().masked_fill(absent, 0).sum(1)
-                        for z, absent in ((z_y, absent_y), (z_x, absent_x)))
-    relative = torch.exp(-torch.sigmoid(logit))
-    return torch.log1p(sum_y * relative), torch.log1p(sum_x * relative), logit
-
-
-def _log_sum(z: Tensor, absent: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """log of the sum of exp z over ``dim`` without the ``absent`` ones, as the largest z plus the rest: large scores have no
-    digits left for both. Where nothing is left, -inf and 0, without gradient."""
-    none = absent.all(dim)
-    left = z.masked_fill(absent, -math.inf).masked_fill(none.unsqueeze(dim), 0)
-    peak = left.detach().amax(dim) if left.shape[dim] else left.detach().sum(dim)
-    rest = (left - peak.unsqueeze(dim)).exp().sum(dim).log()
-    return peak.masked_fill(none, -math.inf), rest.masked_fill(none, 0)
-
-
-def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-                 seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:
-    """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12) or a dot product.
-
-    loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] ), c = positive[p].
-    The positive is part of both sums (Appendix A). Without any negative the loss and its gradient are exactly 0.
-
-    Args:
-        x (P, d), y (Q, d), weight (d, d); score: "bilinear_sigmoid", or "dot", which has no weight.
-        positive: (P,) row of y that pairs with x_p; default arange (then P == Q).
-        num_negatives: k draws with replacement a pair and side, in place of all other rows.
-        reduction: "mean" (0 when there is no pair), "sum" or "none".
-
-    Raises:
-        ValueError: P != Q without ``positive``, an unknown reduction or score, or a weight that does not go with the score.
-    """
-    if positive is None:
-        if x.shape[0] != y.shape[0]:
-            raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}: positive must say which belong together")
-        positive = torch.arange(x.shape[0], device=x.device)
-    side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score)
-    return reduced(side_y + side_x, reduction)
-
-
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """``loss`` (n,) as it is ("none"), or its "sum" or "mean" (0 of no rows)."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if reduction == "mean":
-        return loss.sum() / max(loss.numel(), 1)
-    raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
+# Eq. 9-12: the losses, their two sides, and the negatives of each.
+bilinear_mim, mim_sides, SCORES = reference.bilinear_mim, reference.mim_sides, reference.SCORES
+mim_negatives, draw_negatives, group_sizes = reference.mim_negatives, reference.draw_negatives, reference.group_sizes
+philox4x32, reduced = reference.philox4x32, reference.reduced
 
 
 def infonce_bound(side: Tensor, negatives: Tensor) -> Tensor:
     """Eq. 20: the InfoNCE lower bound of one side, log of its set's size included; mean over pairs (0 without pairs)."""
     return ((negatives + 1).to(side.dtype).log() - side).sum() / max(side.numel(), 1)
-
-
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Philox4x32-10 (Salmon et al., 2011): (n, 4) words from ``counter`` (n, 4) and a key of two; 32-bit values in int64."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = (counter[:, i] & mask for i in range(4))
-    k0, k1 = key[0] & mask, key[1] & mask
-
-    def multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-        # 32 x 32 -> 64 bits by 16-bit halves of the word: a product of 48 bits never overflows int64
-        low, high = (word & 0xFFFF) * constant, (word >> 16) * constant
-        middle = high + (low >> 16)
-        return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    for _ in range(10):
-        high0, low0 = multiply(0xD2511F53, c0)
-        high1, low1 = multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return torch.stack([c0, c1, c2, c3], dim=1)
-
-
-def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sampled sets of Eq. 9 / 11: k uniform draws with replacement for each pair and side, by counter.
-
-    Draw ``slot`` of pair p on side s: u = word 0 of Philox(counter = (slot, p, s, 0), key = seed), r = (u * n) >> 32.
-    Side 0 draws rows of y other than c = positive[p]: n = Q - 1, row r + (r >= c). Side 1 draws rows p' of x with
-    positive[p'] != c: row = the r-th of these, ascending.
-
-    Returns:
-        rows of y (P, k), rows of x (P, k), and (P,) bool each: whether that side has any eligible row.
-    """
-    pairs = positive.numel()
-    device = positive.device
-    pair = torch.arange(pairs, device=device).repeat_interleave(num_negatives)
-    slot = torch.arange(num_negatives, device=device).repeat(pairs)
-
-    def draw(side: int, eligible: Tensor) -> Tensor:
-        counter = torch.stack([slot, pair, torch.full_like(pair, side), torch.zeros_like(pair)], dim=1)
-        word = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[:, 0].view(pairs, num_negatives)
-        n = eligible.view(-1, 1)
-        return ((word >> 16) * n + (((word & 0xFFFF) * n) >> 16)) >> 16  # (word * n) >> 32 for n < 2^31
-
-    others_y = torch.full((pairs,), rows_of_y - 1, device=device)
-    r = draw(0, others_y)
-    over_y = r + (r >= positive.unsqueeze(1)).long()
-    size = group_sizes(positive, rows_of_y)
-    others_x = pairs - size[positive]
-    r = draw(1, others_x)
-    # The r-th row outside group c is r + (number of rows of c that come before it). Within a group the keys
-    # (row - its rank) ascend, so one search over all groups finds that number.
-    order = torch.argsort(positive, stable=True)
-    start = torch.cumsum(size, 0) - size
-    rank = torch.arange(pairs, device=device) - start[positive[order]]
-    group_key = positive[order] * (pairs + 1) + (order - rank)
-    found = torch.searchsorted(group_key, positive.unsqueeze(1) * (pairs + 1) + r, right=True)
-    over_x = r + found - start[positive].unsqueeze(1)
-    none_y, none_x = (others_y <= 0).unsqueeze(1), (others_x <= 0).unsqueeze(1)
-    return over_y.masked_fill(none_y, 0), over_x.masked_fill(none_x, 0), others_y > 0, others_x > 0
 
 
 def alignment_loss(bow: Tensor, kl: Tensor, coarse: Tensor, fine: Tensor, alpha: float) -> Tensor:
@@ -391,152 +126,10 @@ def fuse_context(context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor,
     return F.relu(F.linear(torch.cat([context, take(r_cog, segment), take(r_aff, segment)], dim=-1), weight, bias))
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
-                     scale: float | None = None, dropout_p: float = 0.0, seed: int = 0, key_of: Tensor | None = None,
-                     key_length: Tensor | None = None) -> Tensor:
-    """Multi-head attention of packed sequences: each query of sequence s attends to the keys of s (Vaswani et al., 2017).
-
-    Plain torch: sequences are padded to the next power of two of their own length, never to their batch mates', so a
-    sequence's result does not depend on the batch it is in. A query that sees no key gives zeros.
-
-    Args:
-        query: (Tq, H, D); key, value: (Tk, H, D); cu_query (s + 1,), cu_key: where each sequence starts.
-        causal: the last query sees all keys, the one before it all but the last, and so on.
-        scale: default D ** -0.5.
-        dropout_p, seed: dropout on the attention weights, by counter (`dropout_keep`): the weight of query row i and the
-            j-th key of its sequence has the number e = i * (the longest key sequence by cu_key) + j.
-        key_of: (s,) the sequence of keys that each sequence of queries attends to; default: its own.
-        key_length: how many rows of each sequence of keys are keys, from its first; the others are never read. Default: all.
-
-    Returns:
-        (Tq, H, D).
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    start_k, size_k = cu_key[:-1].long(), cu_key.long().diff()
-    longest = int(size_k.max()) if dropout_p > 0 and size_k.numel() else 0
-    if key_length is not None:
-        size_k = key_length.long()
-    if key_of is not None:
-        start_k, size_k = start_k[key_of.long()], size_k[key_of.long()]
-    start_q, size_q = cu_query[:-1].long(), cu_query.long().diff()
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for s, (n, m) in enumerate(zip(size_q.tolist(), size_k.tolist(), strict=True)):
-        if n:
-            buckets.setdefault(((n - 1).bit_length(), (m - 1).bit_length() if m else -1), []).append(s)
-    parts, rows = [query[:0]], [torch.zeros(0, dtype=torch.int64, device=query.device)]
-    for (log_q, log_k), members in buckets.items():
-        chosen = torch.tensor(members, device=query.device)
-        q_index, q_real = _padded(start_q[chosen], size_q[chosen], 1 << log_q)
-        rows.append(q_index[q_real])
-        if log_k < 0:
-            parts.append(torch.zeros_like(query[q_index[q_real]]))
-            continue
-        k_index, k_real = _padded(start_k[chosen], size_k[chosen], 1 << log_k)
-        seen = k_real[:, None, None, :]  # (n, 1, queries, keys)
-        if causal:
-            place_q, place_k = torch.arange(1 << log_q, device=query.device), torch.arange(1 << log_k, device=query.device)
-            later = (size_k - size_q)[chosen, None, None] + place_q[:, None] - place_k
-            seen = seen & (later >= 0).unsqueeze(1)
-        some = seen.any(-1, keepdim=True)  # where none is seen, any finite weights will do: they are replaced by zeros
-        keep = None
-        if dropout_p > 0:
-            number = q_index[:, :, None] * longest + torch.arange(1 << log_k, device=query.device)
-            keep = dropout_keep(number, query.shape[1], dropout_p, seed).permute(0, 3, 1, 2)
-        attended = _padded_attention(take(query, q_index).transpose(1, 2), take(key, k_index).transpose(1, 2),
-                                     take(value, k_index).transpose(1, 2), seen | ~some, scale, keep, dropout_p)
-        attended = torch.where(some, attended, 0)
-        parts.append(take(attended.transpose(1, 2).flatten(0, 1), q_real.flatten().nonzero().squeeze(1)))
-    out = take(torch.cat(parts), torch.argsort(torch.cat(rows)))
-    # where no one has a key, key and value would drop out of the graph; they stay in it, with zero gradient
-    return out if any(log_k >= 0 for _, log_k in buckets) else out + (key[:0].sum() + value[:0].sum())
-
-
-def _padded(start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Row numbers (n, width) of sequences (n,), and which of them are real; the others repeat the first row."""
-    place = torch.arange(width, device=start.device)
-    real = place < size.unsqueeze(1)
-    return start.unsqueeze(1) + place * real, real
-
-
-def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, keep: Tensor | None,
-                      dropout_p: float) -> Tensor:
-    """(n, H, queries, D); ``mask`` (n, 1, 1 or queries, keys) holds what is seen, ``keep`` what dropout leaves."""
-    score = full_precision(query @ key.transpose(2, 3)) * scale
-    weight = score.masked_fill(~mask, -math.inf).softmax(-1).to(value.dtype)
-    return (weight if keep is None else weight * keep / (1 - dropout_p)) @ value
-
-
-def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], eps: float = 1e-5, dropout_p: float = 0.0,
-                    output_dropout_p: float = 0.0, seed: int = 0) -> Tensor:
-    """The decoder's attention to its sources in turn, pre-LN, without biases: for each source
-
-    hidden <- hidden + dropout( attention( layer_norm(hidden) W_query^T, key, value ) W_output^T )
-
-    Args:
-        hidden: (T, d) packed states of the sequences cu_hidden (B + 1,).
-        sources: objects with the fields of `case_fast.ops.Source`, keys and values projected already.
-        eps: of the layer norms.
-        dropout_p: on the attention weights, as `packed_attention`; output_dropout_p: on what is added to hidden, element
-            (row, column) numbered e = row * d + column, as of head 0. Both with a seed of their own (`source_seed`).
-
-    Returns:
-        (T, d). A sequence without keys in a source gets 0 from it.
-    """
-    rows, width = hidden.shape
-    for place, source in enumerate(sources):
-        normed = F.layer_norm(hidden, (width,), source.norm_weight, source.norm_bias, eps)
-        query = F.linear(normed, source.query_weight).unflatten(-1, source.key.shape[1:])
-        attended = packed_attention(query, source.key, source.value, cu_hidden, source.cu_keys, dropout_p=dropout_p,
-                                    seed=source_seed(seed, place, 0), key_of=source.key_of)
-        added = F.linear(attended.flatten(-2), source.output_weight)
-        if output_dropout_p > 0:
-            keep = dropout_keep(rows * width, 1, output_dropout_p, source_seed(seed, place, 1), hidden.device)
-            added = added * keep.view(rows, width) / (1 - output_dropout_p)
-        hidden = hidden + added
-    return hidden
-
-
-def source_seed(seed: int, place: int, part: int) -> int:
-    """The seed of dropout on the attention weights (part 0) or on the output (part 1) of the source at ``place``: apart in
-    the highest of 63 bits, so that a caller who counts seeds up meets none of them again."""
-    return seed ^ (2 * place + part) << 47
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None = None
-                         ) -> tuple[Tensor, Tensor]:
-    """Eq. 8 and 19 before their sums: -log P(y | row) of each target word, P = softmax(weight hidden + bias).
-
-    Args:
-        hidden (T, d), weight (V, d), bias (V,), target (M,).
-        cu_target: (T + 1,): row t has the targets target[cu_target[t]:cu_target[t + 1]]; None: row t has target t alone.
-
-    Returns:
-        negative log-likelihood (M,), the most probable word (T,) (lowest index on ties).
-    """
-    logits = full_precision(F.linear(hidden, weight, bias))
-    log_probability, prediction = F.log_softmax(logits, dim=-1), logits.argmax(dim=-1)
-    if cu_target is None:
-        return F.nll_loss(log_probability, target.long(), reduction="none"), prediction
-    return -log_probability[segment_ids(cu_target, target.numel()), target.long()], prediction
-
-
-def greatest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``values`` (n, m) and their places, best first, the lowest place first among equals."""
-    if k < values.shape[1]:
-        top, place = values.topk(k + 1, dim=1)
-        if not (top[:, k] == top[:, k - 1]).any():  # else topk leaves open which of the equals at the edge it takes
-            place = place[:, :k].sort(dim=1).values
-            top, order = values.gather(1, place).sort(dim=1, descending=True, stable=True)
-            return top, place.gather(1, order)
-    top, place = values.sort(dim=1, descending=True, stable=True)
-    return top[:, :k], place[:, :k]
-
-
-def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k most probable words of each row, the best first: log-probabilities (T, k) and words (T, k). hidden (T, d)."""
-    logits = full_precision(F.linear(hidden, weight, bias))
-    score, word = greatest(logits, k)
-    return score - logits.logsumexp(dim=1, keepdim=True), word
+packed_attention = reference.packed_attention  # of encoders and of the decoder, to its own words
+cross_attention, source_seed = reference.cross_attention, reference.source_seed  # of the decoder, to its sources in turn
+linear_cross_entropy = reference.linear_cross_entropy  # Eq. 8 and 19 before their sums
+greatest, top_words = reference.greatest, reference.top_words  # the most probable words, for decoding
 
 
 def generation_loss(nll: Tensor) -> Tensor:

@@ -267,7 +267,8 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         model = build(settings.pop("model", "case"), **settings)
         model.load_weights(weights / _WEIGHTS)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{weights}: damaged, or not of this model ({error}). {remedy}") from error
+        reason = error.__cause__ or error  # the model's own sentence would say the same twice
+        raise CheckpointError(f"{weights}: damaged, or not of this model ({reason}). {remedy}") from error
     return model.to(chosen).eval(), chosen
 
 

@@ -27,9 +27,9 @@ MAY_IMPORT = {
     "devices": set(),
     "batch": set(),
     "html": set(),
-    "equations": set(),
+    "ops": {"_native"},
+    "equations": {"ops"},
     "equations_baselines": {"ops", "equations"},
-    "ops": {"equations", "_native"},
     "models": {"ops", "equations", "equations_baselines"},
     "knowledge": set(),
     "data": {"knowledge"},
@@ -257,6 +257,14 @@ def test_the_search_for_parts_of_a_run_finds_each_way_to_write_one():
                  "run.glob('best/*')", "run / 'best' / 'config.json'"]:
         assert "best" in [part for _, part in path_parts(ast.parse(line))], line
     assert not list(path_parts(ast.parse("state = {'best': best}; load(run, checkpoint='best')")))
+
+
+def test_every_folder_of_csrc_is_a_family_with_tests():
+    families = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"common", "tests"}
+    for family in families:
+        assert (ROOT / "csrc" / family / f"{family}.h").exists(), "CMakeLists.txt finds families by this header"
+        assert (ROOT / "csrc/tests" / f"test_{family}.cpp").exists()
+        assert (PACKAGE / "ops" / f"{family}.py").exists()
 
 
 def test_kernel_families_in_csrc_never_see_each_other():

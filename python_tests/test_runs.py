@@ -147,12 +147,29 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(trained,
 
 def test_a_step_is_opened_where_the_best_weights_are_damaged(copy):
     (copy / "best" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="best: damaged, or not of this model .*Put a copy of it back, or train again"):
+    said = r"best: damaged, or not of this model \(Error [^()]*\)\. Put a copy of it back, or train again: case-fast train"
+    with pytest.raises(CheckpointError, match=said):
         load_model(copy, "cpu")
     load_model(copy, "cpu", str(STEPS))
     (copy / "checkpoints" / f"{STEPS:08d}" / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"{STEPS:08d}: damaged, or not of this model"):
         load_model(copy, "cpu", str(STEPS))
+
+
+def test_a_model_of_a_later_version_is_named(copy):
+    path = copy / "best" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "seer"}))
+    with pytest.raises(CheckpointError, match="there is no model 'seer'; one of case, "):
+        load_model(copy, "cpu")
+
+
+def test_a_run_of_the_first_version_holds_case(copy):
+    """Before there was a second model its config.json had no "model"."""
+    path = copy / "best" / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("model") == "case"
+    path.write_text(json.dumps(settings))
+    assert type(load_model(copy, "cpu")[0]).__name__ == "CASE"
 
 
 def test_features_come_with_where_knowledge_came_from(store, copy):

@@ -64,7 +64,7 @@ def train(store: Store, config: CASEConfig, size: int, steps: int, rate: float, 
     """One model; a record every ``every`` steps."""
     torch.manual_seed(seed)
     model = CASE(config).to(device)
-    model.set_phase(2)
+    model.set_phase("all")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=rate, betas=(0.9, 0.98), eps=1e-9, fused=True)
     generator = torch.Generator().manual_seed(seed)

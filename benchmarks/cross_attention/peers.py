@@ -21,10 +21,11 @@ FAR = -1e30  # of a key that is padding, before the softmax: where all are, valu
 
 
 def ours(case: ReplyCase) -> Work:
-    """Decoding, the sources are made once a reply, as the others' masks and keys are."""
+    """Decoding, the sources are prepared once a reply, as the others' masks and keys are."""
+    prepared = ops.prepare_sources(case.sources) if case.steps else None
 
     def attend(hidden: Tensor, *floats: Tensor) -> Tensor:
-        return ops.cross_attention(hidden, case.cu_hidden, case.sources if case.steps else case.sources_of(floats))
+        return ops.cross_attention(hidden, case.cu_hidden, prepared or case.sources_of(floats))
 
     return Work(attend, case.inputs, case.grad_out)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from case_fast.data.empathetic_dialogues import EMOTION_IDS, Turn
-from case_fast.data.graphs import CSR, cognition_graph, concept_graph
+from case_fast.data.graphs import CONCEPT, CSR, cognition_graph, concept_graph
 from case_fast.data.text import is_word, normalize_space, split_sentences, tokenize
 from case_fast.data.vocabulary import CLS, LISTENER, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError, DataError
@@ -111,6 +111,15 @@ class Example:
     concept_graph: CSR
     truncated: int
     source: dict
+
+    def tokens_of_concepts(self, words: Sequence[str]) -> list[tuple[str, ...]]:
+        """The distinct context words that each concept is joined to; ``words`` (n,): the context's, as many as were kept."""
+        found: list[dict[str, None]] = [{} for _ in self.concept]
+        first = 1 + len(words)
+        for vertex, neighbour, relation in self.concept_graph.edges():
+            if relation == CONCEPT and vertex >= first:
+                found[vertex - first][words[neighbour - 1]] = None
+        return [tuple(tokens) for tokens in found]
 
 
 def sub_utterances(utterance: str) -> list[str]:

@@ -9,7 +9,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from case_fast.data.featurizer import Example
 from case_fast.data.graphs import COGNITION_GRAPH_RELATIONS, CONCEPT, CONCEPT_GRAPH_RELATIONS, CSR, FIRST_COMMONSENSE
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import UNK
@@ -37,22 +36,12 @@ def describe(store: Store, split: str, index: int) -> dict[str, Any]:
         "unknown_words": int((example.context == UNK).sum()),
         "sub_utterances": [{"name": f"u{i}", "text": sub, "inferences": inferences[i]} for i, sub in enumerate(subs)],
         "concepts": [
-            {"word": word, "intensity": round(float(w), 3), "of": tokens}
-            for word, w, tokens in zip(concepts, example.concept_intensity, _tokens_of(example, words), strict=True)
+            {"word": word, "intensity": round(float(w), 3), "of": list(tokens)}
+            for word, w, tokens in zip(concepts, example.concept_intensity, example.tokens_of_concepts(words), strict=True)
         ],
         "cognition_graph": _graph(example.cognition_graph, cognition_names, COGNITION_GRAPH_RELATIONS),
         "concept_graph": _graph(example.concept_graph, concept_names, CONCEPT_GRAPH_RELATIONS),
     }
-
-
-def _tokens_of(example: Example, words: list[str]) -> list[list[str]]:
-    """The distinct context words that each concept is joined to."""
-    found: list[list[str]] = [[] for _ in example.concept]
-    first = 1 + len(words)
-    for vertex, neighbour, relation in example.concept_graph.edges():
-        if relation == CONCEPT and vertex >= first and words[neighbour - 1] not in found[vertex - first]:
-            found[vertex - first].append(words[neighbour - 1])
-    return found
 
 
 def _graph(graph: CSR, names: list[str], relations: tuple[str, ...]) -> dict[str, Any]:

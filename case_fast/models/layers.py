@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from case_fast.equations import segment_ids, superimpose_intensity, take
-from case_fast.ops import Source, cross_attention, graph_attention, packed_attention
+from case_fast.ops import PreparedSources, Source, cross_attention, graph_attention, packed_attention, prepare_sources
 
 
 def first_rows(cu: Tensor) -> Tensor:
@@ -172,14 +172,14 @@ class Memory:
 class DecoderState:
     """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each.
 
-    ``sources[layer]`` are projected once, when decoding starts; all beams of a dialogue read the same keys, and a dialogue that
-    leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words so far:
-    each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
+    ``sources[layer]`` are projected and prepared once, when decoding starts; all beams of a dialogue read the same keys, and a
+    dialogue that leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words
+    so far: each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
     ``start``, ``added``: rows (hypotheses, d) of a `Reading`, or None.
     """
 
-    def __init__(self, sources: list[list[Source]], dialogues: int, beams: int, device: torch.device, start: Tensor | None = None,
-                 added: Tensor | None = None):
+    def __init__(self, sources: list[PreparedSources], dialogues: int, beams: int, device: torch.device,
+                 start: Tensor | None = None, added: Tensor | None = None):
         self.sources, self.beams = sources, beams
         self.start, self.added = (None if x is None else x.repeat_interleave(beams, 0) for x in (start, added))
         self.dialogues = torch.arange(dialogues, device=device)  # those that go on, by their number in the sources
@@ -211,7 +211,9 @@ class DecoderState:
         self.dialogues = self.dialogues[dialogues]
         if self.added is not None:
             self.added = self.added.unflatten(0, (-1, self.beams))[dialogues].flatten(0, 1)
-        self.sources = [[replace(source, key_of=self.dialogues) for source in layer] for layer in self.sources]
+        self.sources = [
+            prepare_sources([replace(source, key_of=self.dialogues) for source in layer.sources]) for layer in self.sources
+        ]
 
     def lengthen(self, like: Tensor) -> None:
         """Make room for one more word, whose keys are like ``like`` (hypotheses, H, D), and find where everything lies."""
@@ -299,7 +301,7 @@ class Decoder(nn.Module):
     def start(self, memories: Sequence[Memory], beams: int = 1, start: Tensor | None = None, added: Tensor | None = None
               ) -> DecoderState:
         """``start``, ``added`` (B, d): of the `Reading`."""
-        sources = [layer.sources(memories) for layer in self.layers]
+        sources = [prepare_sources(layer.sources(memories)) for layer in self.layers]
         return DecoderState(sources, memories[0].cu.numel() - 1, beams, memories[0].rows.device, start, added)
 
     @torch.no_grad()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from case_fast.ops.backend import backend_name, native_report
 from case_fast.ops.bilinear_mim import bilinear_mim, mim_sides
-from case_fast.ops.cross_attention import Source, cross_attention
+from case_fast.ops.cross_attention import PreparedSources, Source, cross_attention, prepare_sources
 from case_fast.ops.graph_attention import graph_attention
 from case_fast.ops.linear_cross_entropy import linear_cross_entropy, top_words
 from case_fast.ops.packed_attention import packed_attention
 
 __all__ = [
+    "PreparedSources",
     "Source",
     "backend_name",
     "bilinear_mim",
@@ -19,5 +20,6 @@ __all__ = [
     "mim_sides",
     "native_report",
     "packed_attention",
+    "prepare_sources",
     "top_words",
 ]

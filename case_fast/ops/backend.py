@@ -2,7 +2,7 @@
 
     native      case_fast._native: C++ on CPU, CUDA on NVIDIA GPUs
     triton      Triton kernels, on GPUs that the native module does not serve
-    reference   case_fast.equations: plain torch on any device
+    reference   case_fast.ops.reference: plain torch on any device
 
 CASE_FAST_BACKEND=native|triton|reference overrides the choice; FAMILY=BACKEND does for one family of ops, and several such
 parts may be joined by commas: CASE_FAST_BACKEND=native,bilinear_mim=triton.
@@ -38,7 +38,7 @@ except ImportError as error:
 
 def native_report() -> dict:
     """The native module's state: ``available``, ``reason`` (why not, else empty) and, where available, its own report:
-    ``version``, ``simd``, ``cuda``, ``cuda_architectures``, ``cuda_runtime``, ``cuda_devices``, ``cuda_status``.
+    ``version``, ``families``, ``simd``, ``cuda``, ``cuda_architectures``, ``cuda_runtime``, ``cuda_devices``, ``cuda_status``.
 
     With CUDA compiled in, counting devices starts the CUDA driver in this process: do not call it before a fork.
     """
@@ -59,11 +59,7 @@ def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:
 @torch.compiler.assume_constant_result
 def choose(family: str, device: str, beyond: str = "") -> str:
     """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is."""
-    return _choose(family, device, beyond, said_by_user())
-
-
-def said_by_user() -> str:
-    return os.environ.get("CASE_FAST_BACKEND", "")
+    return _choose(family, device, beyond, os.environ.get("CASE_FAST_BACKEND", ""))
 
 
 @functools.cache

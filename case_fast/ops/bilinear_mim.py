@@ -1,6 +1,6 @@
 """Mutual information maximisation over a score matrix that is never stored (Eq. 9-12), with gradients, on CPU and GPU.
 
-The equation in plain torch is `case_fast.equations.mim_sides`: the oracle of the tests, and what runs where there is no
+The equation in plain torch is `case_fast.ops.reference.mim_sides`: the oracle of the tests, and what runs where there is no
 kernel. The registered ops `case_fast::bilinear_mim_forward` and `_backward` call the kernels; autograd stands outside.
 """
 
@@ -11,12 +11,11 @@ import functools
 import torch
 from torch import Tensor
 
-from case_fast import equations
-from case_fast.equations import SCORES
-from case_fast.ops import backend, common
-from case_fast.ops.common import pointer
+from case_fast.ops import backend, common, reference
+from case_fast.ops.reference import SCORES
 
 FAMILY = "bilinear_mim"
+PLAN_AUTO = 0  # enum case_fast_mim_plan
 MOST_ROWS = 2**31  # a draw is a 32-bit word times the number of rows, in 64 bits
 
 
@@ -39,7 +38,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
             and y_p belong together, P == Q.
         num_negatives: each sum holds the positive and so many draws with replacement from its other rows, in place of all of
             them. Which ones is a function of (seed, p, side, draw) alone, the same on every backend
-            (`case_fast.equations.draw_negatives`); 0 <= seed < 2^63, to be changed every step.
+            (`case_fast.ops.reference.draw_negatives`); 0 <= seed < 2^63, to be changed every step.
         reduction: "mean" (0 without pairs), "sum" or "none".
         score: "bilinear_sigmoid", S = sigmoid(x_p^T W y_q); or "dot", S = x_p . y_q, whose sums are taken from their maximum.
         validate: whether the contents of positive are checked. Default: on CPU always, elsewhere never, since reading the
@@ -62,7 +61,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
     side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score, validate, deterministic)
-    return equations.reduced(side_y + side_x, reduction)
+    return reference.reduced(side_y + side_x, reduction)
 
 
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
@@ -75,21 +74,19 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
     Returns:
         side_y (P,), over rows of y; side_x (P,), over rows of x; and without gradient x_p^T W y_c (or x_p . y_c), (P,).
     """
-    device = x.device.type
+    device = common.device_type(x)
     compute, differs = common.compute_dtype(x)
     if differs:
         x, y, weight = common.cast(compute, x, y, weight)
     _check(x, y, weight, positive, num_negatives, score)
     common.check_seed(seed)
     runs = backend.choose(FAMILY, device)
-    if validate is None:
-        validate = device == "cpu" and not torch.compiler.is_compiling()
-    if validate and positive is not None and not (runs == "native" and device == "cpu"):
-        _check_contents(positive, y.shape[0])
+    if positive is not None and common.reads(validate, runs, device):
+        common.check_within("positive", positive, y.shape[0])
     if runs == "reference":
         positive = torch.arange(x.shape[0], device=x.device) if positive is None else positive
         with torch.autocast(device, enabled=False):
-            side_y, side_x, logit = equations.mim_sides(x, y, weight, positive, num_negatives, seed, score)
+            side_y, side_x, logit = reference.mim_sides(x, y, weight, positive, num_negatives, seed, score)
         return side_y, side_x, logit.detach()
     numbers = (num_negatives, seed, score, deterministic or torch.are_deterministic_algorithms_enabled())
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (weight is not None and weight.requires_grad)):
@@ -103,8 +100,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
 def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, score: str) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     dtype, device = x.dtype, x.device
-    if dtype not in common.DTYPES:
-        raise TypeError(f"x must be float32, float64, float16 or bfloat16, not {dtype}")
+    common.check_dtype("x", x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be (P, d) with d above 0, not {tuple(x.shape)}")
     dim = x.shape[1]
@@ -117,12 +113,9 @@ def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
     for name, tensor, shape in (("y", y, None), ("weight", weight, (dim, dim))):
         if tensor is None:
             continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} as x, not {tensor.dtype}")
+        common.check_like(name, tensor, dtype, device, "x")
         if tensor.dim() != 2 or tensor.shape[1] != dim or (shape is not None and tensor.shape[0] != dim):
             raise ValueError(f"{name} must be {'(Q' if shape is None else f'({dim}'}, {dim}) as x, not {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device} as x, not on {tensor.device}")
     for name, tensor in (("x", x), ("y", y)):
         if tensor.shape[0] >= MOST_ROWS:
             raise ValueError(f"{name} must have fewer than 2^31 rows, not {tensor.shape[0]}")
@@ -130,46 +123,18 @@ def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
         if x.shape[0] != y.shape[0]:
             raise ValueError(f"positive must say which rows belong together: x has {x.shape[0]} and y {y.shape[0]}")
     else:
-        if positive.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"positive must be int32 or int64, not {positive.dtype}")
         if positive.dim() != 1 or positive.shape[0] != x.shape[0]:
             raise ValueError(f"positive must be (P,) = ({x.shape[0]},) as x, not {tuple(positive.shape)}")
-        if positive.device != device:
-            raise ValueError(f"positive must be on {device} as x, not on {positive.device}")
+        common.check_index("positive", positive, device, "x")
         if y.shape[0] == 0 and x.shape[0] > 0:
             raise IndexError("positive names rows of y, which has none")
     if num_negatives is not None:
-        if isinstance(num_negatives, bool) or not isinstance(num_negatives, int):
-            raise TypeError(f"num_negatives must be a whole number or None, not {num_negatives!r}")
+        common.check_whole("num_negatives", num_negatives, "a whole number or None")
         if not 1 <= num_negatives < MOST_ROWS:
             raise ValueError(f"num_negatives must be in [1, 2^31) or None, not {num_negatives}")
 
 
-def _check_contents(positive: Tensor, rows: int) -> None:
-    """Reads positive, and raises IndexError at the first entry that names no row of y."""
-    wrong = ((positive < 0) | (positive >= rows)).nonzero()
-    if wrong.numel():
-        place = int(wrong[0])
-        raise IndexError(f"positive holds {int(positive[place])} at place {place}; it must be in [0, {rows})")
-
-
 # ------------------------------------------------------------------------------------------------------------ registered ops
-
-_library = torch.library.Library("case_fast", "FRAGMENT")
-_INPUTS = "Tensor x, Tensor y, Tensor? weight, Tensor? positive"
-_NUMBERS = "int? num_negatives, SymInt seed, str score, bool deterministic"  # SymInt: a new seed does not compile again
-# side_y, side_x, logit, (P,) each, and what backward needs beside the inputs: in the dtype of `_full`.
-_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)")
-# Gradients of x and y, and of weight where it is given.
-_library.define(f"{FAMILY}_backward(str backend, Tensor grad_side_y, Tensor grad_side_x, {_INPUTS}, Tensor saved, {_NUMBERS}) "
-                "-> Tensor[]")
-_forward_op = torch.ops.case_fast.bilinear_mim_forward.default
-_backward_op = torch.ops.case_fast.bilinear_mim_backward.default
-
-
-def _full(x: Tensor) -> torch.dtype:
-    """Of sums and losses."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _outputs(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, num_negatives: int | None, score: str) -> tuple[Tensor, ...]:
@@ -180,10 +145,10 @@ def _outputs(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, num_negativ
 
         saved = saved_elements(pairs, rows, num_negatives)
     elif isinstance(pairs, int) and isinstance(rows, int) and isinstance(dim, int):
-        saved = backend.native.bilinear_mim_saved(*_problem(x, y, None, num_negatives, 0, score))
+        saved = backend.native.bilinear_mim_saved(_problem(x, y, None, num_negatives, 0, score))
     else:
         saved = _saved_elements(pairs, rows, dim, num_negatives, score)
-    return tuple(torch.empty(size, dtype=_full(x), device=x.device) for size in (pairs, pairs, pairs, saved))
+    return tuple(torch.empty(size, dtype=common.sum_dtype(x), device=x.device) for size in (pairs, pairs, pairs, saved))
 
 
 def _saved_elements(pairs: int, rows: int, dim: int, num_negatives: int | None, score: str) -> int:
@@ -194,20 +159,12 @@ def _saved_elements(pairs: int, rows: int, dim: int, num_negatives: int | None, 
     return projected + 5 * pairs + (2 * pairs * num_negatives if num_negatives <= dim else 0)
 
 
-def _gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """Uninitialised gradients of the inputs that are there."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
-
-
-def _contiguous(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(x if x is None else x.contiguous() for x in inputs)
-
-
 def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int | None, seed: int, score: str) -> tuple:
     """The fields of struct case_fast_mim."""
     pairs, dim = x.shape
     negatives = -1 if num_negatives is None else num_negatives
-    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, pointer(positive), seed
+    address = 0 if positive is None else positive.data_ptr()
+    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, address, seed, PLAN_AUTO
 
 
 @functools.lru_cache(maxsize=8)
@@ -223,26 +180,21 @@ def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
 
 def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
              seed: int, score: str, deterministic: bool) -> tuple[Tensor, ...]:
-    x, y, weight, positive = _contiguous(x, y, weight, positive)
+    x, y, weight, positive = common.contiguous(x, y, weight, positive)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
         return triton.forward(x, y, weight, positive, num_negatives, seed, score, deterministic)
-    positive = _int64(positive, x)
     found = _outputs(runs, x, y, weight, num_negatives, score)
-    status = backend.native.bilinear_mim_forward(
-        *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight),
-        *[tensor.data_ptr() for tensor in found], torch.get_num_threads(),
-    )
-    if status:
-        _raise(status, positive, y.shape[0])
+    _run("forward", x, y, weight, positive, num_negatives, seed, score, found)
     return found
 
 
 def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None,
               positive: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool
               ) -> list[Tensor]:
-    grad_side_y, grad_side_x, x, y, weight, positive, saved = _contiguous(grad_side_y, grad_side_x, x, y, weight, positive, saved)
+    x, y, weight, positive = common.contiguous(x, y, weight, positive)
+    grad_side_y, grad_side_x, saved = common.contiguous(grad_side_y, grad_side_x, saved)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
@@ -250,39 +202,35 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
             grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score, deterministic
         )
         return [gradient for gradient in found if gradient is not None]
-    positive = _int64(positive, x)
-    found = _gradients(x, y, weight)
-    status = backend.native.bilinear_mim_backward(
-        *_problem(x, y, positive, num_negatives, seed, score), x.data_ptr(), y.data_ptr(), pointer(weight), saved.data_ptr(),
-        grad_side_y.data_ptr(), grad_side_x.data_ptr(), *[gradient.data_ptr() for gradient in found],
-        *(() if weight is not None else (0,)), torch.get_num_threads(),
-    )
-    if status:
-        _raise(status, positive, y.shape[0])
+    found = common.empty_like(x, y, weight)
+    others = (saved, grad_side_y, grad_side_x, *found, *[None] * (3 - len(found)))
+    _run("backward", x, y, weight, positive, num_negatives, seed, score, others)
     return found
 
 
-def _raise(status: int, positive: Tensor, rows: int) -> None:
-    """The error that belongs to a status of enum case_fast_status; nothing was written."""
-    _check_contents(positive, rows)  # says which entry
-    if status == 5:
-        raise MemoryError("bilinear_mim found no memory for its workspace")
-    raise RuntimeError(f"bilinear_mim: the native kernel refused its arguments (status {status})")
+def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
+         seed: int, score: str, others: tuple[Tensor | None, ...]) -> None:
+    """Runs the native kernel. others: what its arguments are beside the inputs."""
+    positive = _int64(positive, x)
+    problem = _problem(x, y, positive, num_negatives, seed, score)
+    status = common.run_native(f"{FAMILY}_{direction}", x, problem, common.pointers(x, y, weight, *others))
+    if status:
+        rows = y.shape[0]
+        common.refuse_contents(FAMILY, status, {2: "positive"}, lambda: common.check_within("positive", positive, rows))
 
 
-def _forward_fake(runs, x, y, weight, positive, num_negatives, seed, score, deterministic):
-    return _outputs(runs, x, y, weight, num_negatives, score)
-
-
-def _backward_fake(runs, grad_side_y, grad_side_x, x, y, weight, *rest):
-    return _gradients(x, y, weight)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl(f"{FAMILY}_forward", _forward, _device)
-    _library.impl(f"{FAMILY}_backward", _backward, _device)
-torch.library.register_fake(f"case_fast::{FAMILY}_forward", _forward_fake, lib=_library)
-torch.library.register_fake(f"case_fast::{FAMILY}_backward", _backward_fake, lib=_library)
+_INPUTS = "Tensor x, Tensor y, Tensor? weight, Tensor? positive"
+_NUMBERS = "int? num_negatives, SymInt seed, str score, bool deterministic"  # SymInt: a new seed does not compile again
+# side_y, side_x, logit, (P,) each, and what backward needs beside the inputs: in the dtype of sums.
+_forward_op = common.register(
+    f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
+    lambda runs, x, y, weight, positive, num_negatives, seed, score, *rest: _outputs(runs, x, y, weight, num_negatives, score),
+)
+# Gradients of x and y, and of weight where it is given.
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor grad_side_y, Tensor grad_side_x, {_INPUTS}, Tensor saved, {_NUMBERS}) -> Tensor[]",
+    _backward, lambda runs, grad_side_y, grad_side_x, x, y, weight, *rest: common.empty_like(x, y, weight),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- autograd

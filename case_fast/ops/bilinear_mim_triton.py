@@ -128,7 +128,7 @@ def group_sums(value, positive, out, pairs, rows, BLOCK: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def _draw(slot, p, n, seed, SIDE: tl.constexpr):
-    """(Philox(slot, p, SIDE, 0) * n) >> 32, as `equations.draw_negatives`."""
+    """(Philox(slot, p, SIDE, 0) * n) >> 32, as `reference.draw_negatives`."""
     zero = slot * 0
     key = seed.to(tl.uint64)
     word, _, _, _ = tl.philox_impl(slot.to(tl.uint32), (zero + p).to(tl.uint32), (zero + SIDE).to(tl.uint32),

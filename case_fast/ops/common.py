@@ -1,22 +1,37 @@
-"""What the public ops share around their kernels: the dtype of a call, addresses, and the refusal of second derivatives."""
+"""What the ops of all families share around their kernels: dtypes, checks, layout, calls of the native module, registration, and
+gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._functorch import peek_interpreter_stack as _transform
 
+from case_fast.ops import backend
+from case_fast.ops.device_flag import device_flag, raise_pending
+
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # enum case_fast_dtype
+INDEX_BITS = {torch.int32: 32, torch.int64: 64}
+MAX_DIMENSION = 256  # of a head, in the GPU kernels of attention
+
+# ------------------------------------------------------------------------------------------------------------------- dtypes
+
+
+def device_type(x: Tensor) -> str:
+    """As ``x.device.type``, which takes longer."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def compute_dtype(like: Tensor) -> tuple[torch.dtype, bool]:
     """The dtype that a call on ``like`` computes in, and whether its inputs must be cast to it: under autocast, autocast's;
     on CPU, float32 in place of half precision."""
-    device = like.device.type
+    device = device_type(like)
     autocast = torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else like.dtype
     if device == "cpu" and compute in HALF:
@@ -29,21 +44,231 @@ def cast(compute: torch.dtype, *inputs: Tensor | None) -> tuple[Tensor | None, .
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(compute) for x in inputs)
 
 
-def check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be a whole number, not {seed!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
-
-
 def restored(out: Tensor, given: torch.dtype) -> Tensor:
     """A result in the dtype that the caller gave; under autocast as it is."""
     return out if out.dtype == given or torch.is_autocast_enabled(out.device.type) else out.to(given)
 
 
-def pointer(x: Tensor | None) -> int:
-    """Its address; 0 stands for an absent one."""
-    return 0 if x is None else x.data_ptr()
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Of sums and losses: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------- checks: what is known without reading a tensor
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, not {x.dtype}")
+
+
+def check_like(name: str, x: Tensor, dtype: torch.dtype, device: torch.device, like: str) -> None:
+    """A float tensor that must have the dtype and device of ``like``."""
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} as {like}, not {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} as {like}, not on {x.device}")
+
+
+def check_index(name: str, x: Tensor, device: torch.device, like: str) -> None:
+    if x.dtype not in INDEX_BITS:
+        raise TypeError(f"{name} must be int32 or int64, not {x.dtype}")
+    if x.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, not shape {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} as {like}, not on {x.device}")
+
+
+def check_whole(name: str, number: int, what: str = "a whole number") -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be {what}, not {number!r}")
+
+
+def check_seed(seed: int) -> None:
+    check_whole("seed", seed)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
+
+
+def check_dropout(name: str, p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be in [0, 1), not {p!r}")
+
+
+def check_finite(name: str, number: float) -> None:
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, not {number!r}")
+
+
+def check_sequences(query_name: str, cu_query: Tensor, key_name: str, cu_key: Tensor, of_name: str, key_of: Tensor | None,
+                    device: torch.device) -> None:
+    """Offsets of sequences of queries and of keys, and which keys each sequence of queries attends to."""
+    for name, cu in ((query_name, cu_query), (key_name, cu_key)):
+        check_index(name, cu, device, "the other arguments")
+        if cu.shape[0] == 0:
+            raise ValueError(f"{name} must hold one number more than there are sequences, so at least one")
+    sequences = cu_query.shape[0] - 1
+    if key_of is None:
+        if cu_key.shape[0] != cu_query.shape[0]:
+            raise ValueError(f"{key_name} must be ({sequences + 1},) as {query_name}, not {tuple(cu_key.shape)}; "
+                             f"{of_name} would say which keys each sequence attends to")
+        return
+    check_index(of_name, key_of, device, "the other arguments")
+    if key_of.shape[0] != sequences:
+        raise ValueError(f"{of_name} must be ({sequences},), a number for each sequence of {query_name}, not "
+                         f"{tuple(key_of.shape)}")
+    if sequences and cu_key.shape[0] == 1:
+        raise IndexError(f"{of_name} names sequences of {key_name}, which has none")
+
+
+def beyond_gpu(dimension: int, device: str) -> str:
+    """What about heads of that size the kernels of attention do not take."""
+    return "" if dimension <= MAX_DIMENSION or device == "cpu" else f"heads of more than {MAX_DIMENSION} dimensions"
+
+
+# ----------------------------------------------------------------------------------------------------- checks that read a tensor
+
+
+def reads(validate: bool | None, runs: str, device: str) -> bool:
+    """Whether an op must check the contents of offsets and indices itself: by default on CPU, where the native kernels do."""
+    if validate is None:
+        validate = device == "cpu" and not torch.compiler.is_compiling()
+    return validate and not (runs == "native" and device == "cpu")
+
+
+def check_offsets(name: str, offsets: Tensor, end: int, of: str) -> None:
+    """Raises IndexError at the first offset that is wrong; ``of`` says what the last one counts."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise IndexError(f"{name} starts at {first}; it must start at 0")
+    falls = (offsets[1:] < offsets[:-1]).nonzero()
+    if falls.numel():
+        place = int(falls[0])
+        raise IndexError(f"{name} falls from {int(offsets[place])} to {int(offsets[place + 1])} at place {place + 1}")
+    if last != end:
+        raise IndexError(f"{name} ends at {last}; it must end at the number of {of}, {end}")
+
+
+def check_within(name: str, index: Tensor, size: int) -> None:
+    """Raises IndexError at the first entry outside [0, size)."""
+    wrong = ((index < 0) | (index >= size)).nonzero()
+    if wrong.numel():
+        place = int(wrong[0])
+        raise IndexError(f"{name} holds {int(index[place])} at place {place}; it must be in [0, {size})")
+
+
+# ------------------------------------------------------------------------------------------------------------------- layout
+
+
+def like_indices(*indices: Tensor | None) -> tuple[Tensor | None, ...]:
+    """int64 for all where they differ; the kernels take one of both."""
+    dtype = None
+    for x in indices:
+        if x is not None and x.dtype != dtype:
+            if dtype is not None:
+                return tuple([x if x is None else x.long() for x in indices])
+            dtype = x.dtype
+    return indices
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def empty_like(*tensors: Tensor | None) -> list[Tensor]:
+    """Uninitialised, contiguous tensors like those that are there: outputs and gradients."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors if x is not None]
+
+
+def are_rows_apart(x: Tensor) -> bool:
+    """Whether the rows of (T, H, D) are dense, wherever each row lies: what the kernels of attention read without a copy."""
+    if x.is_contiguous():
+        return True
+    heads, dimension = x.shape[1:]
+    dense = (x.stride(2) == 1 or dimension == 1) and (x.stride(1) == dimension or heads == 1)
+    return dense and (x.stride(0) >= heads * dimension or x.shape[0] <= 1)
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of it where its rows are not dense."""
+    return x if are_rows_apart(x) else x.contiguous()
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from one row to the next."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.shape[2]
+
+
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same as tensors of their own: torch.compile takes no tensor twice into an autograd.Function."""
+    return [x if x is None else x.view_as(x) for x in tensors]
+
+
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Their addresses; 0 stands for an absent one."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def pointer_of(key_of: Tensor | None, cu_query: Tensor) -> int:
+    """Of key_of; that of an empty one is 0, as of none at all, so any other that is never read stands for it."""
+    return 0 if key_of is None else key_of.data_ptr() or cu_query.data_ptr()
+
+
+# -------------------------------------------------------------------------------------------------------- the native module
+
+
+def run_native(name: str, like: Tensor, call: tuple, arguments: Sequence, of_workspace: tuple = (), on_cuda: tuple = ()
+               ) -> int:
+    """The status of a native function where ``like`` lies: on CPU on torch's threads; on CUDA on torch's current stream, with its
+    workspace and the device flag, where it waits for nothing.
+
+    Args:
+        name: such as "graph_attention_forward".
+        call: the members of the struct that describes the call; arguments: what follows it on any device.
+        of_workspace, on_cuda: for CUDA, what follows ``call`` for the workspace, and ``arguments`` for the function.
+    """
+    if like.is_cpu:
+        return getattr(backend.native, name)(call, *arguments, torch.get_num_threads())
+    raise_pending()
+    with torch.cuda.device(like.device):
+        size = getattr(backend.native, f"{name.rpartition('_')[0]}_workspace_cuda")(call, *of_workspace)
+        workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return getattr(backend.native, f"{name}_cuda")(
+            call, *arguments, *on_cuda, workspace.data_ptr(), size, device_flag().data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def refuse(family: str, status: int) -> NoReturn:
+    """Raises what a status of enum case_fast_status means that is about no argument's contents; nothing was written."""
+    if status == 5:
+        raise MemoryError(f"{family} found no memory for its workspace")
+    if status == 6:
+        raise RuntimeError(f"{family}: CUDA refused a launch; CUDA_LAUNCH_BLOCKING=1 shows where an earlier error arose")
+    raise RuntimeError(f"{family}: the native kernel refused its arguments (status {status})")
+
+
+def refuse_contents(family: str, status: int, names: dict[int, str], check: Callable[[], None]) -> NoReturn:
+    """As `refuse`; for a status in ``names``, what ``check`` raises, which reads the contents and says which entry it is."""
+    if status in names:
+        check()
+        raise IndexError(f"{names[status]} names what does not exist")
+    refuse(family, status)
+
+
+# ------------------------------------------------------------------------------------------------------------ registered ops
+
+_library = torch.library.Library("case_fast", "FRAGMENT")
+
+
+def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """Defines ``case_fast::NAME`` of this schema, for CPU and CUDA alike, and what it returns for tensors without data."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, implementation, device)
+    torch.library.register_fake(f"case_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.case_fast, name).default
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, str, int, float, bool, type(None)}
@@ -70,6 +295,9 @@ def _are_plain(arguments: tuple | list) -> bool:
     return types <= _PLAIN_OR_LIST and all(_are_plain(x) for x in arguments if type(x) is list)
 
 
+# ---------------------------------------------------------------------------------------------------------------- gradients
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes gradients through as functions of all that they were computed from, and refuses to differentiate them."""
 
@@ -90,3 +318,10 @@ def gradients(family: str, backward: Callable[..., list[Tensor]], tensors: tuple
             found = backward(*tensors)
         return _NoSecondDerivative.apply(family, len(found), *found, *tensors)
     return backward(*tensors)
+
+
+def plain_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of plain torch, from inside an op."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, grad_out, allow_unused=True, materialize_grads=True)

@@ -1,6 +1,6 @@
 """A decoder's attention to several sources in turn, with gradients: one call a layer, for training and for decoding.
 
-The equation in plain torch is `case_fast.equations.cross_attention`: the oracle of the tests, and what runs where there is
+The equation in plain torch is `case_fast.ops.reference.cross_attention`: the oracle of the tests, and what runs where there is
 no kernel. The registered ops `case_fast::cross_attention_forward` and `_backward` call the kernels; autograd stands outside.
 """
 
@@ -9,64 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from case_fast import equations
-from case_fast.ops import backend, common
-from case_fast.ops.common import pointer
-from case_fast.ops.packed_attention import (
-    INDEX_BITS,
-    MAX_DIMENSION,
-    address,
-    are_rows_apart,
-    attend,
-    attend_backward,
-    check_dropout,
-    check_float,
-    check_key_of,
-    check_offsets,
-    check_sequences,
-    distinct,
-    like_indices,
-    on_cuda,
-    plain_gradients,
-    refuse,
-    row_stride,
-    rows_apart,
-)
+from case_fast.ops import backend, common, reference
+from case_fast.ops.packed_attention import attend, attend_backward
 
 FAMILY = "cross_attention"
 FEW_ROWS, MAX_WIDTH = 256, 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
 FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
 
 
-class _Known(NamedTuple):
-    """What a call has found out about a source, for the calls after it.
-
-    ``tensors`` are the source's own; while they lie at ``addresses``, the memory of that shape there is ``held``.
-    """
-
-    of: tuple  # what of the other arguments it depends on
-    heads: tuple[int, int]
-    tensors: tuple[Tensor, ...]
-    addresses: list[int]
-    held: list[Tensor]
-    members: tuple[int, ...]  # of struct case_fast_source
-
-
-_SEEN = _Known((), (0, 0), (), [], [], ())  # of a source that was in one call
-
-
 @dataclass(frozen=True)
 class Source:
-    """What a decoder attends to, and the weights it attends by. Make one for a reply, not one for each word: the first call
-    checks it, later ones only see that its tensors lie where they lay. Between calls their values may change, their shapes and
-    strides may not.
+    """What a decoder attends to, and the weights it attends by. For many calls with the same ones: `prepare_sources`.
 
     Attributes:
         key, value: (Tk, H, D), projected already: once a reply, whatever its length. Any strides.
@@ -84,14 +44,14 @@ class Source:
     query_weight: Tensor
     output_weight: Tensor
     key_of: Tensor | None = None
-    _known: _Known | None = field(default=None, init=False, repr=False, compare=False)
 
     def floats(self) -> tuple[Tensor, ...]:
         return self.key, self.value, self.norm_weight, self.norm_bias, self.query_weight, self.output_weight
 
 
-def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source], eps: float = 1e-5, dropout_p: float = 0.0,
-                    output_dropout_p: float = 0.0, seed: int = 0, validate: bool | None = None) -> Tensor:
+def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source] | PreparedSources, eps: float = 1e-5,
+                    dropout_p: float = 0.0, output_dropout_p: float = 0.0, seed: int = 0, validate: bool | None = None
+                    ) -> Tensor:
     """In order, for every source: hidden <- hidden + attention( layer_norm(hidden) W_query^T, key, value ) W_output^T.
 
     Replaces, for every source, with sequences padded and a mask of what is padding,
@@ -103,11 +63,11 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     Args:
         hidden: (T, d), float32 or float64; half precision is computed in float32 on CPU.
         cu_hidden: (B + 1,) int32 or int64, from 0 to T: where each sequence starts.
-        sources: all of hidden's dtype and device, with any number of keys.
+        sources: all of hidden's dtype and device, with any number of keys; or what `prepare_sources` made of them.
         eps: of the layer norms.
         dropout_p, output_dropout_p, seed: probabilities in [0, 1) that an attention weight, and that an element of what a
             source adds, is dropped; the others are divided by 1 - p. By counter, the same on every backend
-            (`case_fast.equations.cross_attention`); 0 <= seed < 2^63.
+            (`case_fast.ops.reference.cross_attention`); 0 <= seed < 2^63.
         validate: as in `packed_attention`.
 
     Returns:
@@ -116,95 +76,116 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range; the message names it.
         IndexError: offsets that do not rise from 0 to the number of rows, or key_of out of range. All before any kernel runs.
+        RuntimeError: a tensor of prepared sources has moved.
         ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call.
 
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
     but on the reference backend.
     """
-    keeps_all = dropout_p == 0 and output_dropout_p == 0 and type(seed) is int and 0 <= seed < 2**63
-    if keeps_all and not torch.is_grad_enabled() and (stepped := _step(hidden, cu_hidden, sources, eps)) is not None:
-        return stepped
-    device_type, given = hidden.device.type, hidden.dtype
+    if isinstance(sources, PreparedSources):
+        keeps_all = dropout_p == 0 and output_dropout_p == 0 and type(seed) is int and 0 <= seed < 2**63
+        if keeps_all and not torch.is_grad_enabled() and (stepped := sources.step(hidden, cu_hidden, eps)) is not None:
+            return stepped
+        sources = sources.sources
+    device_type, given = common.device_type(hidden), hidden.dtype
     compute, differs = common.compute_dtype(hidden)
     if differs:
         (hidden,) = common.cast(compute, hidden)
         sources = [Source(*_in_order(common.cast(compute, *s.floats()), s.cu_keys), s.key_of) for s in sources]
     _check(hidden, cu_hidden, sources)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a finite number >= 0, not {eps!r}")
-    check_dropout(dropout_p, seed)
-    if not 0 <= output_dropout_p < 1:
-        raise ValueError(f"output_dropout_p must be in [0, 1), not {output_dropout_p!r}")
-    given_cu = cu_hidden
-    indices = like_indices(cu_hidden, *[x for s in sources for x in (s.cu_keys, s.key_of)])
+    common.check_finite("eps", eps)
+    common.check_dropout("dropout_p", dropout_p)
+    common.check_dropout("output_dropout_p", output_dropout_p)
+    common.check_seed(seed)
+    indices = common.like_indices(cu_hidden, *[x for s in sources for x in (s.cu_keys, s.key_of)])
     cu_hidden, cu_keys, key_of = indices[0], list(indices[1::2]), list(indices[2::2])
 
     runs = backend.choose(FAMILY, device_type, _beyond(sources, device_type))
     compiling = torch.compiler.is_compiling()
-    if validate is None:
-        validate = device_type == "cpu" and not compiling
-    if validate and not (runs == "native" and device_type == "cpu"):
+    if common.reads(validate, runs, device_type):
         _check_contents(hidden, cu_hidden, [s.key for s in sources], cu_keys, key_of)
     floats, numbers = [x for s in sources for x in s.floats()], (eps, dropout_p, output_dropout_p, seed)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
-            out = equations.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers)
+            out = reference.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers)
     elif torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in floats)):
         tensors = (hidden, cu_hidden, *floats, *cu_keys, *key_of)
-        hidden, cu_hidden, *tensors = distinct(tensors) if compiling else tensors
+        hidden, cu_hidden, *tensors = common.distinct(tensors) if compiling else tensors
         out = _CrossAttention.apply(runs, hidden, cu_hidden, *numbers, len(sources), *tensors)
     else:
         out = common.call(_forward_op, _forward, runs, hidden, cu_hidden, floats, cu_keys, key_of, *numbers, False)[0]
-        if (runs, device_type, differs, compiling) == ("native", "cpu", False, False):
-            _know(hidden, given_cu, sources)
     return common.restored(out, given)
 
 
 # -------------------------------------------------------------------------------------------------------------------- steps
 
 
-def _depends_on(hidden: Tensor, cu_hidden: Tensor) -> tuple:
-    return hidden.shape[1], hidden.dtype, cu_hidden.shape, cu_hidden.dtype, backend.said_by_user()
+class PreparedSources:
+    """Sources that were checked and laid out once, for every step of decoding a reply. Made by `prepare_sources`.
 
+    Attributes:
+        sources: the sources as the kernels read them.
+    """
 
-def _know(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None:
-    """Keeps what a call on the CPU that went well has found out about each source, for `_step`."""
-    for source in sources:
-        tensors = tuple(x for x in (*source.floats(), source.cu_keys, source.key_of) if x is not None)
-        if common.watched((hidden, cu_hidden, *tensors)) or hidden.shape[0] > FEW_ROWS:  # many rows are no step
-            return
-        if source._known is None:  # it may be made anew for every call, and what is found out now never asked for
-            object.__setattr__(source, "_known", _SEEN)
-            continue
-        key, value, *others = tensors
-        as_read = are_rows_apart(key) and are_rows_apart(value) and all(x.is_contiguous() for x in others)
-        if as_read and all(x.dtype == cu_hidden.dtype for x in (source.cu_keys, source.key_of) if x is not None):
-            members = _source_members(source.floats(), source.cu_keys, source.key_of, cu_hidden, 0, 0)
-            known = _Known(_depends_on(hidden, cu_hidden), key.shape[1:], tensors, [x.data_ptr() for x in tensors],
-                           [x.detach() for x in tensors], members)
-            object.__setattr__(source, "_known", known)
+    def __init__(self, sources: Sequence[Source]):
+        first = sources[0] if sources else None
+        width = first.norm_weight.numel() if isinstance(first, Source) else 0
+        _check_sources(sources, width, "sources[0]", getattr(first, "key", None))
+        common.check_dtype("sources[0].key", first.key)
+        for place, source in enumerate(sources):
+            _check_lists(f"sources[{place}]", source, _sequences(first))
+        lists = common.like_indices(*[x for s in sources for x in (s.cu_keys, s.key_of)])
+        floats, cu_keys, key_of = _laid_out([x for s in sources for x in s.floats()], lists[::2], lists[1::2])
+        self.sources = tuple(_sources(floats, cu_keys, key_of))
+        key = floats[0]
+        self._width, self._dtype, self._heads = width, key.dtype, tuple(key.shape[1:])
+        self._batch = torch.Size([_sequences(self.sources[0]) + 1]), cu_keys[0].dtype  # what cu_hidden must be
+        self._tensors = [x for x in (*floats, *cu_keys, *key_of) if x is not None]
+        self._addresses = [x.data_ptr() for x in self._tensors] if key.is_cpu else []
+        self._held = [x.detach() for x in self._tensors]  # so that nothing else comes to lie there
+        self._members = None  # of struct case_fast_source, where the native kernel of the CPU takes them as they are
+        if key.is_cpu and key.dtype not in common.HALF and not _beyond(self.sources, "cpu"):
+            self._members = [_source_members(s.floats(), s.cu_keys, s.key_of, 0, 0) for s in self.sources]
 
+    def step(self, hidden: Tensor, cu_hidden: Tensor, eps: float) -> Tensor | None:
+        """`cross_attention` without gradients and dropout, on the CPU by the native module, with no more checks than these
+        sources leave: all would be a quarter of the time. None where the call must go the whole way, if to an error.
 
-def _step(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source], eps: float) -> Tensor | None:
-    """The result where all sources are known, with no more checks than that takes: those would be a quarter of the time. None
-    where the call must go the whole way, if to an error."""
-    if common.watched((hidden, cu_hidden)) or torch.is_autocast_enabled("cpu") or not (sources and 0 <= eps < math.inf):
-        return None
-    if not (hidden.is_cpu and cu_hidden.is_cpu and hidden.dim() == 2 and hidden.is_contiguous() and cu_hidden.is_contiguous()):
-        return None
-    of, heads, members = _depends_on(hidden, cu_hidden), None, []
-    for source in sources:
-        known = source._known if type(source) is Source else None
-        if known is None or known.of != of or [x.data_ptr() for x in known.tensors] != known.addresses:
+        Raises:
+            RuntimeError: a tensor of the sources has moved.
+        """
+        if self._members is None or common.watched((hidden, cu_hidden)) or torch.is_autocast_enabled("cpu"):
             return None
-        heads = heads or known.heads
-        if known.heads != heads:
+        if not (hidden.is_cpu and cu_hidden.is_cpu and hidden.is_contiguous() and cu_hidden.is_contiguous()):
             return None
-        members.append(known.members)
-    out = torch.empty_like(hidden)
-    call = _call_members(hidden, cu_hidden, heads, (eps, 0.0, 0.0), members)
-    bad = backend.native.cross_attention_forward(*call, hidden.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
-    return None if bad else out
+        if hidden.dim() != 2 or hidden.shape[1] != self._width or hidden.dtype != self._dtype or not 0 <= eps < math.inf:
+            return None
+        if (cu_hidden.shape, cu_hidden.dtype) != self._batch or backend.choose(FAMILY, "cpu") != "native":
+            return None
+        if [x.data_ptr() for x in self._tensors] != self._addresses:
+            raise RuntimeError("a tensor of the prepared sources has moved since; call prepare_sources again")
+        out = torch.empty_like(hidden)
+        call = _call_members(hidden, cu_hidden, self._heads, (eps, 0.0, 0.0), len(self._members))
+        arguments = (hidden.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
+        bad = backend.native.cross_attention_forward(call, self._members, *arguments)
+        return None if bad else out
+
+
+def prepare_sources(sources: Sequence[Source]) -> PreparedSources:
+    """What `cross_attention` takes in place of sources that many calls share: prepare them once a reply, use them for each word.
+
+    Tensors that lie as the kernels read them (rows of key and value dense, the others contiguous, all lists of one width) are not
+    copied: values that change in place later are seen. Of others a copy is taken now, and later changes are not seen. Shapes,
+    strides and storages may not change: on the CPU the next step raises RuntimeError where a tensor has moved (``.data =``,
+    ``set_``, a storage that was freed), and never reads what else lies there now.
+
+    Args:
+        sources: of one dtype, device and width d, for one number of sequences of hidden.
+
+    Raises:
+        TypeError, ValueError: as `cross_attention`, of the sources. Contents of cu_keys and key_of are checked by each call.
+    """
+    return PreparedSources(sources)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -227,21 +208,41 @@ def _beyond(sources: Sequence[Source], device_type: str) -> str:
     """What about these sources the kernels do not take."""
     if len({s.key.shape[1:] for s in sources}) > 1:
         return "sources of different heads or dimensions"
-    if device_type != "cpu" and sources and sources[0].key.shape[2] > MAX_DIMENSION:
-        return f"heads of more than {MAX_DIMENSION} dimensions"
-    return ""
+    return common.beyond_gpu(sources[0].key.shape[2], device_type)
+
+
+def _sequences(source: Source) -> int:
+    """Of hidden, that it is for."""
+    return source.cu_keys.shape[0] - 1 if source.key_of is None else source.key_of.shape[0]
+
+
+def _check_lists(name: str, source: Source, sequences: int) -> None:
+    """As `common.check_sequences`, where no cu_hidden is known yet."""
+    common.check_index(f"{name}.cu_keys", source.cu_keys, source.key.device, "key")
+    if source.key_of is not None:
+        common.check_index(f"{name}.key_of", source.key_of, source.key.device, "key")
+    if source.cu_keys.shape[0] == 0:
+        raise ValueError(f"{name}.cu_keys must hold one number more than there are sequences, so at least one")
+    if _sequences(source) != sequences:
+        raise ValueError(f"{name} must be for {sequences} sequences of hidden as sources[0], not for {_sequences(source)}")
 
 
 def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
-    dtype, device = hidden.dtype, hidden.device
-    if dtype not in common.DTYPES:
-        raise TypeError(f"hidden must be float32, float64, float16 or bfloat16, not {dtype}")
+    common.check_dtype("hidden", hidden)
     if hidden.dim() != 2 or hidden.shape[1] == 0:
         raise ValueError(f"hidden must be (T, d) with d above 0, not {tuple(hidden.shape)}")
+    _check_sources(sources, hidden.shape[1], "hidden", hidden)
+    for place, source in enumerate(sources):
+        name = f"sources[{place}]"
+        common.check_sequences("cu_hidden", cu_hidden, f"{name}.cu_keys", source.cu_keys, f"{name}.key_of", source.key_of,
+                               hidden.device)
+
+
+def _check_sources(sources: Sequence[Source], width: int, like: str, of: Tensor) -> None:
+    """Their float tensors, which have the dtype and device of ``of``."""
     if not sources:
         raise ValueError("sources must hold at least one source")
-    width = hidden.shape[1]
     for place, source in enumerate(sources):
         if not isinstance(source, Source):
             raise TypeError(f"sources[{place}] must be a case_fast.ops.Source, not {type(source).__name__}")
@@ -252,32 +253,23 @@ def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None
         inner = key.shape[1] * key.shape[2]
         shapes = (key.shape, key.shape, (width,), (width,), (inner, width), (width, inner))
         for part, x, shape in zip(FLOATS, source.floats(), shapes, strict=True):
-            if x.dtype != dtype or x.shape != shape or x.device != device:  # asked here too: this stands before every step
-                check_float(f"{name}.{part}", x, shape, dtype, device, "hidden" if part == "key" else "hidden and key")
-        check_sequences("cu_hidden", cu_hidden, f"{name}.cu_keys", source.cu_keys, f"{name}.key_of", source.key_of, device)
+            said = like if part == "key" else f"{like} and key"
+            common.check_like(f"{name}.{part}", x, of.dtype, of.device, said)
+            if x.shape != shape:
+                raise ValueError(f"{name}.{part} must be {tuple(shape)} as {said} asks for, not {tuple(x.shape)}")
 
 
 def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], cu_keys: Sequence[Tensor],
                     key_of: Sequence[Tensor | None]) -> None:
     """Reads all offsets and numbers, and raises IndexError at the first that is wrong."""
-    check_offsets("cu_hidden", cu_hidden, hidden.shape[0], "hidden")
+    common.check_offsets("cu_hidden", cu_hidden, hidden.shape[0], "rows of hidden")
     for place, (key, cu, of) in enumerate(zip(keys, cu_keys, key_of, strict=True)):
-        check_offsets(f"sources[{place}].cu_keys", cu, key.shape[0], "key")
-        check_key_of(f"sources[{place}].key_of", of, cu.shape[0] - 1)
+        common.check_offsets(f"sources[{place}].cu_keys", cu, key.shape[0], "rows of key")
+        if of is not None:
+            common.check_within(f"sources[{place}].key_of", of, cu.shape[0] - 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ registered ops
-
-_library = torch.library.Library("case_fast", "FRAGMENT")
-# floats: for each source key, value, norm_weight, norm_bias, query_weight, output_weight, end to end.
-_INPUTS = "Tensor hidden, Tensor cu_hidden, Tensor[] floats, Tensor[] cu_keys, Tensor?[] key_of"
-_NUMBERS = "float eps, float dropout_p, float output_dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
-# out, and what backward needs of it, as the kernel lays it out; empty unless it is to be kept.
-_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}, bool keep) -> (Tensor, Tensor)")
-# Gradients of hidden and of floats.
-_library.define(f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor saved, {_NUMBERS}) -> Tensor[]")
-_forward_op = torch.ops.case_fast.cross_attention_forward.default
-_backward_op = torch.ops.case_fast.cross_attention_backward.default
 
 
 def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
@@ -290,13 +282,14 @@ def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
 
 def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and saved."""
+    size = _saved_size(hidden, floats) if keep else 0
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    return out, torch.empty(_saved_size(hidden, floats) if keep else 0, dtype=hidden.dtype, device=hidden.device)
+    return out, torch.empty(size, dtype=hidden.dtype, device=hidden.device)
 
 
 def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
     """Uninitialised gradients."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, *floats)]
+    return common.empty_like(hidden, *floats)
 
 
 def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
@@ -306,20 +299,13 @@ def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor],
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)
         sources = _sources(floats, cu_keys, key_of)
-        return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed), saved.zero_()
-    hidden, cu_hidden, floats, cu_keys, key_of = _laid_out(hidden, cu_hidden, floats, cu_keys, key_of)
+        return reference.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed), saved.zero_()
+    hidden, cu_hidden = hidden.contiguous(), cu_hidden.contiguous()
+    floats, cu_keys, key_of = _laid_out(floats, cu_keys, key_of)
     numbers = (eps, dropout_p, output_dropout_p, seed)
     if not hidden.is_cpu and (keep or hidden.shape[0] > FEW_ROWS or hidden.shape[1] > MAX_WIDTH):
         return _forward_composed(hidden, cu_hidden, floats, cu_keys, key_of, *numbers, out, saved if keep else None), saved
-    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, *numbers)
-    if hidden.is_cpu:
-        status = backend.native.cross_attention_forward(
-            *call, hidden.data_ptr(), out.data_ptr(), saved.data_ptr() if keep else 0, torch.get_num_threads()
-        )
-    else:
-        status = on_cuda(f"{FAMILY}_forward", hidden.device, call, (), (hidden.data_ptr(), out.data_ptr()))
-    if status:
-        _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
+    _run("forward", hidden, cu_hidden, floats, cu_keys, key_of, numbers, (hidden, out, saved if keep else None), ())
     return out, saved
 
 
@@ -329,24 +315,19 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
     if runs == "reference":
         def plain(hidden: Tensor, *floats: Tensor) -> Tensor:
             sources = _sources(floats, cu_keys, key_of)
-            return equations.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed)
+            return reference.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed)
 
-        return list(plain_gradients(plain, (hidden, *floats), grad_out))
+        return list(common.plain_gradients(plain, (hidden, *floats), grad_out))
     grad_out, saved = grad_out.contiguous(), saved.contiguous()
-    hidden, cu_hidden, floats, cu_keys, key_of = _laid_out(hidden, cu_hidden, floats, cu_keys, key_of)
-    found = _gradients(hidden, floats)
+    hidden, cu_hidden = hidden.contiguous(), cu_hidden.contiguous()
+    floats, cu_keys, key_of = _laid_out(floats, cu_keys, key_of)
+    found, numbers = _gradients(hidden, floats), (eps, dropout_p, output_dropout_p, seed)
     if not hidden.is_cpu:
-        numbers = (eps, dropout_p, output_dropout_p, seed)
         _backward_composed(grad_out, hidden, cu_hidden, floats, cu_keys, key_of, saved, *numbers, found)
         return found
-    call = _call(hidden, cu_hidden, floats, cu_keys, key_of, eps, dropout_p, output_dropout_p, seed)
     each = len(FLOATS)
     gradients = [tuple(x.data_ptr() for x in found[at : at + each]) for at in range(1, len(found), each)]
-    status = backend.native.cross_attention_backward(
-        *call, saved.data_ptr(), grad_out.data_ptr(), found[0].data_ptr(), gradients, torch.get_num_threads()
-    )
-    if status:
-        _raise(status, hidden, cu_hidden, floats, cu_keys, key_of)
+    _run("backward", hidden, cu_hidden, floats, cu_keys, key_of, numbers, (saved, grad_out, found[0]), (gradients,))
     return found
 
 
@@ -401,11 +382,11 @@ def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], c
             state, query, attended, lse = kept[place]
             normed = F.layer_norm(state, (width,), norm_weight, norm_bias, eps)
             torch.mm(normed, query_weight.t(), out=query.view(rows, inner))
-            numbers = (False, dimension**-0.5, dropout_p, equations.source_seed(seed, place, 0))
+            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0))
             attend(query, key, value, (cu_hidden, cu, of, None), numbers, attended, lse)
             added = torch.mm(attended.view(rows, inner), output_weight.t())
             following = kept[place + 1].hidden if place + 1 < count else out
-            _drop(added, state, following, output_dropout_p, equations.source_seed(seed, place, 1))
+            _drop(added, state, following, output_dropout_p, reference.source_seed(seed, place, 1))
     return out
 
 
@@ -425,11 +406,11 @@ def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floa
             grads = found[1 + place * each :][:each]
             state, query, attended, lse = kept[place]
             if output_dropout_p > 0:
-                _drop(grad, None, added, output_dropout_p, equations.source_seed(seed, place, 1))
+                _drop(grad, None, added, output_dropout_p, reference.source_seed(seed, place, 1))
             grad_added = added if output_dropout_p > 0 else grad
             torch.mm(grad_added.t(), attended.view(flat), out=grads[5])
             grad_attended = torch.mm(grad_added, output_weight)
-            numbers = (False, dimension**-0.5, dropout_p, equations.source_seed(seed, place, 0))
+            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0))
             offsets = (cu_hidden, cu_keys[place], key_of[place], None)
             attend_backward(grad_attended, query, key, value, offsets, attended, lse, numbers, (grad_query, *grads[:2]))
             normed, mean, inverse = torch.native_layer_norm(state, (width,), norm_weight, norm_bias, eps)
@@ -447,73 +428,72 @@ def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: in
     if dropout_p == 0:
         torch.add(x, 0 if base is None else base, out=to)
     elif x.is_cpu:
-        keep = equations.dropout_keep(x.numel(), 1, dropout_p, seed).view(x.shape)
+        keep = reference.dropout_keep(x.numel(), 1, dropout_p, seed).view(x.shape)
         torch.add(x * keep / (1 - dropout_p), 0 if base is None else base, out=to)
     else:
         with torch.cuda.device(x.device):
             status = backend.native.cross_attention_drop_cuda(
-                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, x.data_ptr(), pointer(base), to.data_ptr(),
+                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, *common.pointers(x, base, to),
                 torch.cuda.current_stream().cuda_stream,
             )
         if status:
-            refuse(FAMILY, status)
+            common.refuse(FAMILY, status)
 
 
-def _laid_out(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None]
-              ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+def _laid_out(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]
+              ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """As the kernels read them."""
-    floats = [rows_apart(x) if place % len(FLOATS) < 2 else x.contiguous() for place, x in enumerate(floats)]
-    key_of = [x if x is None else x.contiguous() for x in key_of]
-    return hidden.contiguous(), cu_hidden.contiguous(), floats, [x.contiguous() for x in cu_keys], key_of
+    floats = [common.rows_apart(x) if place % len(FLOATS) < 2 else x.contiguous() for place, x in enumerate(floats)]
+    return floats, [x.contiguous() for x in cu_keys], common.contiguous(*key_of)
 
 
-def _call(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor], key_of: list[Tensor | None],
-          eps: float, dropout_p: float, output_dropout_p: float, seed: int) -> tuple:
-    """The members of struct case_fast_cross_attention, and those of each struct case_fast_source."""
+def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Tensor], cu_keys: Sequence[Tensor],
+         key_of: Sequence[Tensor | None], numbers: tuple, others: tuple[Tensor | None, ...], more: tuple) -> None:
+    """Runs the native kernel on what is laid out. others, more: what its arguments are beside the sources; without the last of
+    others on CUDA, where forward keeps nothing for backward."""
+    *scales, seed = numbers
     each, sources = len(FLOATS), []
     for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
-        seeds = equations.source_seed(seed, place, 0), equations.source_seed(seed, place, 1)
-        sources.append(_source_members(floats[place * each : place * each + each], cu, of, cu_hidden, *seeds))
-    return _call_members(hidden, cu_hidden, floats[0].shape[1:], (eps, dropout_p, output_dropout_p), sources)
+        seeds = reference.source_seed(seed, place, 0), reference.source_seed(seed, place, 1)
+        sources.append(_source_members(floats[place * each : place * each + each], cu, of, *seeds))
+    call = _call_members(hidden, cu_hidden, floats[0].shape[1:], scales, len(sources))
+    pointers = common.pointers(*(others if hidden.is_cpu else others[:-1]))
+    status = common.run_native(f"{FAMILY}_{direction}", hidden, call, (sources, *pointers, *more))
+    if status:
+        place, status = divmod(status, 16)  # of source i, with 16 i on top
+        names = {7: "cu_hidden", 8: f"sources[{place}].cu_keys", 9: f"sources[{place}].key_of"}
+        common.refuse_contents(FAMILY, status, names,
+                               lambda: _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of))
 
 
-def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], numbers: tuple, sources: list[tuple]) -> tuple:
+def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], scales: Sequence[float], sources: int) -> tuple:
+    """Of struct case_fast_cross_attention. scales: eps, dropout_p, output_dropout_p."""
     return (
-        cu_hidden.shape[0] - 1, *hidden.shape, *heads, common.DTYPES[hidden.dtype], INDEX_BITS[cu_hidden.dtype],
-        cu_hidden.data_ptr(), *numbers, sources,
+        cu_hidden.shape[0] - 1, hidden.shape[0], sources, hidden.shape[1], *heads, common.DTYPES[hidden.dtype],
+        common.INDEX_BITS[cu_hidden.dtype], cu_hidden.data_ptr(), *scales,
     )
 
 
-def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | None, cu_hidden: Tensor, *seeds: int) -> tuple:
+def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | None, *seeds: int) -> tuple:
+    """Of struct case_fast_source."""
     key, value, *weights = floats
     return (
-        cu_keys.shape[0] - 1, key.shape[0], row_stride(key), row_stride(value), cu_keys.data_ptr(), address(key_of, cu_hidden), 0,
-        key.data_ptr(), value.data_ptr(), *[x.data_ptr() for x in weights], *seeds,
+        cu_keys.shape[0] - 1, key.shape[0], common.row_stride(key), common.row_stride(value), cu_keys.data_ptr(),
+        common.pointer_of(key_of, cu_keys), 0, key.data_ptr(), value.data_ptr(), *[x.data_ptr() for x in weights], *seeds,
     )
 
 
-def _raise(status: int, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
-           key_of: list[Tensor | None]) -> None:
-    """The error that belongs to a status of enum case_fast_status, of source i with 16 i on top; nothing was written."""
-    place, status = divmod(status, 16)
-    if 7 <= status <= 10:
-        _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)  # says which entry
-        name = "cu_hidden" if status == 7 else f"sources[{place}].{'cu_keys' if status == 8 else 'key_of'}"
-        raise IndexError(f"{name} names what does not exist")
-    refuse(FAMILY, status)
-
-
-def _backward_fake(runs, grad_out, hidden, cu_hidden, floats, *rest):
-    return _gradients(hidden, floats)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl(f"{FAMILY}_forward", _forward, _device)
-    _library.impl(f"{FAMILY}_backward", _backward, _device)
-torch.library.register_fake(
-    f"case_fast::{FAMILY}_forward", lambda runs, hidden, cu, floats, *rest: _outputs(hidden, floats, rest[-1]), lib=_library
+# floats: for each source key, value, norm_weight, norm_bias, query_weight, output_weight, end to end.
+_INPUTS = "Tensor hidden, Tensor cu_hidden, Tensor[] floats, Tensor[] cu_keys, Tensor?[] key_of"
+_NUMBERS = "float eps, float dropout_p, float output_dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
+# out, and what backward needs of it, as the kernel lays it out; empty unless it is to be kept.
+_forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}, bool keep) -> (Tensor, Tensor)", _forward,
+                              lambda runs, hidden, cu, floats, *rest: _outputs(hidden, floats, rest[-1]))
+# Gradients of hidden and of floats.
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor saved, {_NUMBERS}) -> Tensor[]", _backward,
+    lambda runs, grad_out, hidden, cu, floats, *rest: _gradients(hidden, floats),
 )
-torch.library.register_fake(f"case_fast::{FAMILY}_backward", _backward_fake, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------------------- autograd

@@ -1,25 +1,18 @@
 """Relation-biased sparse graph attention (Eq. 1-2) with gradients, on CPU and GPU.
 
-The equation in plain torch is `case_fast.equations.graph_attention`: the oracle of the tests, and what runs where there is
+The equation in plain torch is `case_fast.ops.reference.graph_attention`: the oracle of the tests, and what runs where there is
 no kernel. The registered ops `case_fast::graph_attention_forward` and `_backward` call the kernels; autograd stands outside.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from case_fast import equations
-from case_fast.ops import backend, common
-from case_fast.ops.common import pointer
-from case_fast.ops.device_flag import device_flag, raise_pending
+from case_fast.ops import backend, common, reference
 
 FAMILY = "graph_attention"
-MAX_DIMENSION = 256  # of a head, in the GPU kernels
-PLAN_AUTO = 0  # enum case_fast_plan of cuda.h
-_INDEX_BITS = {torch.int32: 32, torch.int64: 64}
+PLAN_AUTO = 0  # enum case_fast_plan
 
 
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
@@ -55,7 +48,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. No second derivative
     but on the reference backend.
     """
-    device_type, given = query.device.type, query.dtype
+    device_type, given = common.device_type(query), query.dtype
     compute, differs = common.compute_dtype(query)
     if differs:
         query, key, value, relation_query, relation_key = common.cast(
@@ -64,24 +57,18 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     _check(query, key, value, indptr, indices, relation, relation_query, relation_key)
     vertices, _, dimension = query.shape
     scale = dimension**-0.5 if scale is None else scale
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be a finite number >= 0, not {scale!r}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), not {dropout_p!r}")
+    common.check_finite("scale", scale)
+    common.check_dropout("dropout_p", dropout_p)
     common.check_seed(seed)
-    if not indptr.dtype == indices.dtype == (indices.dtype if relation is None else relation.dtype):
-        indptr, indices, relation = (x if x is None else x.long() for x in (indptr, indices, relation))
+    indptr, indices, relation = common.like_indices(indptr, indices, relation)
 
-    beyond = "" if dimension <= MAX_DIMENSION or device_type == "cpu" else f"heads of more than {MAX_DIMENSION} dimensions"
-    runs = backend.choose(FAMILY, device_type, beyond)
-    if validate is None:
-        validate = device_type == "cpu" and not torch.compiler.is_compiling()
-    if validate and not (runs == "native" and device_type == "cpu"):
+    runs = backend.choose(FAMILY, device_type, common.beyond_gpu(dimension, device_type))
+    if common.reads(validate, runs, device_type):
         _check_contents(indptr, indices, relation, vertices, relation_query)
     arguments = (query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed)
     if runs == "reference":
         with torch.autocast(device_type, enabled=False):
-            out = equations.graph_attention(*arguments)
+            out = reference.graph_attention(*arguments)
     elif torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
         or (relation is not None and (relation_query.requires_grad or relation_key.requires_grad))
@@ -99,14 +86,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: T
            relation_query: Tensor | None, relation_key: Tensor | None) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     shape, dtype, device = query.shape, query.dtype, query.device
-    if dtype not in common.DTYPES:
-        raise TypeError(f"query must be float32, float64, float16 or bfloat16, not {dtype}")
+    common.check_dtype("query", query)
     if len(shape) != 3 or shape[1] == 0 or shape[2] == 0:
         raise ValueError(f"query must be (V, H, D) with H and D above 0, not {tuple(shape)}")
     _check_like("key", key, shape, dtype, device)
     _check_like("value", value, shape, dtype, device)
-    _check_index("indptr", indptr, device)
-    _check_index("indices", indices, device)
+    common.check_index("indptr", indptr, device, "query")
+    common.check_index("indices", indices, device, "query")
     if indptr.shape[0] != shape[0] + 1:
         raise ValueError(f"indptr must be (V + 1,) = ({shape[0] + 1},) as query is, not {tuple(indptr.shape)}")
     if relation is None:
@@ -114,7 +100,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: T
             name = "relation_query" if relation_query is not None else "relation_key"
             raise ValueError(f"{name} is given without relation, which says what edge has which row of it")
         return
-    _check_index("relation", relation, device)
+    common.check_index("relation", relation, device, "query")
     if relation.shape != indices.shape:
         raise ValueError(f"relation must be (E,) = {tuple(indices.shape)} as indices, not {tuple(relation.shape)}")
     if relation_query is None or relation_key is None:
@@ -129,177 +115,89 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: T
 
 
 def _check_like(name: str, x: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} as query, not {x.dtype}")
+    common.check_like(name, x, dtype, device, "query")
     if x.shape != shape:
         like = "relation_query" if name == "relation_key" else "query"
         raise ValueError(f"{name} must be {tuple(shape)} as {like}, not {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device} as query, not on {x.device}")
-
-
-def _check_index(name: str, x: Tensor, device: torch.device) -> None:
-    if x.dtype not in _INDEX_BITS:
-        raise TypeError(f"{name} must be int32 or int64, not {x.dtype}")
-    if x.dim() != 1:
-        raise ValueError(f"{name} must have one dimension, not shape {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on {device} as query, not on {x.device}")
 
 
 def _check_contents(indptr: Tensor, indices: Tensor, relation: Tensor | None, vertices: int,
                     relation_query: Tensor | None) -> None:
     """Reads indptr, indices and relation, and raises IndexError at the first entry that names nothing."""
-    edges = indices.shape[0]
-    first, last = int(indptr[0]), int(indptr[-1])
-    if first != 0:
-        raise IndexError(f"indptr starts at {first}; it must start at 0")
-    falls = (indptr[1:] < indptr[:-1]).nonzero()
-    if falls.numel():
-        place = int(falls[0])
-        raise IndexError(f"indptr falls from {int(indptr[place])} to {int(indptr[place + 1])} at place {place + 1}")
-    if last != edges:
-        raise IndexError(f"indptr ends at {last}; it must end at the number of indices, {edges}")
-    rows = {"indices": (indices, vertices)}
+    common.check_offsets("indptr", indptr, indices.shape[0], "indices")
+    common.check_within("indices", indices, vertices)
     if relation is not None and relation_query is not None:
-        rows["relation"] = (relation, relation_query.shape[0])
-    for name, (index, size) in rows.items():
-        wrong = ((index < 0) | (index >= size)).nonzero()
-        if wrong.numel():
-            place = int(wrong[0])
-            raise IndexError(f"{name} holds {int(index[place])} at place {place}; it must be in [0, {size})")
+        common.check_within("relation", relation, relation_query.shape[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ registered ops
 
-_library = torch.library.Library("case_fast", "FRAGMENT")
-_INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor indptr, Tensor indices, Tensor? relation, Tensor? relation_query, "
-           "Tensor? relation_key")
-# out and weights (E, H): after the softmax, before dropout; float32 (float64 for float64 inputs), kept for backward.
-_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, float scale, float dropout_p, SymInt seed) -> (Tensor, Tensor)")
-# Gradients of query, key and value, and of relation_query and relation_key where they are given.
-_library.define(f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor weights, float scale, float dropout_p, "
-                "SymInt seed) -> Tensor[]")
-_forward_op = torch.ops.case_fast.graph_attention_forward.default
-_backward_op = torch.ops.case_fast.graph_attention_backward.default
-
 
 def _outputs(query: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised out and weights."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    weights = torch.empty((indices.shape[0], query.shape[1]), dtype=dtype, device=query.device)
+    weights = torch.empty((indices.shape[0], query.shape[1]), dtype=common.sum_dtype(query), device=query.device)
     return torch.empty_like(query, memory_format=torch.contiguous_format), weights
-
-
-def _gradients(*inputs: Tensor | None) -> list[Tensor]:
-    """Uninitialised gradients of the inputs that are there."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
 
 
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
              relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float, seed: int
              ) -> tuple[Tensor, Tensor]:
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    indptr, indices = indptr.contiguous(), indices.contiguous()
-    if relation is not None:
-        relation, relation_query, relation_key = relation.contiguous(), relation_query.contiguous(), relation_key.contiguous()
+    inputs = common.contiguous(query, key, value, indptr, indices, relation, relation_query, relation_key)
     if runs == "triton":
         from case_fast.ops import graph_attention_triton as triton
 
-        return triton.forward(
-            query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed
-        )
+        return triton.forward(*inputs, scale, dropout_p, seed)
     out, weights = _outputs(query, indices)
-    graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
-    pointers = (
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(relation_query), pointer(relation_key),
-        out.data_ptr(), weights.data_ptr(),
-    )
-    if query.is_cpu:
-        status = backend.native.graph_attention_forward(*graph, *pointers, torch.get_num_threads())
-    else:
-        status = _on_cuda("forward", query.device, graph, pointers)
-    if status:
-        _raise(status, indptr, indices, relation, query.shape[0], relation_query)
+    _run("forward", inputs, (scale, dropout_p, seed), (out, weights))
     return out, weights
 
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
               relation: Tensor | None, relation_query: Tensor | None, relation_key: Tensor | None, weights: Tensor,
               scale: float, dropout_p: float, seed: int) -> list[Tensor]:
-    grad_out, query, key, value = grad_out.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
-    indptr, indices, weights = indptr.contiguous(), indices.contiguous(), weights.contiguous()
-    if relation is not None:
-        relation, relation_query, relation_key = relation.contiguous(), relation_query.contiguous(), relation_key.contiguous()
+    inputs = common.contiguous(query, key, value, indptr, indices, relation, relation_query, relation_key)
+    grad_out, weights = grad_out.contiguous(), weights.contiguous()
     if runs == "triton":
         from case_fast.ops import graph_attention_triton as triton
 
-        found = triton.backward(
-            grad_out, query, key, value, indptr, indices, relation, relation_query, relation_key, weights,
-            scale, dropout_p, seed,
-        )
-        return [x for x in found if x is not None]
-    found = _gradients(query, key, value, relation_query, relation_key)
-    graph = _graph(query, indptr, indices, relation, relation_query, scale, dropout_p, seed)
-    pointers = (
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(relation_query), pointer(relation_key),
-        weights.data_ptr(), grad_out.data_ptr(), *[x.data_ptr() for x in found], *(() if relation is not None else (0, 0)),
-    )
-    if query.is_cpu:
-        status = backend.native.graph_attention_backward(*graph, *pointers, torch.get_num_threads())
-    else:
-        status = _on_cuda("backward", query.device, graph, pointers)
-    if status:
-        _raise(status, indptr, indices, relation, query.shape[0], relation_query)
+        return [x for x in triton.backward(grad_out, *inputs, weights, scale, dropout_p, seed) if x is not None]
+    found = common.empty_like(query, key, value, relation_query, relation_key)
+    _run("backward", inputs, (scale, dropout_p, seed), (weights, grad_out, *found, *[None] * (5 - len(found))))
     return found
 
 
-def _graph(query: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_query: Tensor | None,
-           scale: float, dropout_p: float, seed: int) -> tuple:
-    """The fields of struct case_fast_graph."""
+def _run(direction: str, inputs: list[Tensor | None], numbers: tuple, others: tuple[Tensor | None, ...]) -> None:
+    """Runs the native kernel. others: what its arguments are beside the inputs."""
+    query, key, value, indptr, indices, relation, relation_query, relation_key = inputs
     vertices, heads, dimension = query.shape
     relations = 0 if relation_query is None else relation_query.shape[0]
-    return (
-        vertices, indices.shape[0], relations, heads, dimension, common.DTYPES[query.dtype], _INDEX_BITS[indices.dtype],
-        indptr.data_ptr(), indices.data_ptr(), pointer(relation), scale, dropout_p, seed,
+    graph = (  # struct case_fast_graph
+        vertices, indices.shape[0], relations, heads, dimension, common.DTYPES[query.dtype], common.INDEX_BITS[indices.dtype],
+        indptr.data_ptr(), indices.data_ptr(), 0 if relation is None else relation.data_ptr(), *numbers,
     )
-
-
-def _on_cuda(direction: str, device: torch.device, graph: tuple, pointers: tuple) -> int:
-    """Launches a native CUDA kernel on torch's current stream, with its workspace; the status. Waits for nothing."""
-    raise_pending()
-    with torch.cuda.device(device):
-        size = backend.native.graph_attention_workspace_cuda(*graph, direction == "backward", PLAN_AUTO)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        call = getattr(backend.native, f"graph_attention_{direction}_cuda")
-        return call(*graph, *pointers, PLAN_AUTO, workspace.data_ptr(), size, device_flag().data_ptr(),
-                    torch.cuda.current_stream().cuda_stream)
-
-
-def _raise(status: int, indptr: Tensor, indices: Tensor, relation: Tensor | None, vertices: int,
-           relation_query: Tensor | None) -> None:
-    """The error that belongs to a status of enum case_fast_status; nothing was written."""
-    if status in (1, 2, 3):
-        _check_contents(indptr, indices, relation, vertices, relation_query)  # says which entry
-        raise IndexError(f"{('indptr', 'indices', 'relation')[status - 1]} names what does not exist")
-    if status == 5:
-        raise MemoryError("graph_attention found no memory for its workspace")
-    if status == 6:
-        raise RuntimeError("graph_attention: CUDA refused a launch; CUDA_LAUNCH_BLOCKING=1 shows where an earlier error arose")
-    raise RuntimeError(f"graph_attention: the native kernel refused its arguments (status {status})")
+    arguments = common.pointers(query, key, value, relation_query, relation_key, *others)
+    of_workspace = (direction == "backward", PLAN_AUTO)
+    status = common.run_native(f"{FAMILY}_{direction}", query, graph, arguments, of_workspace, (PLAN_AUTO,))
+    if status:
+        common.refuse_contents(FAMILY, status, {1: "indptr", 2: "indices", 3: "relation"},
+                               lambda: _check_contents(indptr, indices, relation, vertices, relation_query))
 
 
 def _backward_fake(runs, grad_out, query, key, value, indptr, indices, relation, relation_query, relation_key, *rest):
-    return _gradients(query, key, value, relation_query, relation_key)
+    return common.empty_like(query, key, value, relation_query, relation_key)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl(f"{FAMILY}_forward", _forward, _device)
-    _library.impl(f"{FAMILY}_backward", _backward, _device)
-torch.library.register_fake(
-    f"case_fast::{FAMILY}_forward", lambda runs, query, key, value, indptr, indices, *rest: _outputs(query, indices), lib=_library
+_INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor indptr, Tensor indices, Tensor? relation, Tensor? relation_query, "
+           "Tensor? relation_key")
+_NUMBERS = "float scale, float dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
+# out and weights (E, H): after the softmax, before dropout; in the dtype of sums, kept for backward.
+_forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", _forward,
+                              lambda runs, query, key, value, indptr, indices, *rest: _outputs(query, indices))
+# Gradients of query, key and value, and of relation_query and relation_key where they are given.
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor weights, {_NUMBERS}) -> Tensor[]", _backward,
+    _backward_fake,
 )
-torch.library.register_fake(f"case_fast::{FAMILY}_backward", _backward_fake, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------------------- autograd

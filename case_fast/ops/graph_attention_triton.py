@@ -62,7 +62,7 @@ def _rows(base, index, head, d, here, HEADS: tl.constexpr, DIM: tl.constexpr, AC
 
 @triton.jit
 def _dropped(weight, edge, head, seed, drop_below, kept_scale):
-    """``weight`` after dropout; the same edges as `equations.dropout_keep`."""
+    """``weight`` after dropout; the same edges as `reference.dropout_keep`."""
     low = edge.to(tl.uint32)
     zero = low * 0
     key = seed.to(tl.uint64)

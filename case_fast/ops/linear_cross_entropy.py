@@ -1,24 +1,22 @@
 """The vocabulary at the end of a decoder (Eq. 8 and 19): losses of target words with gradients, and the most probable words.
 
-The equations in plain torch are `case_fast.equations.linear_cross_entropy` and `top_words`: the oracle of the tests, and what
-runs where there is no kernel. The registered ops `case_fast::linear_cross_entropy_forward`, `_backward` and
+The equations in plain torch are `linear_cross_entropy` and `top_words` of `case_fast.ops.reference`: the oracle of the tests,
+and what runs where there is no kernel. The registered ops `case_fast::linear_cross_entropy_forward`, `_backward` and
 `case_fast::top_words` call the kernels; autograd stands outside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from case_fast import equations
-from case_fast.ops import backend, common
-from case_fast.ops.common import pointer
-from case_fast.ops.device_flag import BAD_CU_TARGET, BAD_TARGET
+from case_fast.ops import backend, common, reference
 
 FAMILY = "linear_cross_entropy"
 MOST_WORDS = 2**31
 MOST_BEST, MOST_WORDS_OF_BEST = 32, 2**19  # k and V of top_words in Triton, which merges the tiles of a row in one program
-_INDEX_BITS = {torch.int32: 32, torch.int64: 64}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, keep_bytes: int = 64 << 20,
@@ -54,28 +52,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     grad_hidden; the gradients of weight and bias, sums over all rows that take part, are NaN then. No second derivative but on
     the reference backend.
     """
-    device = hidden.device.type
+    device = common.device_type(hidden)
     compute, differs = common.compute_dtype(hidden)
     if differs:
         hidden, weight, bias = common.cast(compute, hidden, weight, bias)
     _check(hidden, weight, bias)
     _check_targets(target, cu_target, hidden)
-    if isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int):
-        raise TypeError(f"keep_bytes must be a whole number, not {keep_bytes!r}")
+    common.check_whole("keep_bytes", keep_bytes)
     if keep_bytes < 0:
         raise ValueError(f"keep_bytes must be at least 0, not {keep_bytes}")
-    if cu_target is not None and cu_target.dtype != target.dtype:
-        target, cu_target = target.long(), cu_target.long()
+    target, cu_target = common.like_indices(target, cu_target)
     runs = backend.choose(FAMILY, device)
-    if validate is None:
-        validate = device == "cpu" and not torch.compiler.is_compiling()
-    if validate and not (runs == "native" and device == "cpu"):
+    if common.reads(validate, runs, device):
         _check_contents(target, cu_target, weight.shape[0])
     if runs == "reference":
         with torch.autocast(device, enabled=False):
-            return equations.linear_cross_entropy(hidden, weight, bias, target, cu_target)
+            return reference.linear_cross_entropy(hidden, weight, bias, target, cu_target)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad or bias.requires_grad):
-        keep = hidden.shape[0] * weight.shape[0] * _full(hidden).itemsize <= keep_bytes
+        keep = hidden.shape[0] * weight.shape[0] * common.sum_dtype(hidden).itemsize <= keep_bytes
         return _LinearCrossEntropy.apply(runs, hidden, weight, bias, target, cu_target, keep)
     return common.call(_forward_op, _forward, runs, hidden, weight, bias, target, cu_target, False)[:2]
 
@@ -105,16 +99,15 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
     if differs:
         hidden, weight, bias = common.cast(compute, hidden, weight, bias)
     _check(hidden, weight, bias)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be a whole number, not {k!r}")
+    common.check_whole("k", k)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in [1, V] = [1, {weight.shape[0]}], not {k}")
-    device = hidden.device.type
+    device = common.device_type(hidden)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         runs = backend.choose(FAMILY, device)
         if runs == "native" or runs == "triton" and k <= MOST_BEST and weight.shape[0] <= MOST_WORDS_OF_BEST:
             return common.call(_top_op, _top_words, runs, hidden, weight, bias, k)
-        return equations.top_words(hidden, weight, bias, k)
+        return reference.top_words(hidden, weight, bias, k)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -123,15 +116,11 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     dtype, device = hidden.dtype, hidden.device
-    if dtype not in common.DTYPES:
-        raise TypeError(f"hidden must be float32, float64, float16 or bfloat16, not {dtype}")
+    common.check_dtype("hidden", hidden)
     if hidden.dim() != 2 or hidden.shape[1] == 0:
         raise ValueError(f"hidden must be (T, d) with d above 0, not {tuple(hidden.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
-        if x.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} as hidden, not {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} must be on {device} as hidden, not on {x.device}")
+        common.check_like(name, x, dtype, device, "hidden")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"weight must be (V, {hidden.shape[1]}) as hidden, not {tuple(weight.shape)}")
     if not 0 < weight.shape[0] < MOST_WORDS:
@@ -142,14 +131,8 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 def _check_targets(target: Tensor, cu_target: Tensor | None, hidden: Tensor) -> None:
     for name, x in (("target", target), ("cu_target", cu_target)):
-        if x is None:
-            continue
-        if x.dtype not in _INDEX_BITS:
-            raise TypeError(f"{name} must be int32 or int64, not {x.dtype}")
-        if x.dim() != 1:
-            raise ValueError(f"{name} must have one dimension, not shape {tuple(x.shape)}")
-        if x.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as hidden, not on {x.device}")
+        if x is not None:
+            common.check_index(name, x, hidden.device, "hidden")
     rows = hidden.shape[0]
     if cu_target is None and target.shape[0] != rows:
         raise ValueError(f"target must be (T,) = ({rows},) as hidden without cu_target, not {tuple(target.shape)}")
@@ -160,48 +143,17 @@ def _check_targets(target: Tensor, cu_target: Tensor | None, hidden: Tensor) -> 
 def _check_contents(target: Tensor, cu_target: Tensor | None, words: int) -> None:
     """Reads target and cu_target, and raises IndexError at the first entry that is wrong."""
     if cu_target is not None:
-        first, last = int(cu_target[0]), int(cu_target[-1])
-        if first != 0:
-            raise IndexError(f"cu_target starts at {first}; it must start at 0")
-        falls = (cu_target[1:] < cu_target[:-1]).nonzero()
-        if falls.numel():
-            place = int(falls[0])
-            raise IndexError(
-                f"cu_target falls from {int(cu_target[place])} to {int(cu_target[place + 1])} at place {place + 1}"
-            )
-        if last != target.shape[0]:
-            raise IndexError(f"cu_target ends at {last}; it must end at the number of targets, {target.shape[0]}")
-    wrong = ((target < 0) | (target >= words)).nonzero()
-    if wrong.numel():
-        place = int(wrong[0])
-        raise IndexError(f"target holds {int(target[place])} at place {place}; it must be in [0, {words})")
+        common.check_offsets("cu_target", cu_target, target.shape[0], "targets")
+    common.check_within("target", target, words)
 
 
 # ------------------------------------------------------------------------------------------------------------ registered ops
-
-_library = torch.library.Library("case_fast", "FRAGMENT")
-_INPUTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor? cu_target"
-# nll (M,), prediction (T,), state (T, 2): the greatest z of a row, and log sum exp z less that; kept: z in an order of the
-# backend's own, or empty.
-_library.define(f"{FAMILY}_forward(str backend, {_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
-# Those gradients of hidden, weight and bias that are wanted.
-_library.define(f"{FAMILY}_backward(str backend, Tensor grad_nll, {_INPUTS}, Tensor state, Tensor kept, bool[] wanted) "
-                "-> Tensor[]")
-_library.define("top_words(str backend, Tensor hidden, Tensor weight, Tensor bias, int k) -> (Tensor, Tensor)")
-_forward_op = torch.ops.case_fast.linear_cross_entropy_forward.default
-_backward_op = torch.ops.case_fast.linear_cross_entropy_backward.default
-_top_op = torch.ops.case_fast.top_words.default
-
-
-def _full(x: Tensor) -> torch.dtype:
-    """Of sums and losses."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _outputs(hidden: Tensor, weight: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, ...]:
     """Uninitialised nll, prediction, state and kept."""
     rows, words = hidden.shape[0], weight.shape[0]
-    full = {"dtype": _full(hidden), "device": hidden.device}
+    full = {"dtype": common.sum_dtype(hidden), "device": hidden.device}
     nll, state = torch.empty(target.shape[0], **full), torch.empty((rows, 2), **full)
     kept = torch.empty(rows * words if keep else 0, **full)
     return nll, torch.empty(rows, dtype=torch.int64, device=hidden.device), state, kept
@@ -209,67 +161,58 @@ def _outputs(hidden: Tensor, weight: Tensor, target: Tensor, keep: bool) -> tupl
 
 def _gradients(wanted: list[bool], *inputs: Tensor) -> list[Tensor]:
     """Uninitialised gradients of the inputs that want one."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, w in zip(inputs, wanted, strict=True) if w]
+    return common.empty_like(*[x if w else None for x, w in zip(inputs, wanted, strict=True)])
 
 
 def _best(hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Uninitialised log-probabilities and words."""
-    found = torch.empty((hidden.shape[0], k), dtype=_full(hidden), device=hidden.device)
+    found = torch.empty((hidden.shape[0], k), dtype=common.sum_dtype(hidden), device=hidden.device)
     return found, torch.empty_like(found, dtype=torch.int64)
 
 
-def _contiguous(*inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(x if x is None else x.contiguous() for x in inputs)
-
-
-def _call(hidden: Tensor, weight: Tensor, target: Tensor, cu_target: Tensor | None) -> tuple:
-    """The fields of struct case_fast_vocabulary."""
+def _run(direction: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None,
+         others: Sequence[Tensor | None]) -> None:
+    """Runs the native kernel. others: what its arguments are beside the inputs."""
     rows, dim = hidden.shape
-    return (
-        rows, weight.shape[0], target.shape[0], dim, common.DTYPES[hidden.dtype], _INDEX_BITS[target.dtype],
-        target.data_ptr(), pointer(cu_target),
+    words = weight.shape[0]
+    call = (  # struct case_fast_linear_cross_entropy
+        rows, words, target.shape[0], dim, common.DTYPES[hidden.dtype], common.INDEX_BITS[target.dtype],
+        target.data_ptr(), 0 if cu_target is None else cu_target.data_ptr(),
     )
+    status = common.run_native(f"{FAMILY}_{direction}", hidden, call, common.pointers(hidden, weight, bias, *others))
+    if status:
+        common.refuse_contents(FAMILY, status, {11: "target", 12: "cu_target"}, lambda: _check_contents(target, cu_target, words))
 
 
 def _forward(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None, keep: bool
              ) -> tuple[Tensor, ...]:
-    hidden, weight, bias, target, cu_target = _contiguous(hidden, weight, bias, target, cu_target)
+    hidden, weight, bias, target, cu_target = common.contiguous(hidden, weight, bias, target, cu_target)
     if runs == "triton":
         from case_fast.ops import linear_cross_entropy_triton as triton
 
         return triton.forward(hidden, weight, bias, target, cu_target, keep)
     nll, prediction, state, kept = found = _outputs(hidden, weight, target, keep)
-    status = backend.native.linear_cross_entropy_forward(
-        *_call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), nll.data_ptr(),
-        prediction.data_ptr(), state.data_ptr(), kept.data_ptr() if keep else 0, torch.get_num_threads(),
-    )
-    if status:
-        _raise(status, target, cu_target, weight.shape[0])
+    _run("forward", hidden, weight, bias, target, cu_target, (nll, prediction, state, kept if keep else None))
     return found
 
 
 def _backward(runs: str, grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
               cu_target: Tensor | None, state: Tensor, kept: Tensor, wanted: list[bool]) -> list[Tensor]:
-    grad_nll, hidden, weight, bias = _contiguous(grad_nll, hidden, weight, bias)
-    target, cu_target, state, kept = _contiguous(target, cu_target, state, kept)
+    grad_nll, hidden, weight, bias = common.contiguous(grad_nll, hidden, weight, bias)
+    target, cu_target, state, kept = common.contiguous(target, cu_target, state, kept)
     if runs == "triton":
         from case_fast.ops import linear_cross_entropy_triton as triton
 
         return triton.backward(grad_nll, hidden, weight, bias, target, cu_target, state, kept, wanted)
     found = _gradients(wanted, hidden, weight, bias)
     given = iter(found)
-    status = backend.native.linear_cross_entropy_backward(
-        *_call(hidden, weight, target, cu_target), hidden.data_ptr(), weight.data_ptr(), bias.data_ptr(), state.data_ptr(),
-        kept.data_ptr() if kept.numel() else 0, grad_nll.data_ptr(), *[next(given).data_ptr() if w else 0 for w in wanted],
-        torch.get_num_threads(),
-    )
-    if status:
-        _raise(status, target, cu_target, weight.shape[0])
+    gradients = [next(given) if w else None for w in wanted]
+    _run("backward", hidden, weight, bias, target, cu_target, (state, kept if kept.numel() else None, grad_nll, *gradients))
     return found
 
 
 def _top_words(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    hidden, weight, bias = _contiguous(hidden, weight, bias)
+    hidden, weight, bias = common.contiguous(hidden, weight, bias)
     if runs == "triton":
         from case_fast.ops import linear_cross_entropy_triton as triton
 
@@ -281,35 +224,27 @@ def _top_words(runs: str, hidden: Tensor, weight: Tensor, bias: Tensor, k: int) 
         value.data_ptr(), word.data_ptr(), torch.get_num_threads(),
     )
     if status:
-        _raise(status, word[:0, 0], None, weight.shape[0])
+        common.refuse(FAMILY, status)
     return found
 
 
-def _raise(status: int, target: Tensor, cu_target: Tensor | None, words: int) -> None:
-    """The error that belongs to a status of enum case_fast_status; nothing was written."""
-    if status in (BAD_TARGET, BAD_CU_TARGET):
-        _check_contents(target, cu_target, words)  # says which entry
-        raise IndexError(f"{'target' if status == BAD_TARGET else 'cu_target'} names what does not exist")
-    if status == 5:
-        raise MemoryError("linear_cross_entropy found no memory for its workspace")
-    raise RuntimeError(f"linear_cross_entropy: the native kernel refused its arguments (status {status})")
-
-
-def _forward_fake(runs, hidden, weight, bias, target, cu_target, keep):
-    return _outputs(hidden, weight, target, keep)
-
-
-def _backward_fake(runs, grad_nll, hidden, weight, bias, target, cu_target, state, kept, wanted):
-    return _gradients(wanted, hidden, weight, bias)
-
-
-for _device in ("CPU", "CUDA"):
-    _library.impl(f"{FAMILY}_forward", _forward, _device)
-    _library.impl(f"{FAMILY}_backward", _backward, _device)
-    _library.impl("top_words", _top_words, _device)
-torch.library.register_fake(f"case_fast::{FAMILY}_forward", _forward_fake, lib=_library)
-torch.library.register_fake(f"case_fast::{FAMILY}_backward", _backward_fake, lib=_library)
-torch.library.register_fake("case_fast::top_words", lambda runs, hidden, weight, bias, k: _best(hidden, k), lib=_library)
+_INPUTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor target, Tensor? cu_target"
+# nll (M,), prediction (T,), state (T, 2): the greatest z of a row, and log sum exp z less that; kept: z in an order of the
+# backend's own, or empty.
+_forward_op = common.register(
+    f"{FAMILY}_forward(str backend, {_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
+    lambda runs, hidden, weight, bias, target, cu_target, keep: _outputs(hidden, weight, target, keep),
+)
+# Those gradients of hidden, weight and bias that are wanted.
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor grad_nll, {_INPUTS}, Tensor state, Tensor kept, bool[] wanted) -> Tensor[]",
+    _backward,
+    lambda runs, grad_nll, hidden, weight, bias, target, cu_target, state, kept, wanted: _gradients(wanted, hidden, weight, bias),
+)
+_top_op = common.register(
+    "top_words(str backend, Tensor hidden, Tensor weight, Tensor bias, int k) -> (Tensor, Tensor)", _top_words,
+    lambda runs, hidden, weight, bias, k: _best(hidden, k),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------- autograd

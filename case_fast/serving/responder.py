@@ -15,7 +15,6 @@ from torch import Tensor
 from case_fast.batch import Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS, Turn
 from case_fast.data.featurizer import Example, Featurizer, TextTable, prompts
-from case_fast.data.graphs import CONCEPT
 from case_fast.data.pack import make_batch
 from case_fast.data.text import detokenize, normalize_space, tokenize
 from case_fast.data.vocabulary import Vocabulary
@@ -213,7 +212,7 @@ def _inferences(example: Example, texts: TextTable, knowledge: Tensor) -> tuple[
 def _concepts(example: Example, vocabulary: Vocabulary, words: list[str], concept: Tensor) -> tuple[Concept, ...]:
     """``concept`` (V,): the weights of the example's vertices: [CLS], its words, its concepts."""
     found = zip(
-        vocabulary.decode(example.concept.tolist()), concept.tolist()[1 + len(words) :], _tokens_of_concepts(example, words),
+        vocabulary.decode(example.concept.tolist()), concept.tolist()[1 + len(words) :], example.tokens_of_concepts(words),
         example.concept_intensity.tolist(), strict=True,
     )
     return _by_weight(Concept(word, weight, tokens, intensity) for word, weight, tokens, intensity in found)
@@ -237,15 +236,6 @@ def _turns(history: Sequence[str] | str) -> list[Turn]:
             "listener in turn, so that the last one is the speaker's"
         )
     return turns
-
-
-def _tokens_of_concepts(example: Example, words: list[str]) -> list[tuple[str, ...]]:
-    """The distinct context words that each concept is joined to."""
-    found: list[dict[str, None]] = [{} for _ in example.concept]
-    for vertex, neighbour, relation in example.concept_graph.edges():
-        if relation == CONCEPT and vertex > len(words):
-            found[vertex - len(words) - 1][words[neighbour - 1]] = None
-    return [tuple(tokens) for tokens in found]
 
 
 def _by_weight(items: Iterable[Any]) -> tuple[Any, ...]:

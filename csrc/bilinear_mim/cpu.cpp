@@ -1,15 +1,14 @@
-// Bilinear MIM on the CPU: checks, W, and the call's order. cpu_all.h and cpu_sampled.h divide the work into tasks, cpu_kernels.h
+// Bilinear MIM on the CPU: checks, W, and the call's order. cpu_all.h and cpu_sampled.h divide the work into tasks, cpu_kernels.cpp
 // has the arithmetic.
 //
 // W is applied to the shorter of x and y: x W y^T = (x W) y^T = x (y W^T)^T. What is multiplied from then on is a (P, d), from x,
 // and b (Q, d), from y. All divisions depend on the sizes alone: hence the same bits for any number of threads.
 #include <cstring>
-#include <initializer_list>
 #include <limits>
-#include <new>
 
 #include "bilinear_mim/cpu_all.h"
 #include "bilinear_mim/cpu_sampled.h"
+#include "common/calls.h"
 
 namespace {
 
@@ -17,7 +16,6 @@ int check(const case_fast_mim *mim, std::initializer_list<const void *> x_arrays
           std::initializer_list<const void *> weight_arrays) {
     if (!mim) return CASE_FAST_BAD_ARGUMENT;
     const case_fast_mim &m = *mim;
-    const auto missing = [](const void *pointer) { return pointer == nullptr; };
     constexpr int64_t most = std::numeric_limits<int32_t>::max() - 4096;
     if (m.pairs < 0 || m.pairs > most || m.rows < 0 || m.rows > most || m.dim < 1 || m.dim > most) return CASE_FAST_BAD_ARGUMENT;
     if (m.negatives < -1 || m.negatives > most) return CASE_FAST_BAD_ARGUMENT;
@@ -25,9 +23,9 @@ int check(const case_fast_mim *mim, std::initializer_list<const void *> x_arrays
     if (m.plan < CASE_FAST_MIM_AUTO || m.plan > CASE_FAST_MIM_DENSE) return CASE_FAST_BAD_ARGUMENT;
     if (m.score != CASE_FAST_BILINEAR_SIGMOID && m.score != CASE_FAST_DOT) return CASE_FAST_BAD_ARGUMENT;
     const bool weighs = m.score == CASE_FAST_BILINEAR_SIGMOID;
-    if (m.pairs > 0 && (!m.positive || std::any_of(x_arrays.begin(), x_arrays.end(), missing))) return CASE_FAST_BAD_ARGUMENT;
-    if (m.rows > 0 && std::any_of(y_arrays.begin(), y_arrays.end(), missing)) return CASE_FAST_BAD_ARGUMENT;
-    if (weighs && std::any_of(weight_arrays.begin(), weight_arrays.end(), missing)) return CASE_FAST_BAD_ARGUMENT;
+    if (m.pairs > 0 && (!m.positive || missing(x_arrays))) return CASE_FAST_BAD_ARGUMENT;
+    if (m.rows > 0 && missing(y_arrays)) return CASE_FAST_BAD_ARGUMENT;
+    if (weighs && missing(weight_arrays)) return CASE_FAST_BAD_ARGUMENT;
     for (int64_t p = 0; p < m.pairs; ++p)
         if (uint64_t(m.positive[p]) >= uint64_t(m.rows)) return CASE_FAST_BAD_INDICES;
     return CASE_FAST_OK;
@@ -195,12 +193,9 @@ extern "C" int case_fast_bilinear_mim_forward_cpu(const case_fast_mim *mim, cons
                                                   void *side_y, void *side_x, void *logit, void *saved, int threads) {
     const int status = check(mim, {x, side_y, side_x, logit, saved}, {y}, {weight});
     if (status != CASE_FAST_OK) return status;
-    const auto run = mim->dtype == CASE_FAST_F64 ? forward<double> : forward<float>;
-    try {
-        return run(*mim, x, y, weight, side_y, side_x, logit, saved, threads);
-    } catch (const std::bad_alloc &) {
-        return CASE_FAST_NO_MEMORY;
-    }
+    return guarded(mim->dtype, [&](auto like) {
+        return forward<decltype(like)>(*mim, x, y, weight, side_y, side_x, logit, saved, threads);
+    });
 }
 
 extern "C" int case_fast_bilinear_mim_backward_cpu(const case_fast_mim *mim, const void *x, const void *y, const void *weight,
@@ -208,10 +203,7 @@ extern "C" int case_fast_bilinear_mim_backward_cpu(const case_fast_mim *mim, con
                                                    void *grad_y, void *grad_weight, int threads) {
     const int status = check(mim, {x, saved, grad_side_y, grad_side_x, grad_x}, {y, grad_y}, {weight, grad_weight});
     if (status != CASE_FAST_OK) return status;
-    const auto run = mim->dtype == CASE_FAST_F64 ? backward<double> : backward<float>;
-    try {
-        return run(*mim, x, y, weight, saved, grad_side_y, grad_side_x, grad_x, grad_y, grad_weight, threads);
-    } catch (const std::bad_alloc &) {
-        return CASE_FAST_NO_MEMORY;
-    }
+    return guarded(mim->dtype, [&](auto like) {
+        return backward<decltype(like)>(*mim, x, y, weight, saved, grad_side_y, grad_side_x, grad_x, grad_y, grad_weight, threads);
+    });
 }

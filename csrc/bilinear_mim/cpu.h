@@ -1,10 +1,12 @@
-// What cpu.cpp hands to the kernels, which are compiled once per instruction set. See cpu_kernels.h.
+// What cpu.cpp hands to the kernels, which are compiled once per instruction set: cpu_kernels.cpp.
 //
 // Scores are f(z), z = a_i . b_j: a are the rows of x and b those of y, one of the two already multiplied by W. Panels: see
 // common/gemm.h.
 #pragma once
 
 #include <cstdint>
+
+#include "common/kernels.h"
 
 // Scores of a chunk of rows of a with a chunk of rows of b. `dot`: f(z) = z, and sums are relative to a maximum; else f is the
 // sigmoid, and no maximum is needed since 0 < f < 1.
@@ -57,11 +59,4 @@ struct MimKernels {
     // out += sum of scale[i] * others[list[i]]
 };
 
-struct MimKernelSet {
-    MimKernels<float> f32;
-    MimKernels<double> f64;
-};
-extern const MimKernelSet bilinear_mim_baseline;
-#if defined(__x86_64__)
-extern const MimKernelSet bilinear_mim_avx2, bilinear_mim_avx512;
-#endif
+CASE_FAST_DECLARE_KERNELS(KernelsOf<MimKernels>, bilinear_mim);

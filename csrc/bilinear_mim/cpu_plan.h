@@ -4,12 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <type_traits>
 
 #include "bilinear_mim/bilinear_mim.h"
 #include "bilinear_mim/cpu.h"
 #include "common/parallel.h"
-#include "common/simd.h"
 #include "common/workspace.h"
 
 namespace {
@@ -22,18 +20,7 @@ constexpr int64_t dense_scores_a_draw = 7;
 
 template <class T>
 const MimKernels<T> &kernels() {
-    const auto set = []() -> const MimKernelSet & {
-#if defined(__x86_64__)
-        const case_fast_simd level = case_fast_simd_level();
-        if (level == CASE_FAST_AVX512) return bilinear_mim_avx512;
-        if (level == CASE_FAST_AVX2) return bilinear_mim_avx2;
-#endif
-        return bilinear_mim_baseline;
-    };
-    if constexpr (std::is_same_v<T, float>)
-        return set().f32;
-    else
-        return set().f64;
+    return CASE_FAST_WIDEST(bilinear_mim).of<T>();
 }
 
 int64_t ratio_up(int64_t count, int64_t size) { return (count + size - 1) / size; }

@@ -49,4 +49,25 @@ CASE_FAST_INLINE Words random_words(uint64_t e, uint32_t h, uint64_t seed) {
     return random_words(c0, c0 >> 32, zero + uint64_t(h), zero, seed);
 }
 
+// What dropout multiplies elements e, e + 1, ... by: 0 or kept_scale.
+CASE_FAST_INLINE Vector<double> kept(uint64_t e, uint32_t h, uint64_t seed, uint64_t drop_below, double kept_scale) {
+    const Vector<double> zero = {};
+    return random_words(e, h, seed) >= drop_below ? zero + kept_scale : zero;
+}
+CASE_FAST_INLINE Vector<float> kept(uint64_t e, uint32_t h, uint64_t seed, uint64_t drop_below, float kept_scale) {
+    const Words low = random_words(e, h, seed), high = random_words(e + word_lanes, h, seed);
+#if CASE_FAST_VECTOR_BYTES == 64
+    const __m512i below = _mm512_set1_epi64(int64_t(drop_below));
+    const unsigned first = _mm512_cmpge_epu64_mask((__m512i)low, below), second = _mm512_cmpge_epu64_mask((__m512i)high, below);
+    return (Vector<float>)_mm512_maskz_mov_ps(__mmask16(first | second << 8), _mm512_set1_ps(kept_scale));
+#else
+    Vector<float> out = {};
+    for (int i = 0; i < word_lanes; ++i) {
+        out[i] = low[i] >= drop_below ? kept_scale : 0.0f;
+        out[i + word_lanes] = high[i] >= drop_below ? kept_scale : 0.0f;
+    }
+    return out;
+#endif
+}
+
 }  // namespace

@@ -210,4 +210,21 @@ CASE_FAST_INLINE Vector<double> exp_nonpositive(Vector<double> x) {
 }
 CASE_FAST_INLINE Vector<double> exp_of_fraction(Vector<double> x) { return exp_nonpositive(x); }
 
+// Calls body(i, load, store) for each vector of a row; the last, if not full, goes through masked loads and stores.
+template <class T, class Integer, class Body>
+CASE_FAST_INLINE void each_vector(Integer count, Body body) {
+    constexpr int width = Lanes<T>::width;
+    const Integer full = count / width * width;
+    for (Integer i = 0; i < full; i += width)
+        body(
+            i, [](const T *from) __attribute__((always_inline)) { return load(from); },
+            [](T *to, Vector<T> x) __attribute__((always_inline)) { store(to, x); });
+    if (full < count) {
+        const Tail<T> tail = make_tail<T>(int(count - full));
+        body(
+            full, [tail](const T *from) __attribute__((always_inline)) { return load(from, tail); },
+            [tail](T *to, Vector<T> x) __attribute__((always_inline)) { store(to, x, tail); });
+    }
+}
+
 }  // namespace

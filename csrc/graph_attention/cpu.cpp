@@ -1,4 +1,4 @@
-// Graph attention on the CPU: checks, the division of the graph into tasks, threads. The arithmetic is in cpu_rows.h.
+// Graph attention on the CPU: checks, the division of the graph into tasks, threads. The arithmetic is in cpu_kernels.cpp.
 //
 // A batch of graphs is a block-diagonal graph. Backward finds its blocks - ranges of vertices that no edge leaves - and does
 // each whole: rows (grad_query, score gradients), then columns (grad_key, grad_value), while the block is in cache. Where a
@@ -9,14 +9,12 @@
 #include <cstddef>
 #include <cstring>
 #include <limits>
-#include <new>
-#include <type_traits>
 #include <vector>
 
+#include "common/calls.h"
 #include "common/indices.h"
 #include "common/parallel.h"
 #include "common/philox.h"
-#include "common/simd.h"
 #include "common/workspace.h"
 #include "graph_attention/cpu.h"
 #include "graph_attention/graph_attention.h"
@@ -27,20 +25,9 @@ constexpr int64_t alignment = Workspace::alignment;  // bytes: of the padded row
 constexpr int64_t largest_block = 4096;  // rows and edges; above, rows and columns are two passes over the whole graph
 constexpr int64_t most_chunks = 32;
 
-const GraphAttentionKernels &kernels() {
-#if defined(__x86_64__)
-    const case_fast_simd level = case_fast_simd_level();
-    if (level == CASE_FAST_AVX512) return graph_attention_avx512;
-    if (level == CASE_FAST_AVX2) return graph_attention_avx2;
-#endif
-    return graph_attention_baseline;
-}
 template <class T>
 const RowKernels<T> &row_kernels() {
-    if constexpr (std::is_same_v<T, float>)
-        return kernels().f32;
-    else
-        return kernels().f64;
+    return CASE_FAST_WIDEST(graph_attention).of<T>();
 }
 
 template <class I>
@@ -55,14 +42,13 @@ int check(const case_fast_graph *graph, std::initializer_list<const void *> vert
           std::initializer_list<const void *> relation_arrays, const void *weights) {
     if (!graph) return CASE_FAST_BAD_ARGUMENT;
     const case_fast_graph &g = *graph;
-    const auto missing = [](const void *pointer) { return pointer == nullptr; };
     const bool sizes = g.vertices >= 0 && g.edges >= 0 && g.relations >= 0 && g.heads >= 1 && g.dim >= 1;
     const bool kinds = (g.dtype == CASE_FAST_F32 || g.dtype == CASE_FAST_F64) && (g.index_bits == 32 || g.index_bits == 64);
     if (!sizes || !kinds || !(g.dropout_p >= 0 && g.dropout_p <= 1) || !g.indptr) return CASE_FAST_BAD_ARGUMENT;
     if (g.dim > std::numeric_limits<int32_t>::max() - 64 || g.relations > std::numeric_limits<int32_t>::max()) return CASE_FAST_BAD_ARGUMENT;
-    if (g.vertices > 0 && std::any_of(vertex_arrays.begin(), vertex_arrays.end(), missing)) return CASE_FAST_BAD_ARGUMENT;
+    if (g.vertices > 0 && missing(vertex_arrays)) return CASE_FAST_BAD_ARGUMENT;
     if (g.edges > 0 && (!g.indices || !weights || (g.relations > 0 && !g.relation))) return CASE_FAST_BAD_ARGUMENT;
-    if (g.relations > 0 && std::any_of(relation_arrays.begin(), relation_arrays.end(), missing)) return CASE_FAST_BAD_ARGUMENT;
+    if (g.relations > 0 && missing(relation_arrays)) return CASE_FAST_BAD_ARGUMENT;
     return g.index_bits == 64 ? check_contents<int64_t>(g) : check_contents<int32_t>(g);
 }
 
@@ -259,12 +245,9 @@ extern "C" int case_fast_graph_attention_forward_cpu(const case_fast_graph *grap
                                                      void *out, void *weights, int threads) {
     const int status = check(graph, {query, key, value, out}, {relation_query, relation_key}, weights);
     if (status != CASE_FAST_OK) return status;
-    const auto run = graph->dtype == CASE_FAST_F64 ? forward<double> : forward<float>;
-    try {
-        return run(*graph, query, key, value, relation_query, relation_key, out, weights, threads);
-    } catch (const std::bad_alloc &) {
-        return CASE_FAST_NO_MEMORY;  // all is allocated before the first write
-    }
+    return guarded(graph->dtype, [&](auto like) {
+        return forward<decltype(like)>(*graph, query, key, value, relation_query, relation_key, out, weights, threads);
+    });
 }
 
 extern "C" int case_fast_graph_attention_backward_cpu(const case_fast_graph *graph, const void *query, const void *key,
@@ -275,11 +258,8 @@ extern "C" int case_fast_graph_attention_backward_cpu(const case_fast_graph *gra
     const int status = check(graph, {query, key, value, grad_out, grad_query, grad_key, grad_value},
                              {relation_query, relation_key, grad_relation_query, grad_relation_key}, weights);
     if (status != CASE_FAST_OK) return status;
-    const auto run = graph->dtype == CASE_FAST_F64 ? backward<double> : backward<float>;
-    try {
-        return run(*graph, query, key, value, relation_query, relation_key, weights, grad_out, grad_query, grad_key, grad_value,
-                   grad_relation_query, grad_relation_key, threads);
-    } catch (const std::bad_alloc &) {
-        return CASE_FAST_NO_MEMORY;
-    }
+    return guarded(graph->dtype, [&](auto like) {
+        return backward<decltype(like)>(*graph, query, key, value, relation_query, relation_key, weights, grad_out, grad_query,
+                                        grad_key, grad_value, grad_relation_query, grad_relation_key, threads);
+    });
 }

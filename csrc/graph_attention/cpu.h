@@ -1,7 +1,9 @@
-// What cpu.cpp hands to the row kernels, which are compiled once per instruction set. See cpu_rows.h for the kernels.
+// What cpu.cpp hands to the row kernels, which are compiled once per instruction set: cpu_kernels.cpp.
 #pragma once
 
 #include <cstdint>
+
+#include "common/kernels.h"
 
 // 32- or 64-bit integers behind one pointer.
 struct Indices {
@@ -44,11 +46,4 @@ struct RowKernels {
                    T *grad_relation_query, T *grad_relation_key);  // row of (R * H)
 };
 
-struct GraphAttentionKernels {
-    RowKernels<float> f32;
-    RowKernels<double> f64;
-};
-extern const GraphAttentionKernels graph_attention_baseline;
-#if defined(__x86_64__)
-extern const GraphAttentionKernels graph_attention_avx2, graph_attention_avx512;
-#endif
+CASE_FAST_DECLARE_KERNELS(KernelsOf<RowKernels>, graph_attention);

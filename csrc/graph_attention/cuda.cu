@@ -1,11 +1,9 @@
-// graph_attention on CUDA: checks, choice of the plan, workspace. Kernels: cuda_rows.cuh, cuda_order.cuh, cuda_launch.cuh.
+// graph_attention on CUDA: checks, choice of the plan, workspace. Kernels: cuda_kernels.cu, cuda_rows.cuh, cuda_order.cuh.
 #include "graph_attention/cuda.h"
 
 #include <cmath>
 
-#include "graph_attention/cuda_call.h"
-
-namespace case_fast {
+namespace case_fast::graph_attention {
 namespace {
 
 bool served(const case_fast_graph *g) {
@@ -37,24 +35,14 @@ int run(Call call, int plan, size_t workspace_bytes) {
     call.path = chosen(*g, back, plan);
     const size_t needed = Workspace(*g, back, call.path).bytes;
     if (needed > workspace_bytes || (needed && !call.workspace)) return CASE_FAST_BAD_ARGUMENT;
-    switch (g->dtype) {
-        case CASE_FAST_F32:
-            return launch_f32(call);
-        case CASE_FAST_F64:
-            return launch_f64(call);
-        case CASE_FAST_F16:
-            return launch_f16(call);
-        default:
-            return launch_bf16(call);
-    }
+    return with_storage(g->dtype, [&](auto like) { return launch_as<decltype(like)>(call); });
 }
 
 }  // namespace
-
-}  // namespace case_fast
+}  // namespace case_fast::graph_attention
 
 extern "C" size_t case_fast_graph_attention_workspace_cuda(const case_fast_graph *graph, int backward, int plan) {
-    using namespace case_fast;
+    using namespace case_fast::graph_attention;
     return served(graph) ? Workspace(*graph, backward, chosen(*graph, backward, plan)).bytes : 0;
 }
 
@@ -62,7 +50,7 @@ extern "C" int case_fast_graph_attention_forward_cuda(const case_fast_graph *gra
                                                       const void *value, const void *relation_query, const void *relation_key,
                                                       void *out, void *weights, int plan, void *workspace, size_t workspace_bytes,
                                                       int32_t *flag, void *stream) {
-    using namespace case_fast;
+    using namespace case_fast::graph_attention;
     return run({graph, FORWARD, query, key, value, relation_query, relation_key, nullptr, out, weights, nullptr, nullptr, nullptr,
                 nullptr, nullptr, 0, workspace, flag, stream},
                plan, workspace_bytes);
@@ -74,7 +62,7 @@ extern "C" int case_fast_graph_attention_backward_cuda(const case_fast_graph *gr
                                                        void *grad_key, void *grad_value, void *grad_relation_query,
                                                        void *grad_relation_key, int plan, void *workspace, size_t workspace_bytes,
                                                        int32_t *flag, void *stream) {
-    using namespace case_fast;
+    using namespace case_fast::graph_attention;
     return run({graph, BACKWARD, query, key, value, relation_query, relation_key, grad_out, nullptr, const_cast<void *>(weights),
                 grad_query, grad_key, grad_value, grad_relation_query, grad_relation_key, 0, workspace, flag, stream},
                plan, workspace_bytes);

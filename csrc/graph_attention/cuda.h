@@ -1,36 +1,57 @@
-// graph_attention on CUDA devices: as graph_attention.h, with device pointers and a stream.
+// What cuda.cu hands to the kernels, which are compiled once per storage type: cuda_kernels.cu.
 #pragma once
 
-#include <stddef.h>
-
+#include "common/launch.cuh"
 #include "graph_attention/graph_attention.h"
 
-#ifdef __cplusplus
-extern "C" {
-#endif
+namespace case_fast::graph_attention {
 
-// How the work is laid out. GRAPHS: one block a (graph, head), its rows in shared memory; for batches of small graphs. ROWS: one
-// warp a (row, head), or one block where the row is long; backward over the edges ordered by column. Same results up to rounding;
-// each gives the same bits every time.
-enum case_fast_plan { CASE_FAST_PLAN_AUTO = 0, CASE_FAST_PLAN_GRAPHS = 1, CASE_FAST_PLAN_ROWS = 2 };
+constexpr int ROW_WARPS = 8;               // a block of the ROWS plan
+constexpr int PARTS = 128;                 // of the vertices, at most, that relation gradients are first summed over
+constexpr int MOST_SMALL_VERTICES = 4096;  // in a batch, for find_graphs to hold its counts in shared memory
+constexpr int WINDOW = 32;                 // vertices: graphs that begin in the same window are worked on together
 
-// Bytes of device memory that a call needs beside its arguments; 0 where the graph is not one that CUDA serves.
-size_t case_fast_graph_attention_workspace_cuda(const case_fast_graph *graph, int backward, int plan);
+struct Groups {       // in the workspace
+    int count, fits;  // fits: every group is small enough for shared memory
+    int start[MOST_SMALL_VERTICES / WINDOW + 1];
+};
 
-// Asynchronous, on `stream` of the current device; every dtype. Needs vertices, edges < 2^31 and dim <= 256, else
-// CASE_FAST_BAD_ARGUMENT. The contents of indptr, indices and relation are not known here: kernels never follow a bad one, make
-// the rows that hold it NaN, and write a case_fast_status to *flag (device-accessible memory, or NULL). Outputs are written
-// whole.
-int case_fast_graph_attention_forward_cuda(const case_fast_graph *graph, const void *query, const void *key, const void *value,
-                                           const void *relation_query, const void *relation_key, void *out, void *weights,
-                                           int plan, void *workspace, size_t workspace_bytes, int32_t *flag, void *stream);
+enum Pass { FORWARD, BACKWARD };
 
-int case_fast_graph_attention_backward_cuda(const case_fast_graph *graph, const void *query, const void *key, const void *value,
-                                            const void *relation_query, const void *relation_key, const void *weights,
-                                            const void *grad_out, void *grad_query, void *grad_key, void *grad_value,
-                                            void *grad_relation_query, void *grad_relation_key, int plan, void *workspace,
-                                            size_t workspace_bytes, int32_t *flag, void *stream);
+struct Workspace : Places {
+    size_t dscore, row_table, column_table, part, start, cursor, list, groups;
+    int per_part, parts;
+    Workspace(const case_fast_graph &g, bool backward, int plan) {
+        const size_t vertices = g.vertices, edges = g.edges, heads = g.heads, relations = g.relations;
+        const size_t number = g.dtype == CASE_FAST_F64 ? 8 : 4;
+        per_part = static_cast<int>(vertices / PARTS + 1 > 32 ? vertices / PARTS + 1 : 32);
+        parts = static_cast<int>((vertices + per_part - 1) / per_part);
+        groups = plan == CASE_FAST_PLAN_GRAPHS ? take(sizeof(Groups)) : 0;
+        dscore = row_table = column_table = part = start = cursor = list = 0;
+        if (!backward) return;
+        dscore = take(edges * heads * number);
+        row_table = take(vertices * heads * relations * number);
+        column_table = take(vertices * heads * relations * number);
+        part = take(2 * relations * heads * g.dim * number * parts);
+        if (plan != CASE_FAST_PLAN_ROWS) return;
+        start = take((vertices + 1) * sizeof(int));
+        cursor = take(vertices * sizeof(int));
+        list = take(edges * sizeof(int64_t));
+    }
+};
 
-#ifdef __cplusplus
-}
-#endif
+struct Call {  // the arguments of either function
+    const case_fast_graph *g;
+    Pass pass;
+    const void *query, *key, *value, *relation_query, *relation_key, *grad_out;
+    void *out, *weights, *grad_query, *grad_key, *grad_value, *grad_relation_query, *grad_relation_key;
+    int path;  // the plan chosen
+    void *workspace;
+    int32_t *flag;
+    void *stream;
+};
+
+// Launches the kernels of a call that was checked; a case_fast_status. cuda_kernels.cu, compiled once per storage type T.
+template <class T> int launch_as(const Call &call);
+
+}  // namespace case_fast::graph_attention

@@ -1,10 +1,10 @@
 // What the kernels need to know of a graph beside its CSR: where small graphs begin, or the edges by column.
 #pragma once
 
-#include "graph_attention/cuda_call.h"
+#include "graph_attention/cuda.h"
 #include "graph_attention/cuda_rows.cuh"
 
-namespace case_fast {
+namespace case_fast::graph_attention {
 
 // ---- small graphs: a batch is block-diagonal; where no edge passes from before a vertex to it or beyond, a graph may begin
 
@@ -176,4 +176,4 @@ static __global__ void __launch_bounds__(ORDER_THREADS, 4) sort_columns(int vert
     }
 }
 
-}  // namespace case_fast
+}  // namespace case_fast::graph_attention

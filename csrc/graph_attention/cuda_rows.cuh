@@ -10,7 +10,7 @@
 #include "common/philox.h"
 #include "graph_attention/graph_attention.h"
 
-namespace case_fast {
+namespace case_fast::graph_attention {
 
 struct Graph {  // passed to kernels by value
     int vertices, edges, relations, heads, dim;
@@ -390,4 +390,4 @@ __device__ void column_backward(const Graph &graph, const Team &team, Source sou
     }
 }
 
-}  // namespace case_fast
+}  // namespace case_fast::graph_attention

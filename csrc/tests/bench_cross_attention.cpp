@@ -1,76 +1,9 @@
-// Times of packed attention and of the cross-attention block at the C level: bench_cross_attention [threads] [repetitions].
+// Times of the cross-attention block at the C level: bench_cross_attention [threads] [repetitions].
 // Least over the repetitions, in microseconds: of the thread's CPU time with one thread, else wall time; and Gflop/s.
-#include <ctime>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <vector>
-
+#include "attention_bench.h"
 #include "cross_attention/cross_attention.h"
 
 namespace {
-
-constexpr int heads = 2, dim = 150, row = heads * dim;
-std::mt19937_64 random_bits(1);
-
-std::vector<float> noise(int64_t count, float scale = 1) {
-    std::vector<float> x(static_cast<size_t>(count));
-    for (float &value : x) value = scale * (float(int64_t(random_bits() >> 40)) / float(1 << 23) - 1);
-    return x;
-}
-
-// Offsets of sequences with `length` rows, or 1 .. 2 * length - 1 where ragged.
-std::vector<int64_t> offsets(int64_t sequences, int64_t length, bool ragged) {
-    std::vector<int64_t> cu = {0};
-    for (int64_t s = 0; s < sequences; ++s)
-        cu.push_back(cu.back() + (ragged && length > 1 ? 1 + int64_t(random_bits() % uint64_t(2 * length - 1)) : length));
-    return cu;
-}
-
-double now(int threads) {
-    timespec t;
-    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) * 1e6 + double(t.tv_nsec) * 1e-3;
-}
-
-template <class Body>
-double least(int threads, int repetitions, Body body) {
-    double best = INFINITY;
-    for (int i = 0; i < repetitions; ++i) {
-        const double begin = now(threads);
-        body();
-        best = std::min(best, now(threads) - begin);
-    }
-    return best;
-}
-
-void bench_packed(const char *name, int64_t batch, int64_t queries, int64_t keys, bool ragged, bool causal, double dropout_p,
-                  int threads, int repetitions) {
-    const auto cu_query = offsets(batch, queries, ragged), cu_key = causal || queries == keys ? cu_query : offsets(batch, keys, ragged);
-    const int64_t rows = cu_query.back(), key_rows = cu_key.back();
-    double products = 0;
-    for (size_t s = 0; s < size_t(batch); ++s)
-        products += double(cu_query[s + 1] - cu_query[s]) * double(cu_key[s + 1] - cu_key[s]) * row / (causal ? 2 : 1);
-    const auto query = noise(rows * row), key = noise(key_rows * row), value = noise(key_rows * row), grad_out = noise(rows * row);
-    auto out = query, grad_query = query, grad_key = key, grad_value = key;
-    std::vector<float> lse(static_cast<size_t>(rows * heads));
-    const case_fast_attention call = {batch, rows, batch, key_rows, heads, dim, CASE_FAST_F32, 64, causal, cu_query.data(), cu_key.data(),
-                                      nullptr, nullptr, row, row, row, 1 / std::sqrt(double(dim)), dropout_p, 1};
-    int status = 0;
-    const double forward = least(threads, repetitions, [&] {
-        status |= case_fast_packed_attention_forward_cpu(&call, query.data(), key.data(), value.data(), out.data(), lse.data(), threads);
-    });
-    const double backward = least(threads, repetitions, [&] {
-        status |= case_fast_packed_attention_backward_cpu(&call, query.data(), key.data(), value.data(), out.data(), lse.data(),
-                                                          grad_out.data(), grad_query.data(), row, grad_key.data(), row, grad_value.data(),
-                                                          row, threads);
-    });
-    std::printf("%-44s %d threads  forward %9.1f us %6.1f Gflop/s  backward %9.1f us %6.1f Gflop/s  status %d\n", name, threads, forward,
-                4e-3 * products / forward, backward, 10e-3 * products / backward, status);
-}
 
 // Three sources with about `keys` keys a sequence.
 void bench_block(const char *name, int64_t batch, int64_t queries, int64_t keys, int64_t beams, bool ragged, double dropout_p,
@@ -133,13 +66,4 @@ int main(int count, char **arguments) {
     bench_block("train: 16 x 30 rows, 3 x 100 keys", 16, 30, 100, 1, false, 0, true, threads, repetitions);
     bench_block("train: 16 x 1 .. 59 rows, 3 x 1 .. 199 keys", 16, 30, 100, 1, true, 0, true, threads, repetitions);
     bench_block("train, dropout 0.1", 16, 30, 100, 1, true, 0.1, true, threads, repetitions);
-    bench_packed("decode: 16 x 1, 100 keys", 16, 1, 100, false, false, 0, threads, 10 * repetitions);
-    bench_packed("train: 16 x 30, 100 keys", 16, 30, 100, false, false, 0, threads, repetitions);
-    bench_packed("train: 16 x 1 .. 59, 1 .. 199 keys", 16, 30, 100, true, false, 0, threads, repetitions);
-    bench_packed("self: 16 x 50", 16, 50, 50, false, false, 0, threads, repetitions);
-    bench_packed("self: 16 x 250", 16, 250, 250, false, false, 0, threads, std::max(1, repetitions / 4));
-    bench_packed("self, dropout 0.1: 16 x 250", 16, 250, 250, false, false, 0.1, threads, std::max(1, repetitions / 4));
-    bench_packed("causal: 16 x 30", 16, 30, 30, false, true, 0, threads, repetitions);
-    bench_packed("causal: 8 x 512", 8, 512, 512, false, true, 0, threads, std::max(1, repetitions / 10));
-    bench_packed("one sequence: 4096 rows, 512 keys", 1, 4096, 512, false, false, 0, threads, std::max(1, repetitions / 20));
 }

@@ -1,10 +1,7 @@
 // The CUDA kernels of graph_attention, emulated on the CPU, against the equations in double: every plan, dtype and index type,
 // long rows and columns, damaged indices; outputs and workspace NaN beforehand.
 #define CASE_FAST_EMULATE
-#include "graph_attention/cuda_bf16.cu"
-#include "graph_attention/cuda_f16.cu"
-#include "graph_attention/cuda_f32.cu"
-#include "graph_attention/cuda_f64.cu"
+#include "graph_attention/cuda_kernels.cu"
 
 #include "graph_attention/cuda.cu"
 
@@ -13,6 +10,7 @@
 #include <string>
 
 using namespace case_fast;
+using namespace case_fast::graph_attention;
 
 namespace {
 

@@ -120,15 +120,6 @@ def test_sinusoidal_position(dimension: int):
     assert eq.sinusoidal_position(position[:0], dimension).shape == (0, dimension)
 
 
-def test_emotion_intensity():
-    # (‖(v, a/2) - (0.5, 0)‖ - 0.06467) / 0.607468 by hand: a 3-4-5 triangle, a neutral word, the strongest one
-    v, a = torch.tensor([0.8, 0.5, 1.0], dtype=torch.float64), torch.tensor([0.8, 0.0, 1.0], dtype=torch.float64)
-    same(
-        eq.emotion_intensity(v, a),
-        [(0.5 - 0.06467) / 0.607468, -0.06467 / 0.607468, (math.sqrt(0.5) - 0.06467) / 0.607468],
-    )
-
-
 def slow_graph_attention(q, k, v, indptr, indices, relation, relation_query, relation_key, scale) -> list:
     vertices, heads, dimension = q.shape
     scale = dimension**-0.5 if scale is None else scale

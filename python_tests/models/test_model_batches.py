@@ -225,14 +225,14 @@ def test_beams_read_the_keys_of_their_dialogue_without_a_copy():
     model, batch = tiny_model().eval(), make_batch(examples, texts)
     reading = model.read(batch)
     state = model.start_decoding(reading, 5)
-    keys = [source.key for source in state.sources[0]]
+    keys = [source.key for source in state.sources[0].sources]
     assert [len(key) for key in keys] == [len(memory.rows) for memory in reading.memories]
     model.next_word_logits(torch.full((35,), 20), 0, state)
     past = state.past.data_ptr()
     state.reorder(torch.arange(35))
     state.keep(torch.tensor([1, 4, 6]))
     model.next_word_logits(torch.full((15,), 20), 1, state)
-    assert all(source.key is key for source, key in zip(state.sources[0], keys, strict=True))
+    assert all(source.key is key for source, key in zip(state.sources[0].sources, keys, strict=True))
     assert state.past.data_ptr() == past
 
 

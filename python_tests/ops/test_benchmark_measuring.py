@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -220,7 +222,7 @@ def test_what_runs_on_a_gpu_is_known(name):
             continue
         with work.switch():
             pass
-    assert all(cuda.case_of(size).name == size for size in cuda.sizes if size not in ("1e5", "65536"))
+    assert all(cuda.case_of(size).name == size for size in cuda.sizes if size != "1e5")
 
 
 def test_a_run_on_a_gpu_takes_the_same_way(monkeypatch, tmp_path):
@@ -263,13 +265,14 @@ def test_the_benchmarks_of_gpu_sh_measure_ours_first_and_peers_beside_ours(monke
         peers = {OURS: PEERS[OURS], "case_fast, again": PEERS[OURS], "right": PEERS["equations.py, eager"]}
         if name == "broken":
             peers[OURS] = broken(OURS, lambda out: out * 1.01)
-        return replace(FAMILY, peers=peers, sizes=["8"], device="cuda",
+        return replace(FAMILY, peers=peers, quick_sizes=["8"], device="cuda",
                        case_of=lambda size, device="cpu", dtype=torch.float32: case_of(size, dtype=dtype))
 
     monkeypatch.setattr(gpu, "device", lambda: "a GPU")
     monkeypatch.setattr(gpu, "copy_rate", lambda: 3.0)
     monkeypatch.setattr(gpu, "families", lambda: ["broken", "graph_attention"])
     monkeypatch.setattr(gpu, "family_of", family_on_gpu)
+    monkeypatch.setattr(gpu, "run", partial(run, quick=True))
     monkeypatch.setattr(running, "clock_of", lambda device: CpuClock())
     monkeypatch.setattr(memory, "extra_bytes_on_gpu", lambda call: 7)
     assert not gpu.bench(tmp_path / "bench.json", 60)
@@ -344,6 +347,29 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, tmp_path, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU" if device == "cuda" else "'tpu' is not one to measure on"):
         command.bench("graph_attention", [], True, tmp_path, lambda *_: None, device=device)
+
+
+# ---- the files
+
+
+def test_no_benchmark_imports_in_a_circle_and_no_family_another():
+    imports = {}
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        imports[name] = names | {node.module for node in nodes}
+    imports = {name: {module for module in modules if module in imports} for name, modules in imports.items()}
+    assert imports["benchmarks.run"] >= {"benchmarks.memory", "benchmarks.measure"}
+    for name, modules in imports.items():
+        seen, ahead = set(), {*modules}
+        while ahead:
+            seen |= ahead
+            ahead = {further for module in ahead for further in imports[module]} - seen
+        assert name not in seen, f"{name} imports itself, by way of others"
+        own = name.split(".")[1]
+        if own in families():
+            assert not {module for module in seen if module.split(".")[1] in {*families()} - {own}}, name
 
 
 # ---- outside a checkout

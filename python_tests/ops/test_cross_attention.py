@@ -13,7 +13,7 @@ from op_checks import counted, identical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from case_fast import equations, ops
-from case_fast.ops import Source, cross_attention
+from case_fast.ops import PreparedSources, Source, cross_attention, prepare_sources
 
 FAMILY, make_case, kernels = CrossAttention, CrossAttention.made, methodcaller("kernels")
 
@@ -59,7 +59,7 @@ def test_what_is_kept_is_as_large_as_the_kernel_says(native):
         case = make_case([rows], [[4]] * sources, width=width, heads=heads, dim=dim)
         floats, *_ = case.lists()
         size = kernels(FAMILY)._outputs(case.hidden, floats, True)[1].numel()
-        assert size == native.cross_attention_saved(1, rows, sources, width, heads, dim)
+        assert size == native.cross_attention_saved((1, rows, sources, width, heads, dim, 0, 64, 0, 0.0, 0.0, 0.0))
         assert kernels(FAMILY)._outputs(case.hidden, floats, False)[1].numel() == 0
 
 
@@ -80,110 +80,135 @@ def test_compiled_code_takes_a_tensor_in_several_places(native):
         compiled(**(arguments | {"cu_hidden": torch.tensor([0, 9, 7])}))
 
 
-# ---- steps with sources that earlier calls know
+# ---- steps with prepared sources
 
 
 @pytest.fixture(params=[{}, {"share": True, "long": True, "dtype": torch.float64}], ids=["", "shared"])
 def steps(native, monkeypatch, request):
-    """A case whose sources are known, and the results of the calls that may go the short way."""
-    case, short, step = make_case([1, 2, 1], [[5, 0, 3], [2, 9, 1]], **request.param), [], kernels(FAMILY)._step
+    """A case, its sources prepared, and the results of the calls that may go the short way."""
+    case, short, step = make_case([1, 2, 1], [[5, 0, 3], [2, 9, 1]], **request.param), [], PreparedSources.step
 
     def counted_step(*arguments):
-        short.append(step(*arguments))
+        short.append(None)
+        short[-1] = step(*arguments)
         return short[-1]
 
-    monkeypatch.setattr(kernels(FAMILY), "_step", counted_step)
+    monkeypatch.setattr(PreparedSources, "step", counted_step)
     with torch.no_grad():
-        for _ in range(3):
-            cross_attention(**case.arguments())
-        assert [x is None for x in short] == [True, True, False]
-        short.clear()
-        yield case, short
+        yield case, prepare_sources(case.sources), short
 
 
-def test_a_step_with_known_sources_gives_what_they_hold_now(steps):
-    case, short = steps
-    for change in (lambda x: x.mul_(1.5), lambda x: setattr(x, "data", x * 2), lambda x: x.set_(x * 0.5)):
+def of(case, prepared):
+    return case.arguments() | {"sources": prepared}
+
+
+def test_a_step_gives_what_the_sources_hold_now(steps):
+    case, prepared, short = steps
+    for factor in (1.0, 1.5, -0.5):
         for x in case.floats().values():
-            change(x)
-            expected = cross_attention(**replace(case, sources=[replace(s) for s in case.sources]).arguments())
-            short.clear()
-            assert torch.equal(cross_attention(**case.arguments()), expected)
-            assert torch.equal(cross_attention(**case.arguments()), expected)
-            assert short[1] is not None  # the first may have found tensors that lie elsewhere now
+            x.mul_(factor)
+        assert torch.equal(cross_attention(**of(case, prepared)), cross_attention(**case.arguments()))
+    assert len(short) == 3 and all(x is not None for x in short)
 
 
-def test_a_step_may_have_other_rows_and_other_sources(steps):
-    case, short = steps
-    other = make_case([2, 2, 3], [[1, 2, 3]], number=1, long=case.cu_hidden.dtype == torch.int64, dtype=case.hidden.dtype)
-    for sources in (case.sources, case.sources[:1], [*case.sources, *other.sources], case.sources[::-1]):
-        changed = replace(case, hidden=other.hidden, cu_hidden=other.cu_hidden, sources=sources)
-        expected = cross_attention(**replace(changed, sources=[replace(s) for s in sources]).arguments())
-        assert torch.equal(cross_attention(**changed.arguments()), expected)
-    assert sum(x is not None for x in short) == 3
+def test_a_step_may_have_other_rows(steps):
+    case, prepared, short = steps
+    other = make_case([2, 2, 3], [[1]], number=1, long=case.cu_hidden.dtype == torch.int64, dtype=case.hidden.dtype)
+    changed = replace(case, hidden=other.hidden, cu_hidden=other.cu_hidden)
+    assert torch.equal(cross_attention(**of(changed, prepared)), cross_attention(**changed.arguments()))
+    assert short[0] is not None
 
 
 @pytest.mark.parametrize("change, error", [
     (lambda a: {"hidden": a["hidden"].int()}, TypeError), (lambda a: {"hidden": a["hidden"][0]}, ValueError),
-    (lambda a: {"hidden": a["hidden"][:, :-1].contiguous()}, ValueError), (lambda a: {"sources": []}, ValueError),
+    (lambda a: {"hidden": a["hidden"][:, :-1].contiguous()}, ValueError), (lambda a: {"sources": [a["sources"]]}, TypeError),
     (lambda a: {"cu_hidden": a["cu_hidden"][:-1]}, ValueError), (lambda a: {"cu_hidden": a["cu_hidden"] * 2}, IndexError),
     (lambda a: {"eps": -1.0}, ValueError), (lambda a: {"eps": float("nan")}, ValueError),
-    (lambda a: {"sources": [*a["sources"], 3]}, TypeError), (lambda a: {"output_dropout_p": 1.0}, ValueError),
+    (lambda a: {"output_dropout_p": 1.0}, ValueError),
     (lambda a: {"seed": -1}, ValueError), (lambda a: {"seed": "x"}, TypeError), (lambda a: {"dropout_p": None}, TypeError),
 ])
-def test_a_step_refuses_what_a_first_call_refuses(steps, change, error):
-    case, short = steps
-    changed = case.arguments() | change(case.arguments())
+def test_a_step_refuses_what_a_call_refuses(steps, change, error):
+    case, prepared, short = steps
+    arguments = of(case, prepared)
     with pytest.raises(error):
-        cross_attention(**changed)
+        cross_attention(**(arguments | change(arguments)))
     assert short in ([], [None])
 
 
+def test_what_is_wrong_with_sources_is_said_when_they_are_prepared(native):
+    case = make_case([1, 2, 1], [[5, 0, 3], [2, 9, 1]])
+    first, second = case.sources
+    for wrong, error, said in (
+        ([], ValueError, "sources must hold at least one source"),
+        ([3], TypeError, r"sources\[0\] must be a case_fast.ops.Source"),
+        ([first, 3], TypeError, r"sources\[1\] must be a case_fast.ops.Source"),
+        ([replace(first, key=first.key.int())], TypeError, r"sources\[0\]"),
+        ([first, replace(second, value=second.value.double())], TypeError, r"sources\[1\].value must be torch.float32 as"),
+        ([first, replace(second, output_weight=second.output_weight[1:])], ValueError, r"sources\[1\].output_weight must be"),
+        ([first, replace(second, cu_keys=second.cu_keys.float())], TypeError, r"sources\[1\].cu_keys must be int32 or int64"),
+        ([first, replace(second, cu_keys=second.cu_keys[:0])], ValueError, r"sources\[1\].cu_keys must hold"),
+        ([first, replace(second, cu_keys=second.cu_keys[:-1])], ValueError, r"sources\[1\] must be for 3 sequences of hidden"),
+    ):
+        with pytest.raises(error, match=f"^{said}"):
+            prepare_sources(wrong)
+
+
 def test_a_step_reads_the_offsets_anew(steps):
-    case, short = steps
+    case, prepared, short = steps
     source = case.sources[1]
     wrong = source.cu_keys if source.key_of is None else source.key_of
     wrong[1] = 99
     with pytest.raises(IndexError, match=r"^sources\[1\]\."):
-        cross_attention(**case.arguments())
+        cross_attention(**of(case, prepared))
     assert short == [None]
 
 
-def test_a_known_source_keeps_its_memory(steps):
-    case, short = steps
+def test_prepared_sources_keep_their_memory(steps):
+    case, prepared, short = steps
     source = case.sources[0]
     address = source.key.data_ptr()
     source.key.data = source.key.clone()
     assert all(torch.empty_like(source.key).data_ptr() != address for _ in range(20))  # else the address would prove nothing
 
 
-def test_memory_that_was_given_back_is_not_read(steps):
-    case, short = steps
-    case.sources[0].key.untyped_storage().resize_(0)  # as sharding of weights does
-    with pytest.raises((ValueError, RuntimeError)):
-        cross_attention(**case.arguments())
+@pytest.mark.parametrize("move", [
+    lambda x: setattr(x, "data", x * 2), lambda x: x.set_(x * 0.5),
+    lambda x: x.untyped_storage().resize_(0),  # as sharding of weights does
+])
+@pytest.mark.parametrize("name", ["key", "query_weight"])
+def test_memory_that_has_moved_is_not_read(steps, move, name):
+    case, prepared, short = steps
+    move(getattr(case.sources[1], name))
+    with pytest.raises(RuntimeError, match="has moved since; call prepare_sources again"):
+        cross_attention(**of(case, prepared))
     assert short == [None]
 
 
-def test_what_the_kernel_would_copy_is_never_known(native):
+def test_what_the_kernel_would_copy_is_copied_once(native):
     strided = make_case([1, 1], [[2, 3]], layout=3)
     mixed = make_case([1, 1], [[2, 3]])
-    mixed = replace(mixed, cu_hidden=mixed.cu_hidden.long())
-    for case in (strided, mixed):
+    of_int = torch.tensor([1, 0], dtype=torch.int32)
+    mixed = replace(mixed, sources=[replace(s, cu_keys=s.cu_keys.long(), key_of=of_int) for s in mixed.sources])
+    for case, name in ((strided, "key"), (mixed, "key_of")):
+        prepared = prepare_sources(case.sources)
         with torch.no_grad():
-            results = [cross_attention(**case.arguments()) for _ in range(3)]
-        assert all(torch.equal(x, results[0]) for x in results) and not case.sources[0]._known.tensors
+            expected = cross_attention(**case.arguments())
+            assert torch.equal(cross_attention(**of(case, prepared)), expected)
+            getattr(case.sources[0], name).zero_()
+            assert torch.equal(cross_attention(**of(case, prepared)), expected)
+            assert not torch.equal(cross_attention(**case.arguments()), expected)
+        assert all(x.is_contiguous() for s in prepared.sources for x in (*s.floats()[2:], s.cu_keys))
+        assert len({x.dtype for s in prepared.sources for x in (s.cu_keys, s.key_of) if x is not None}) == 1
 
 
 def test_a_step_that_is_watched_or_runs_elsewhere_goes_the_whole_way(steps, monkeypatch):
-    case, short = steps
-    arguments, expected = case.arguments(), cross_attention(**case.arguments())
-    short.clear()
+    case, prepared, short = steps
+    arguments, expected = of(case, prepared), cross_attention(**case.arguments())
     with torch.autocast("cpu", torch.bfloat16):
         cross_attention(**arguments)
     cross_attention(**(arguments | {"dropout_p": 0.5}))
     with torch.enable_grad():
-        cross_attention(**(arguments | {"hidden": case.hidden.clone().requires_grad_()}))
+        cross_attention(**(arguments | {"hidden": case.hidden.clone().requires_grad_()})).sum().backward()
     seen = []
 
     class Watching(TorchDispatchMode):
@@ -200,16 +225,15 @@ def test_a_step_that_is_watched_or_runs_elsewhere_goes_the_whole_way(steps, monk
     assert not calls and short == [None] * 3
 
 
-def test_many_rows_and_other_backends_leave_sources_unknown(native, monkeypatch):
-    many = make_case([200, 100], [[2, 3]])
+def test_half_precision_and_heads_of_several_sizes_go_the_whole_way(native):
     half = make_case([1, 1], [[2, 3]], dtype=torch.bfloat16)
-    plain = make_case([1, 1], [[2, 3]])
+    one, other = make_case([1, 1], [[2, 3]]), make_case([1, 1], [[2, 3]], heads=1, dim=7)
+    unlike = replace(one, sources=[*one.sources, *other.sources])
     with torch.no_grad():
-        for case in (many, half):
-            cross_attention(**case.arguments())
-        monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
-        cross_attention(**plain.arguments())
-    assert all(case.sources[0]._known is None for case in (many, half, plain))
+        for case in (half, unlike):
+            prepared = prepare_sources(case.sources)
+            assert prepared.step(case.hidden, case.cu_hidden, case.eps) is None
+            assert torch.equal(cross_attention(**of(case, prepared)), cross_attention(**case.arguments()))
 
 
 def test_export_takes_any_number_of_rows(native):

@@ -1,3 +1,0 @@
-#include "bilinear_mim/cpu_kernels.h"
-
-const MimKernelSet bilinear_mim_avx512 = CASE_FAST_MIM_KERNELS;

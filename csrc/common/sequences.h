@@ -1,0 +1,187 @@
+// Attention of packed sequences on the CPU: the sequences of a call, their checks, and how the work is divided. Of cpu.cpp files.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "common/attention.h"
+#include "common/calls.h"
+#include "common/indices.h"
+#include "common/parallel.h"
+#include "common/philox.h"
+#include "common/types.h"
+#include "common/workspace.h"
+
+namespace {
+
+constexpr int64_t least_work = 1 << 18;  // products that are worth another thread
+
+template <class T>
+const AttentionKernels<T> &attention_kernels() {
+    return CASE_FAST_WIDEST(attention).of<T>();
+}
+
+// As many equal workspaces as threads; a running task holds one.
+template <class T>
+class Slots {
+public:
+    Slots(Workspace &workspace, int threads, int64_t elements)
+        : count_(std::max(threads, 1)), size_((elements + 15) / 16 * 16), data_(workspace.take<T>(count_ * size_)),
+          busy_(new std::atomic<bool>[size_t(count_)]) {
+        for (int64_t i = 0; i < count_; ++i) busy_[size_t(i)].store(false, std::memory_order_relaxed);
+    }
+    template <class Task>
+    void with(Task task) {
+        for (int64_t i = 0;; i = (i + 1) % count_)
+            if (!busy_[size_t(i)].exchange(true, std::memory_order_acquire)) {
+                task(data_ + i * size_);
+                return busy_[size_t(i)].store(false, std::memory_order_release);
+            }
+    }
+
+private:
+    int64_t count_, size_;
+    T *data_;
+    std::unique_ptr<std::atomic<bool>[]> busy_;
+};
+
+// Bounds of `parts` ranges of [0, costs.size()) with about equal sums of costs.
+std::vector<int64_t> even_ranges(const std::vector<int64_t> &costs, int64_t parts) {
+    const int64_t total = std::max<int64_t>(1, [&] {
+        int64_t sum = 0;
+        for (int64_t cost : costs) sum += cost;
+        return sum;
+    }());
+    std::vector<int64_t> bounds = {0};
+    int64_t sum = 0;
+    for (size_t i = 0; i < costs.size(); ++i) {
+        // a part ends where its share is reached, the element that crosses it going to the nearer side
+        while (int64_t(bounds.size()) < parts && double(sum) + double(costs[i]) / 2 >= double(total) * double(bounds.size()) / double(parts))
+            bounds.push_back(int64_t(i));
+        sum += costs[i];
+    }
+    while (int64_t(bounds.size()) <= parts) bounds.push_back(int64_t(costs.size()));
+    return bounds;
+}
+
+// ------------------------------------------------------------------------------------------------------ sequences, segments
+
+int64_t at(const void *list, bool wide, int64_t i) {
+    return wide ? static_cast<const int64_t *>(list)[i] : static_cast<const int32_t *>(list)[i];
+}
+
+struct Keys {
+    int64_t sequences, rows;
+    const void *cu, *of, *length;
+    bool wide;
+
+    int64_t begin(int64_t s) const { return at(cu, wide, s); }
+    int64_t rows_of(int64_t s) const { return begin(s + 1) - begin(s); }
+    int64_t length_of(int64_t s) const { return length ? at(length, wide, s) : rows_of(s); }
+    int64_t longest() const {
+        int64_t most = 0;
+        for (int64_t s = 0; s < sequences; ++s) most = std::max(most, rows_of(s));
+        return most;
+    }
+};
+
+template <class I>
+int check_keys(const Keys &k, int64_t batch) {
+    if (!rises(static_cast<const I *>(k.cu), k.sequences + 1, k.rows)) return CASE_FAST_BAD_CU_KEY;
+    if (k.of && !all_within(static_cast<const I *>(k.of), batch, k.sequences)) return CASE_FAST_BAD_KEY_OF;
+    for (int64_t s = 0; k.length && s < k.sequences; ++s)
+        if (k.length_of(s) < 0 || k.length_of(s) > k.rows_of(s)) return CASE_FAST_BAD_KEY_LENGTH;
+    return CASE_FAST_OK;
+}
+int check(const Keys &k, int64_t batch) {
+    if (k.sequences < 0 || k.rows < 0 || !k.cu || (!k.of && k.sequences != batch)) return CASE_FAST_BAD_ARGUMENT;
+    return k.wide ? check_keys<int64_t>(k, batch) : check_keys<int32_t>(k, batch);
+}
+int check_rows(const void *cu, bool wide, int64_t batch, int64_t rows) {
+    const bool good = wide ? rises(static_cast<const int64_t *>(cu), batch + 1, rows) : rises(static_cast<const int32_t *>(cu), batch + 1, rows);
+    return good ? CASE_FAST_OK : CASE_FAST_BAD_CU_QUERY;
+}
+bool good_kinds(int32_t dtype, int32_t index_bits, int32_t heads, int32_t dim) {
+    return (dtype == CASE_FAST_F32 || dtype == CASE_FAST_F64) && (index_bits == 32 || index_bits == 64) && heads >= 1 && dim >= 1 &&
+           int64_t(heads) * dim <= std::numeric_limits<int32_t>::max();
+}
+
+struct Owned : Segment {
+    int64_t sequence;  // the key sequence
+};
+
+// All query rows in order. Neighbours with the same keys are one segment, unless each has its own end.
+std::vector<Owned> segments_of(const Keys &k, const void *cu_query, int64_t batch, bool causal) {
+    std::vector<Owned> segments;
+    segments.reserve(size_t(batch));
+    for (int64_t s = 0; s < batch; ++s) {
+        const int64_t row = at(cu_query, k.wide, s), rows = at(cu_query, k.wide, s + 1) - row;
+        const int64_t sequence = k.of ? at(k.of, k.wide, s) : s, keys = k.length_of(sequence);
+        if (rows == 0) continue;
+        if (!causal && !segments.empty() && segments.back().sequence == sequence)
+            segments.back().rows += rows;
+        else
+            segments.push_back({{row, rows, k.begin(sequence), keys, keys - rows}, sequence});
+    }
+    return segments;
+}
+
+// Calls body(segment) for the parts of segments that lie in rows [begin, end).
+template <class Body>
+void each_part(const std::vector<Owned> &segments, int64_t begin, int64_t end, Body body) {
+    auto s = std::upper_bound(segments.begin(), segments.end(), begin, [](int64_t row, const Segment &x) { return row < x.row + x.rows; });
+    for (; s != segments.end() && s->row < end; ++s) {
+        Segment part = *s;
+        part.row = std::max(s->row, begin);
+        part.rows = std::min(s->row + s->rows, end) - part.row;
+        part.shift += part.row - s->row;
+        body(part);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------- kernels
+
+template <class T>
+void set_dropout(Attention<T> &a, double dropout_p, uint64_t seed) {
+    a.seed = seed;
+    a.drop_below = case_fast_drop_below(dropout_p);
+    a.kept_scale = a.drop_below && dropout_p < 1 ? T(1 / (1 - dropout_p)) : T(1);
+}
+
+// grad_query of all segments, grad_key and grad_value of all key sequences. The arrays of `a` are whole.
+template <class T>
+struct AttentionBackward {
+    const Attention<T> &a;
+    const Keys &keys;
+    std::vector<Owned> segments;  // by key sequence
+    std::vector<int64_t> first;   // of a key sequence: its first segment
+
+    AttentionBackward(const Attention<T> &attention, const Keys &k, const void *cu_query, int64_t batch)
+        : a(attention), keys(k), segments(segments_of(k, cu_query, batch, attention.causal)), first(size_t(k.sequences) + 1, 0) {
+        if (keys.of)
+            std::stable_sort(segments.begin(), segments.end(), [](const Owned &x, const Owned &y) { return x.sequence < y.sequence; });
+        for (const Owned &s : segments) ++first[size_t(s.sequence) + 1];
+        for (size_t s = 1; s < first.size(); ++s) first[s] += first[s - 1];
+    }
+    int64_t workspace() const {
+        int64_t most = 0;
+        for (const Segment &s : segments) most = std::max(most, attention_workspace(s.rows, s.keys, true));
+        return most;
+    }
+    int64_t tasks() const { return keys.sequences * a.heads; }
+    void run(int64_t task, T *memory) const {
+        const int64_t sequence = task / a.heads, head = task % a.heads, offset = head * a.dim;
+        for (int64_t row = keys.begin(sequence); row < keys.begin(sequence + 1); ++row) {
+            std::fill_n(a.grad_key + row * a.grad_key_stride + offset, a.dim, T(0));
+            std::fill_n(a.grad_value + row * a.grad_value_stride + offset, a.dim, T(0));
+        }
+        for (int64_t s = first[size_t(sequence)]; s < first[size_t(sequence) + 1]; ++s)
+            attention_kernels<T>().backward(a, segments[size_t(s)], int(head), memory);
+    }
+};
+
+}  // namespace

@@ -1,3 +1,0 @@
-#include "cross_attention/cpu_rows.h"
-
-const CrossAttentionKernels cross_attention_avx2 = CASE_FAST_CROSS_ATTENTION_KERNELS;

@@ -1,3 +1,0 @@
-#include "cross_attention/cuda_launch.cuh"
-
-CASE_FAST_LAUNCHES(f64, double)

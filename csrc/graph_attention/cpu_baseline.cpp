@@ -1,3 +1,0 @@
-#include "graph_attention/cpu_rows.h"
-
-const GraphAttentionKernels graph_attention_baseline = CASE_FAST_GRAPH_ATTENTION_KERNELS;

@@ -1,0 +1,71 @@
+// What cpu.cpp hands to the kernels, which are compiled once per instruction set: cpu_kernels.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "common/kernels.h"
+
+constexpr int64_t block_words = 192;  // scores are computed in tiles of so many words: whole panels of every instruction set
+constexpr int64_t block_rows = 240;   // and so many rows, likewise; a tile of float is 180 KiB
+constexpr int64_t few_rows = 24;      // up to so many, rows of `weight` are read as they lie; beyond, packing them is repaid
+
+// Sums of a row over the words seen so far.
+template <class T>
+struct RowSum {
+    double sum;     // of e^(z - top)
+    int64_t word;   // the first that has the greatest score
+    T top;
+    bool nan;       // `word` is the first NaN; it stays
+};
+
+// Arrays of one thread. Sizes in elements: see Kernels::scratch.
+template <class T>
+struct Scratch {
+    T *tile;           // (block_rows, block_words)
+    T *word_columns;   // a block of `weight` transposed, as column panels
+    T *word_rows;      // the same untransposed, as column panels
+    T *left;           // a tile, or a tile transposed, as row panels
+    T *bias_sum;       // (2, block_words): of all rows, and of a few
+};
+
+// The rows of one call, or a part of them.
+template <class T>
+struct VocabularyRows {
+    int64_t rows, vocabulary, dim;
+    const T *hidden, *weight, *bias;  // (rows, dim), (V, dim), (V)
+    const T *hidden_rows;             // row panels; not needed where few
+    bool few;
+    const int64_t *target, *target_begin, *target_end;  // of row i: target[target_begin[i]] up to target[target_end[i]]
+
+    // forward
+    T *kept;                          // block by block of words, each (kept_rows, width of the block); or NULL
+    int64_t kept_rows, kept_first;    // rows of the whole call; the place there of row 0
+    T *target_score;                  // (M)
+
+    // backward
+    const T *kept_scores;             // as kept, or NULL
+    const int64_t *kept_row;          // (rows): where each row lies there
+    const T *hidden_columns;          // per block_rows rows: column panels
+    const T *top, *log_sum, *scale;   // (rows): state; sum of grad_nll over the row's targets
+    const T *grad_nll;                // (M)
+    T *grad_weight, *grad_bias;       // whole, or NULL
+    bool more;                        // add to them: not the first rows of the call
+};
+
+template <class T>
+struct VocabularyKernels {
+    int64_t (*row_panels)(int64_t rows, int64_t dim);     // elements of hidden_rows
+    int64_t (*column_panels)(int64_t rows, int64_t dim);  // elements of hidden_columns
+    void (*pack_rows)(const T *hidden, int64_t rows, int64_t dim, T *panels);
+    void (*pack_columns)(const T *hidden, int64_t rows, int64_t dim, T *panels);
+    Scratch<T> (*scratch)(T *memory, int64_t dim, int64_t *elements);  // memory NULL: how many elements it takes
+    // Words [begin, end), which begin a block; the sums of each row over them.
+    void (*forward)(const VocabularyRows<T> &, int64_t begin, int64_t end, RowSum<T> *sums, const Scratch<T> &);
+    // grad_hidden (rows, dim): the part of these words; NULL: not wanted
+    void (*backward)(const VocabularyRows<T> &, int64_t begin, int64_t end, T *grad_hidden, const Scratch<T> &);
+    // Scores of rows [first, first + count) and one block of words into the tile; adds to their sums. highest (count): of the tile.
+    void (*scores)(const VocabularyRows<T> &, int64_t first, int64_t count, int64_t begin, int64_t end, RowSum<T> *sums, T *highest,
+                   const Scratch<T> &);
+};
+
+CASE_FAST_DECLARE_KERNELS(KernelsOf<VocabularyKernels>, linear_cross_entropy);
