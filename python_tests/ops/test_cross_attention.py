@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import methodcaller
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from case_fast import equations, ops
 from case_fast.ops import PreparedSources, Source, cross_attention, prepare_sources
 
-FAMILY, make_case, kernels = CrossAttention, CrossAttention.made, methodcaller("kernels")
+KERNELS, make_case = CrossAttention.kernels(), CrossAttention.made
 
 
 # ---- one call for training and for decoding
@@ -36,7 +35,7 @@ def test_a_row_alone_gives_what_it_gives_among_others(native):
 
 def test_beams_share_their_keys_without_a_copy(native):
     case = make_case([5, 5], [[40, 30]], width=20)
-    with counted(FAMILY) as calls:
+    with counted(CrossAttention) as calls:
         found = cross_attention(**case.arguments())
     (s,) = case.sources
     key, value = (torch.cat([x[:40]] * 5 + [x[40:]] * 5) for x in (s.key, s.value))
@@ -48,7 +47,7 @@ def test_beams_share_their_keys_without_a_copy(native):
 def test_sources_of_different_heads_run_on_the_reference(native):
     case = make_case([3, 2], [[4, 6]], heads=2, dim=3)
     other = make_case([3, 2], [[5, 1]], heads=3, dim=2, number=1)
-    with counted(FAMILY) as calls:
+    with counted(CrossAttention) as calls:
         found = cross_attention(case.hidden, case.cu_hidden, [*case.sources, *other.sources])
     assert not calls
     assert close(found, equations.cross_attention(case.hidden, case.cu_hidden, [*case.sources, *other.sources]), 1e-6)
@@ -58,9 +57,9 @@ def test_what_is_kept_is_as_large_as_the_kernel_says(native):
     for rows, width, heads, dim, sources in ((7, 5, 2, 3, 1), (0, 4, 1, 2, 3), (13, 300, 2, 150, 3)):
         case = make_case([rows], [[4]] * sources, width=width, heads=heads, dim=dim)
         floats, *_ = case.lists()
-        size = kernels(FAMILY)._outputs(case.hidden, floats, True)[1].numel()
+        size = KERNELS._outputs(case.hidden, floats, True)[1].numel()
         assert size == native.cross_attention_saved((1, rows, sources, width, heads, dim, 0, 64, 0, 0.0, 0.0, 0.0))
-        assert kernels(FAMILY)._outputs(case.hidden, floats, False)[1].numel() == 0
+        assert KERNELS._outputs(case.hidden, floats, False)[1].numel() == 0
 
 
 # ---- dtypes, torch.compile
@@ -73,7 +72,7 @@ def test_compiled_code_takes_a_tensor_in_several_places(native):
     first = case.sources[0]
     shared = [replace(s, cu_keys=first.cu_keys, key=first.key, value=first.key) for s in case.sources]
     arguments = case.arguments() | {"sources": shared, "hidden": case.hidden.clone().requires_grad_()}
-    with counted(FAMILY) as calls:
+    with counted(CrossAttention) as calls:
         out = compiled(**arguments)
     assert calls["cross_attention_forward"] == 1 and torch.equal(out, cross_attention(**arguments))
     with pytest.raises(IndexError, match="^cu_hidden falls from 9 to 7 at place 2"):
@@ -218,9 +217,9 @@ def test_a_step_that_is_watched_or_runs_elsewhere_goes_the_whole_way(steps, monk
 
     with Watching():
         cross_attention(**arguments)
-    assert kernels(FAMILY)._forward_op in seen
+    assert KERNELS._forward_op in seen
     monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
-    with counted(FAMILY) as calls:
+    with counted(CrossAttention) as calls:
         assert close(cross_attention(**arguments), expected, 1e-5)
     assert not calls and short == [None] * 3
 
@@ -263,18 +262,17 @@ def test_a_source_says_what_it_holds():
                                                ([], [[]], False), ([3, 2], [[0, 0], [2, 1], [4, 4]], False)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_composed_of_products_it_is_the_equation(native, rows, keys, share, dropout):
-    kernel = kernels(FAMILY)
     case = make_case(rows, keys, 12, 2, 5, dtype=torch.float64, share=share, seed=2**40 + 3)
     case = replace(case, dropout_p=dropout, output_dropout_p=dropout)
     expected = case.results(case.plain)
     floats, *lists = case.lists()
     arguments = (case.hidden, case.cu_hidden, floats, *lists)
     numbers = (case.eps, case.dropout_p, case.output_dropout_p, case.seed)
-    out, saved = kernel._outputs(case.hidden, floats, True)
-    kernel._forward_composed(*arguments, *numbers, out, saved)
+    out, saved = KERNELS._outputs(case.hidden, floats, True)
+    KERNELS._forward_composed(*arguments, *numbers, out, saved)
     assert close(out, expected["out"], 1e-12)
-    assert identical(kernel._forward_composed(*arguments, *numbers, torch.empty_like(out), None), out)
-    found = kernel._gradients(case.hidden, floats)
-    kernel._backward_composed(case.grad_out, *arguments, saved, *numbers, found)
+    assert identical(KERNELS._forward_composed(*arguments, *numbers, torch.empty_like(out), None), out)
+    found = KERNELS._gradients(case.hidden, floats)
+    KERNELS._backward_composed(case.grad_out, *arguments, saved, *numbers, found)
     for (name, right), x in zip(list(expected.items())[1:], found, strict=True):
         assert close(x, right, 1e-11), name

@@ -141,7 +141,8 @@ class LinearCrossEntropy(Case):
         barred[0] = False
         barred[target] = False
         bias[barred] = -torch.inf
-        grad_nll = normal(target.numel())
+        # gradients of weight and bias sum over rows: so they stay of the order that they have of 64
+        grad_nll = normal(target.numel(), scale=min(1.0, 8 * max(target.numel(), 1) ** -0.5))
         grad_nll[chosen(still, rows)[row_of]] = 0
         floats = [strided(x.to(dtype), layout and layout + place).to(device) for place, x in enumerate((hidden, weight, bias))]
         grad_nll = strided(grad_nll.to(full(dtype)), layout).to(device)
