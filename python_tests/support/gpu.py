@@ -60,15 +60,3 @@ def replayed_is_launched(step: Callable[[], dict[str, Tensor]]) -> bool:
     captured.replay()
     torch.cuda.synchronize()
     return same_bits(found, expected)
-
-
-@contextmanager
-def memory_full_of_nan() -> Iterator[None]:
-    """Memory that torch hands out holds NaN: outputs and workspaces."""
-    before, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before

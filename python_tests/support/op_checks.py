@@ -12,9 +12,9 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
+from unittest import mock
 
 import torch
 from op_case import Case, generator
@@ -108,12 +108,13 @@ def check_nan_isolation(family: Family, size: int, device: str) -> int:
 
 
 def check_prefilled(family: Family, size: int, device: str) -> int:
-    """Row 6: outputs full of NaN, and on CPU workspaces full of 0xFE bytes (glibc's MALLOC_PERTURB_): the same bits."""
+    """Row 6: outputs full of NaN, and on CPU the kernels' own memory full of 0xFE bytes (glibc's MALLOC_PERTURB_): the same
+    bits."""
     clean = digests(family, device)
-    with nan_filled(family.kernels()) as filled:
+    with nan_filled() as asked:
         for _ in range(size):
             assert digests(family, device) == clean
-    assert {"_outputs", "_gradients"} <= filled
+    assert asked["empty"] >= size and asked["empty_like"] >= size  # what forward keeps, and gradients
     if device == "cpu" and sys.platform == "linux":
         here = Path(__file__).resolve().parent
         code = ("import op_cases, op_checks, torch; torch.set_num_threads(1); "
@@ -208,26 +209,20 @@ def counted(family: Family) -> Iterator[Counter]:
 
 
 @contextmanager
-def nan_filled(kernels: ModuleType) -> Iterator[set[str]]:
-    """Every tensor that this module of ops makes for a kernel to write is full of NaN before; of integers, of -7. Gives the
-    names of the functions that made some."""
-    makers = {name: getattr(kernels, name) for name in ("_outputs", "_gradients", "_best") if hasattr(kernels, name)}
-    used: set[str] = set()
+def nan_filled() -> Iterator[Counter]:
+    """Memory that torch.empty and its like hand out is full of NaN, of integers full of -7, of bytes full of 0xFE: outputs,
+    gradients, what is kept and workspaces. Gives how often each was asked."""
+    asked: Counter = Counter()
 
     def filled(name: str, make: Callable) -> Callable:
-        def made(*arguments: object) -> list | tuple:
-            found = make(*arguments)
-            used.add(name)
-            return type(found)(x.fill_(torch.nan if x.is_floating_point() else -7) for x in found)
+        def made(*arguments: object, **named: object) -> Tensor:
+            asked[name] += 1
+            x = make(*arguments, **named)
+            return x.fill_(torch.nan if x.is_floating_point() else 0xFE if x.dtype == torch.uint8 else -7)
 
         return made
 
-    try:
-        for name, make in makers.items():
-            setattr(kernels, name, filled(name, make))
-        yield used
-    finally:
-        for name, make in makers.items():
-            setattr(kernels, name, make)
-
-
+    with ExitStack() as patches:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patches.enter_context(mock.patch.object(owner, name, filled(name, getattr(owner, name))))
+        yield asked
