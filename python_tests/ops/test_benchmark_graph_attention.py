@@ -67,12 +67,13 @@ def test_real_graphs_come_back_as_they_were_in_the_store(sample_store, tmp_path,
     real_graphs.main()
     assert "2 batches of 16 dialogues" in capsys.readouterr().out
     chosen = torch.randperm(sample_store.size("test"), generator=torch.Generator().manual_seed(0))[:16]
-    batch = sample_store.batch("test", chosen.tolist())
+    graphs = real_graphs.graphs_of(sample_store.batch("test", chosen.tolist()))
+    assert tuple(graphs) == cases.REAL_KINDS
     for kind in cases.REAL_KINDS:
         read = cases.read_real_graphs(kind, out)
         assert len(read) == 2
         for field in (*cases.FIELDS, "dialogue"):
-            assert torch.equal(getattr(read[0], field), getattr(getattr(batch, kind), field)), field
+            assert torch.equal(getattr(read[0], field), getattr(graphs[kind], field)), field
         case = cases.case_of(kind, real=out)
         assert (case.relation is None) == (kind == "concept")
 
