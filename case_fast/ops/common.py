@@ -85,6 +85,8 @@ def check_whole(name: str, number: int, what: str = "a whole number") -> None:
 
 
 def check_seed(seed: int) -> None:
+    if type(seed) is int and 0 <= seed < 2**63:  # before every call: the short way
+        return
     check_whole("seed", seed)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")

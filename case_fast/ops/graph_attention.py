@@ -89,8 +89,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: T
     common.check_dtype("query", query)
     if len(shape) != 3 or shape[1] == 0 or shape[2] == 0:
         raise ValueError(f"query must be (V, H, D) with H and D above 0, not {tuple(shape)}")
-    _check_like("key", key, shape, dtype, device)
-    _check_like("value", value, shape, dtype, device)
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != dtype or x.shape != shape or x.device != device:  # asked here too: this stands before every call
+            _check_like(name, x, shape, dtype, device)
     common.check_index("indptr", indptr, device, "query")
     common.check_index("indices", indices, device, "query")
     if indptr.shape[0] != shape[0] + 1:
@@ -108,8 +109,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: T
         raise ValueError(f"relation needs {name}, (R, H, D)")
     if relation_query.dim() != 3 or relation_query.shape[1:] != shape[1:]:
         raise ValueError(f"relation_query must be (R, {shape[1]}, {shape[2]}), not {tuple(relation_query.shape)}")
-    _check_like("relation_query", relation_query, relation_query.shape, dtype, device)
-    _check_like("relation_key", relation_key, relation_query.shape, dtype, device)
+    for name, x in (("relation_query", relation_query), ("relation_key", relation_key)):
+        _check_like(name, x, relation_query.shape, dtype, device)
     if relation_query.shape[0] == 0 and relation.shape[0] > 0:
         raise IndexError("relation names rows of relation_query, which has none")
 
@@ -135,7 +136,7 @@ def _check_contents(indptr: Tensor, indices: Tensor, relation: Tensor | None, ve
 
 def _outputs(query: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised out and weights."""
-    weights = torch.empty((indices.shape[0], query.shape[1]), dtype=common.sum_dtype(query), device=query.device)
+    weights = query.new_empty(indices.shape[0], query.shape[1], dtype=common.sum_dtype(query))
     return torch.empty_like(query, memory_format=torch.contiguous_format), weights
 
 

@@ -153,10 +153,10 @@ def _check_contents(target: Tensor, cu_target: Tensor | None, words: int) -> Non
 def _outputs(hidden: Tensor, weight: Tensor, target: Tensor, keep: bool) -> tuple[Tensor, ...]:
     """Uninitialised nll, prediction, state and kept."""
     rows, words = hidden.shape[0], weight.shape[0]
-    full = {"dtype": common.sum_dtype(hidden), "device": hidden.device}
-    nll, state = torch.empty(target.shape[0], **full), torch.empty((rows, 2), **full)
-    kept = torch.empty(rows * words if keep else 0, **full)
-    return nll, torch.empty(rows, dtype=torch.int64, device=hidden.device), state, kept
+    full = common.sum_dtype(hidden)
+    nll, state = hidden.new_empty(target.shape[0], dtype=full), hidden.new_empty(rows, 2, dtype=full)
+    kept = hidden.new_empty(rows * words if keep else 0, dtype=full)
+    return nll, hidden.new_empty(rows, dtype=torch.int64), state, kept
 
 
 def _gradients(wanted: list[bool], *inputs: Tensor) -> list[Tensor]:
