@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -350,31 +350,42 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
 }
 
 
-def _named_model(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The model that --model NAME, --kind NAME or the file of --config names, which decides what settings there are; and the
-    other words: a bare --model would be a file of settings to jsonargparse."""
+def _chosen(words: Sequence[str]) -> tuple[str, str, list[str]]:
+    """The model and the preset that the words of `train` or its files of settings name, which decide what other settings there
+    are and their defaults; and the other words, for the parser: a bare --model would be a file of settings to it."""
     from case_fast.models import model_class
 
-    named, files = (argparse.ArgumentParser(add_help=False, allow_abbrev=False) for _ in range(2))
-    named.add_argument("--model", "--kind")
-    found, rest = named.parse_known_args(words)
-    files.add_argument("--config", action="append", default=[])
-    kind = found.model
-    for path in files.parse_known_args(rest)[0].config:  # they stay where they are: what comes later overrides them
-        with suppress(OSError, ValueError, yaml.YAMLError, AttributeError):  # the parser says what is wrong with the file
-            kind = kind or yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("kind")
-    kind = kind or "case"
-    model_class(kind)
-    return kind, ["--kind", kind, *rest]
-
-
-def _preset(words: Sequence[str], kind: str) -> dict[str, Any]:
-    """The settings that --preset names: defaults, so that --config and --key value still override them."""
-    from case_fast.training import preset_values
-
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", default="")
-    return preset_values(finder.parse_known_args(words)[0].preset, kind)
+    finder.add_argument("--model", "--kind")
+    finder.add_argument("--preset")
+    found, rest = finder.parse_known_args(words)
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    read = {path: values for path in files.parse_known_args(rest)[0].config if (values := _settings(path)) is not None}
+    kind = found.model or next((values["kind"] for values in read.values() if "kind" in values), "case")
+    preset = found.preset or next((values["preset"] for values in read.values() if "preset" in values), "")
+    retired = model_class(kind).Config.retired
+    for path, values in read.items():
+        model = values.get("model")
+        if isinstance(model, dict):  # of a run of an earlier version
+            values["model"] = {name: value for name, value in model.items() if name not in retired}
+        kept = {name: value for name, value in values.items() if name not in ("kind", "preset")}
+        if kept != _settings(path):  # the parser takes the text of a file as well as its path
+            rest = [word.replace(path, json.dumps(kept)) if word in (path, f"--config={path}") else word for word in rest]
+    return kind, str(preset), ["--kind", kind, *rest]
+
+
+def _settings(path: str) -> dict[str, Any] | None:
+    """The settings in a file, the model's name as "kind"; None where it holds none: the parser says what is wrong with it."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    if isinstance(values.get("model"), str):
+        values["kind"] = values.pop("model")
+    return values
 
 
 def _overview() -> str:
@@ -421,9 +432,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
         if name == "train":
-            kind, rest = _named_model(rest)
+            from case_fast.training import preset_values
+
+            kind, preset, rest = _chosen(rest)
+            values = preset_values(preset, kind)
             _train_arguments(parser, kind)
-            parser.set_defaults(_preset(rest, kind))
+            parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
             arguments(parser)
         run(parser.instantiate(parser.parse_args(rest)), console)

@@ -22,7 +22,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if str(name) == "auto":
         return torch.device("cuda" if seen else "cpu")
-    found = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", str(name))
+    found = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]{0,2}))?", str(name))
     if found is None or (found[0] != "cpu" and int(found[1] or 0) >= seen):
         said = "no CUDA device" if seen == 0 else f"{seen} CUDA device{'s' * (seen > 1)}, counted from 0"
         raise ConfigError(f"device {str(name)!r} cannot be used here: give {DEVICES}; torch sees {said}")

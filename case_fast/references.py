@@ -39,11 +39,11 @@ class References:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right first guesses among replies with a label."""
-        if self.emotion is None:
-            return None
+        """Share of right first guesses among replies with a label; None where there is none, or no guess."""
         known = self.label >= 0
-        return float((self.emotion.argmax(1) == self.label)[known].sum() / max(known.sum(), 1))
+        if self.emotion is None or not known.any():
+            return None
+        return float((self.emotion.argmax(1) == self.label)[known].mean())
 
 
 def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Callable[[Batch], Output] | None = None

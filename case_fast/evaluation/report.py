@@ -101,7 +101,7 @@ def _page(run: Reported) -> str:
 def _model(run: Reported) -> str:
     """Its name for people: that of its class."""
     kind = lookup(run.config, "kind") or "case"
-    return model_class(kind).__name__ if kind in MODELS else str(kind)
+    return model_class(kind).__name__ if isinstance(kind, str) and kind in MODELS else str(kind)
 
 
 def _bundled(run: Reported) -> bool:
@@ -294,7 +294,7 @@ def _training(run: Reported) -> Node:
         marked = (best[0], best[1], f"best: {format_value(best[1])}") if best else None
         validation.append(Curve("Perplexity", steps, values, marked=marked))
     steps, values = run.series("validation", "accuracy")
-    if steps:
+    if any(value == value for value in values):
         at = dict(zip(steps, values, strict=True)).get(best[0], math.nan) if best else math.nan
         marked = (best[0], at, f"kept: {format_value(at)}") if best and at == at else None
         validation.append(Curve("Emotion accuracy", steps, values, marked=marked, level=(1 / 32, "guessing")))
@@ -312,7 +312,7 @@ def _training(run: Reported) -> Node:
         parts += [tag("h3", "How training went"), _charts("o", other)]
     if not parts:
         return None
-    note = "Bold lines are running means of the pale ones. Steps count across both phases."
+    note = "Bold lines are running means of the pale ones." + (" Steps count across all phases." if len(phases) > 1 else "")
     return section("Training", tag("p", note, class_="muted"), parts)
 
 

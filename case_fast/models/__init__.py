@@ -23,7 +23,7 @@ MODELS = {
 
 def model_class(name: str) -> type[DialogueModel]:
     """The class of a model; `ConfigError` if there is none of this name."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(f"there is no model {name!r}; one of {', '.join(MODELS)}")
     module, _, found = MODELS[name].rpartition(".")
     return getattr(importlib.import_module(f"case_fast.models.{module}"), found)
@@ -43,7 +43,7 @@ def load(folder: str | Path, map_location: str = "cpu") -> DialogueModel:
     """
     folder = Path(folder)
     name = read_config(folder).get("model", "case")
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         known = ", ".join(MODELS)
         raise CheckpointError(f"{folder} holds the model {name!r}, which this version does not know; it knows {known}")
     return model_class(name).from_pretrained(folder, map_location)

@@ -72,12 +72,12 @@ class ModelConfig:
         return replace(self, **self.ablations[name])
 
     @property
-    def ablation(self) -> str:
-        """The ablation that these settings are, "" for the whole model or a mixture that has no name."""
+    def ablation(self) -> str | None:
+        """The ablation that these settings are, "" for the whole model, None for a mixture that has no name."""
         touched = {setting for changed in self.ablations.values() for setting in changed}
         defaults = {item.name: item.default for item in fields(self)}
         changed = {name: getattr(self, name) for name in touched if getattr(self, name) != defaults[name]}
-        return next((name for name, row in self.ablations.items() if dict(row) == changed), "")
+        return next((name for name, row in {"": {}, **self.ablations}.items() if dict(row) == changed), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, the model's name first."""
@@ -363,10 +363,29 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
             CheckpointError: it is missing, damaged, or not of this model.
         """
         try:
-            weights = {name: x for name, x in load_file(path).items() if name not in self.retired}
-            self.load_state_dict(weights)
+            self.load_tensors(load_file(path))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _not_of_this_model(Path(path).parent, error) from error
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Strict `load_state_dict`: every name, shape and dtype must agree, or `CheckpointError` says which does not.
+
+        Returns:
+            the names that were read over, since they are `retired`.
+        """
+        expected = self.state_dict()
+        given = {name: x for name, x in tensors.items() if name not in self.retired}
+        wrong = [f"{name} is missing" for name in expected if name not in given]
+        wrong += [f"{name} is unknown" for name in given if name not in expected]
+        wrong += [
+            f"{name} is {given[name].dtype} {tuple(given[name].shape)}, expected {own.dtype} {tuple(own.shape)}"
+            for name, own in expected.items()
+            if name in given and (given[name].shape != own.shape or given[name].dtype != own.dtype)
+        ]
+        if wrong:
+            raise CheckpointError(f"the weights do not fit the model: {'; '.join(wrong[:5])}")
+        self.load_state_dict(given)
+        return [name for name in tensors if name in self.retired]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -21,12 +21,17 @@ def first_rows(cu: Tensor) -> Tensor:
     return torch.arange(cu.numel(), device=cu.device)
 
 
+@torch.compiler.assume_constant_result  # a compiler does not see into zlib
+def _number(place: str) -> int:
+    return zlib.crc32(place.encode())
+
+
 def seed_at(seed: int, place: str | int) -> int:
     """The seed of one place in a model, in [0, 2^63), from the seed of the step: apart from those of all other places.
 
     Odd factors (those of Knuth's MMIX), so that steps and places permute the seeds and none meets another of its kind.
     """
-    number = zlib.crc32(place.encode()) if isinstance(place, str) else place
+    number = _number(place) if isinstance(place, str) else place
     return (seed * 6364136223846793005 + number * 1442695040888963407 + 1) % 2**63
 
 

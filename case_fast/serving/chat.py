@@ -56,7 +56,8 @@ def chat(responder: Responder, console: Console, config: GenerationConfig | None
                 continue
             history += [line, reply.text]
             last = reply
-            console.print(Text.assemble(("case › " if interactive else "", "green"), (reply.text, "bold")), highlight=False)
+            who = f"{responder.model.config.kind} › " if interactive else ""
+            console.print(Text.assemble((who, "green"), (reply.text, "bold")), highlight=False)
             if show:
                 _show_some(reply, console)
     except (EOFError, KeyboardInterrupt):

@@ -235,23 +235,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_model(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Strict `load_state_dict`: every name, shape and dtype must agree, or `CheckpointError` says which does not. What the model
-    calls retired is read over."""
-    expected, retired = model.state_dict(), getattr(model, "retired", ())
-    tensors = {name: x for name, x in tensors.items() if name not in retired}
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{name} is unknown" for name in tensors if name not in expected]
-    wrong += [
-        f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, expected {own.dtype} {tuple(own.shape)}"
-        for name, own in expected.items()
-        if name in tensors and (tensors[name].shape != own.shape or tensors[name].dtype != own.dtype)
-    ]
-    if wrong:
-        raise CheckpointError(f"the weights do not fit the model: {'; '.join(wrong[:5])}")
-    model.load_state_dict(tensors)
-
-
 def rng_state(device: torch.device) -> dict[str, str]:
     """torch's random states, of the CPU and of ``device``, as text."""
     states = {"cpu": torch.get_rng_state()}

@@ -128,7 +128,10 @@ class TrainConfig:
             ConfigError: an unknown name, or a value that cannot work.
         """
         values = dict(values)
-        model, kind = values.get("model", {}), values.pop("kind", "case")
+        model, named = values.get("model", {}), values.pop("kind", None)
+        kind = named or getattr(model, "kind", "case")
+        if isinstance(model, ModelConfig) and model.kind != kind:
+            raise ConfigError(f"kind is {kind}, and model are the settings of {model.kind}")
         if not isinstance(model, ModelConfig):
             if not isinstance(model, Mapping):
                 raise ConfigError(f"model must be a mapping of names to values, not {model!r}")

@@ -27,7 +27,6 @@ from case_fast.training.checkpoint import (
     MAX_HEADER_BYTES,
     Checkpoint,
     Checkpoints,
-    load_model,
     load_optimizer,
     optimizer_tensors,
     rng_state,
@@ -410,7 +409,9 @@ class Trainer:
         try:
             ran, ran_on, state = found.state["config"], found.state["store"], found.state["stopping"]
             refuse_changes(self.run.path, ran, ran_on, self.config, self.store)
-            load_model(self.model, found.tensors["model"])
+            if retired := self.model.load_tensors(found.tensors["model"]):
+                self.display.line(f"the run is of an earlier version ({', '.join(retired)} is not used any more): dropout and "
+                                  "drawn negatives follow another rule from here on")
             load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
             self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])
             self.stopping = EarlyStopping(self.config.patience, self.config.min_steps, **state)

@@ -144,6 +144,13 @@ def test_eight_dialogues_are_learnt_by_heart(name):
     assert model.eval()(batch).losses["generation"] < 0.05
 
 
+def test_a_compiler_sees_the_forward_pass_whole(name):
+    torch._dynamo.reset()
+    model, batch = tiny(name, encoder_dropout=0.1).eval(), random_batch(4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    same(compiled(batch).loss, model(batch).loss, 1e-6)
+
+
 def test_bf16_autocast_stays_near_float32(name):
     model, batch = tiny(name).eval(), random_batch(8)
     exact = model(batch).loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sqlite3
 import sys
 
@@ -171,6 +172,32 @@ def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, t
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
     shown = said(capsys)
     assert "No commonsense inferences." in shown and ("No predicted emotion." in shown) != predicts
+
+
+def test_the_settings_of_a_run_of_an_earlier_version_are_taken(run, sample_store, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    del config["kind"]
+    config["model"]["seed"] = 0  # of drawn negatives, before seeds came with the batch
+    (copy / "config.json").write_text(json.dumps(config))
+    words = ["train", "--config", str(copy / "config.json"), "--data", str(sample_store.path), "--out", str(copy), "--resume"]
+    assert cli.main([*words, "--max-steps", "6"]) == 0 and "done after 8 steps" in said(capsys)
+
+
+def test_a_file_of_settings_may_name_model_and_preset(sample_store, tmp_path, capsys):
+    settings, out = tmp_path / "mine.yaml", tmp_path / "run"
+    settings.write_text("model: multi-trs\npreset: frame\nmax_steps: 2\n")
+    words = ["train", "--data", str(sample_store.path), "--config", str(settings), *SMALL[:4], "--validate-every", "1"]
+    assert cli.main([*words, "--out", str(out), "--valid-limit", "4", "--min-steps", "0"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["kind"], config["model"]["layers"], config["model"]["label_smoothing"]) == ("multi-trs", 1, 0.0)
+    settings.write_text("kind: [1]\n")
+    assert cli.main([*words, "--out", str(tmp_path / "other")]) == 1 and "there is no model [1]; one of case" in said(capsys)
+    settings.write_text("colour: 1\n")
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--out", str(tmp_path / "other")])
+    assert "colour" in said(capsys)
 
 
 def test_an_unknown_model_is_named_with_those_that_there_are(capsys):

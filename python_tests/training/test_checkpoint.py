@@ -20,7 +20,7 @@ from helpers import tiny_model
 
 from case_fast.errors import CheckpointError
 from case_fast.training import checkpoint as module
-from case_fast.training.checkpoint import Checkpoints, load_model, load_optimizer, optimizer_tensors, rng_state, set_rng_state
+from case_fast.training.checkpoint import Checkpoints, load_optimizer, optimizer_tensors, rng_state, set_rng_state
 
 STATE = {"rng": {"cpu": "AAAA"}, "stopping": {"best": 1 / 3}, "config": {"words": "é", "none": None}}
 
@@ -343,7 +343,7 @@ def test_weights_that_do_not_fit_are_named(change, said):
     stored = dict(model.state_dict())
     change(stored)
     with pytest.raises(CheckpointError, match=said):
-        load_model(model, stored)
+        model.load_tensors(stored)
 
 
 def test_the_random_state_comes_back_and_a_damaged_one_is_refused():
