@@ -36,8 +36,11 @@ class ModelConfig:
         emotions: emotion labels.
         eos_id: the word that ends a reply.
         d_model: width of every module; heads must divide it.
-        heads, layers, ffn: attention heads, layers of every encoder and decoder, width of the feed-forward nets.
-        encoder_dropout, decoder_dropout: dropout probabilities.
+        heads: attention heads.
+        layers: of every encoder and decoder.
+        ffn: width of the feed-forward nets.
+        encoder_dropout: dropout probability.
+        decoder_dropout: dropout probability.
     """
 
     kind: ClassVar[str]  # the model's name in MODELS

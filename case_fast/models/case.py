@@ -22,22 +22,26 @@ SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a grad
 
 @dataclass(frozen=True)
 class CASEConfig(ModelConfig):
-    """Everything that decides the shape and the objective of `CASE`; the defaults are the paper's.
+    """Everything that decides the shape and the objective of `CASE`, on top of `ModelConfig`; the defaults are the paper's.
 
     Attributes:
-        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout: as in `ModelConfig`; EOS is
-            not counted by the diversity loss.
         cognition_relations: types of edges in G_CS.
         graph_dropout: of the graph encoders.
-        cognition_graph, concept_graph: graph encoders on; off, the initial vertex embeddings stand in (Table 2).
-        coarse_alignment, fine_alignment: the two MIM losses on.
+        cognition_graph: graph encoder of G_CS on; off, the initial vertex embeddings stand in (Table 2).
+        concept_graph: likewise of G_EC.
+        coarse_alignment: L_coarse on.
+        fine_alignment: L_fine on.
         intensity: where emotion intensity enters the concept graph: "after" the encoder, as the paper says; "before_norm",
             into its last layer norm, where it cancels, as the authors' code has it; "off".
         mim_score: how both MIM losses score a pair: "bilinear_sigmoid", sigmoid(x^T W y), as the paper says; "dot", x . y, as
             the authors' code has it: w_coarse and w_fine are then without use.
         num_negatives: sampled negatives a pair in L_fine, None for all in the batch.
         detach_posterior: the posterior is a fixed target in L_KL.
-        alpha, gamma_align, gamma_emotion, gamma_generation, gamma_diversity: weights of the losses.
+        alpha: weight of L_fine in L_align.
+        gamma_align: weight of L_align.
+        gamma_emotion: weight of L_emo.
+        gamma_generation: weight of L_gen.
+        gamma_diversity: weight of L_div.
     """
 
     kind = "case"

@@ -23,10 +23,9 @@ _DEMO = {"warmup": 200, "lr_scale": 0.35, "validate_every": 50, "min_steps": 200
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
-    """The settings of `Transformer`; the defaults are those that its published figures come from.
+    """The settings of `Transformer`, on top of `ModelConfig`; the defaults are those that its published figures come from.
 
     Attributes:
-        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout: as in `ModelConfig`.
         attention_width: width of query, key and value together; heads must divide it. None: d_model.
         label_smoothing: share of the target's probability that all other words get, in [0, 1).
     """
@@ -112,12 +111,12 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
 
 @dataclass(frozen=True)
 class MultiTRSConfig(TransformerConfig):
-    """The settings of `MultiTRS`; the defaults are those that its published figures come from.
+    """The settings of `MultiTRS`, on top of `TransformerConfig`; the defaults are those that its published figures come from.
 
     Attributes:
-        vocab_size, emotions, eos_id, d_model, heads, layers, ffn, encoder_dropout, decoder_dropout, attention_width,
-            label_smoothing: as in `TransformerConfig`.
-        gamma_emotion, emotion_scale: L_emo counts gamma_emotion times `case_fast.equations_baselines.emotion_scale`.
+        gamma_emotion: weight of L_emo, times what emotion_scale says.
+        emotion_scale: "one", "dialogue" (both losses summed over the batch) or "batch" (words summed, emotions averaged), see
+            `case_fast.equations_baselines.emotion_scale`.
     """
 
     kind = "multi-trs"

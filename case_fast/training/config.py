@@ -28,8 +28,10 @@ class TrainConfig:
         phase1_epochs: epochs of phase 1, for a model that has two phases (CASE: on L_BOW alone).
         phase1_steps: steps of it, in place of epochs.
         batch_size: dialogues a step.
-        warmup: Noam warm-up in steps, counted across all phases; lr_scale: factor on Noam's learning rate.
-        betas, eps: of Adam.
+        warmup: Noam warm-up in steps, counted across all phases.
+        lr_scale: factor on Noam's learning rate.
+        betas: of Adam.
+        eps: of Adam.
         clip_norm: largest norm of all gradients together; None: no clipping.
         validate_every: steps of the last phase between validations.
         min_steps: steps of the last phase before early stopping counts.
@@ -40,7 +42,8 @@ class TrainConfig:
         precision: float32, or bf16 (autocast; weights and losses stay float32).
         deterministic: the same weights bit for bit each time on one device.
         log_every: steps between two records of the log.
-        checkpoint_every: steps between two checkpoints; keep_checkpoints: how many are kept.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: how many of them are kept.
     """
 
     model: ModelConfig = field(default_factory=CASEConfig)
