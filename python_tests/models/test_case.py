@@ -43,7 +43,7 @@ from case_fast.data.featurizer import Example, TextTable
 from case_fast.data.pack import make_batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.knowledge.source import RELATIONS
-from case_fast.models import CASE, CASEConfig, CASEOutput
+from case_fast.models import CASE, CASEConfig, CASEOutput, build, load
 from case_fast.models.layers import seed_at
 
 # The parameters that each row of Table 2 leaves without use, by the start of their names.
@@ -581,3 +581,23 @@ def test_load_embeddings():
     assert (model.embedding.weight[[9, 12]] == 1).all() and model.embedding.weight[others].equal(before[others])
     with pytest.raises(ValueError, match="vectors"):
         model.load_embeddings(ids, torch.ones(2, 15))
+
+
+def test_weights_of_earlier_versions_load(tmp_path):
+    """Without the model's name, with the seed of drawn negatives and its counter."""
+    model = tiny_model().eval()
+    model.save_pretrained(tmp_path)
+    config = {key: value for key, value in model.config.as_dict().items() if key != "model"} | {"seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"draws": torch.tensor(7)}, tmp_path / "model.safetensors")
+    for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):
+        assert loaded.config == model.config
+        assert all(a.equal(b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_an_unknown_model_or_setting_is_named():
+    with pytest.raises(ConfigError, match="there is no model 'cem'; one of case, "):
+        build("cem")
+    with pytest.raises(ConfigError, match="unknown setting colour of case"):
+        build("case", colour=1)

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import as_double, close, handmade_examples, random_batch, random_examples, same, split_rows, tensors, tiny_vocabulary
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_helpers import MemoryStore, outcome, records, run, tiny_run
 
 from case_fast.data.pack import make_batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.generation import GenerationConfig, generate, generate_uncached
-from case_fast.models import CASE, MODELS, DialogueModel, build, load, model_class
+from case_fast.models import MODELS, DialogueModel, build, load, model_class
 from case_fast.models.base import Reading
 from case_fast.references import read_references
 
@@ -226,24 +225,3 @@ def test_a_given_first_input_and_an_added_row_decode_alike_with_and_without_a_ca
 
 def replace_reading(reading: Reading, **changes: Tensor) -> Reading:
     return Reading(memories=reading.memories, **changes)
-
-
-# ---- what earlier versions wrote
-
-
-def test_weights_of_earlier_versions_load(name, tmp_path):
-    if name != "case":
-        pytest.skip("there was only CASE")
-    model = tiny(name).eval()
-    model.save_pretrained(tmp_path)
-    config = {key: value for key, value in model.config.as_dict().items() if key != "model"} | {"seed": 0}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = load_file(tmp_path / "model.safetensors")
-    save_file(weights | {"draws": torch.tensor(7)}, tmp_path / "model.safetensors")
-    for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):
-        assert loaded.config == model.config
-        assert all(a.equal(b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    with pytest.raises(ConfigError, match="there is no model 'cem'; one of case, "):
-        build("cem")
-    with pytest.raises(ConfigError, match="unknown setting colour of case"):
-        build("case", colour=1)
