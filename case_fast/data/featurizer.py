@@ -16,7 +16,7 @@ import numpy as np
 from case_fast.data.empathetic_dialogues import EMOTION_IDS, Turn
 from case_fast.data.graphs import CONCEPT, CSR, cognition_graph, concept_graph
 from case_fast.data.text import is_word, normalize_space, split_sentences, tokenize
-from case_fast.data.vocabulary import CLS, LISTENER, SPEAKER, Vocabulary
+from case_fast.data.vocabulary import LISTENER, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION
 from case_fast.text_files import read_json
@@ -247,8 +247,3 @@ class Featurizer:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(path, f"not a feature file ({error!r})", "Prepare the store again") from error
         return cls(vocabulary, concepts, intensity, settings)
-
-
-def with_cls(words: np.ndarray) -> np.ndarray:
-    """[CLS] + words."""
-    return np.concatenate([np.array([CLS], dtype=words.dtype), words])

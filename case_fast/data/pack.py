@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs
-from case_fast.data.featurizer import Example, with_cls
+from case_fast.data.featurizer import Example
 from case_fast.data.graphs import CSR
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER
 from case_fast.errors import ConfigError
@@ -61,8 +61,12 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
     dialogues, cu_context = np.arange(len(examples)), _cu_context(examples)
     used = [np.concatenate([e.sub_utterance, e.knowledge]) for e in examples]
     distinct, place = np.unique(np.concatenate(used), return_inverse=True)
-    text_rows = [with_cls(texts.tokens(int(index))) for index in distinct]
-    text, position = np.concatenate(text_rows), np.concatenate([np.arange(len(row)) for row in text_rows])
+    cls = np.array([CLS], dtype=np.int32)
+    text_rows = [texts.tokens(index) for index in distinct.tolist()]
+    text = np.concatenate([part for row in text_rows for part in (cls, row)])
+    text_sizes = np.array([1 + len(row) for row in text_rows])
+    cu_text = _offsets(text_sizes)
+    position = np.arange(len(text)) - np.repeat(cu_text[:-1], text_sizes)
     pairs, text_distinct = np.unique(text.astype(np.int64) << 32 | position, return_inverse=True)
 
     sizes_cs = np.array([len(rows) for rows in used])
@@ -95,11 +99,11 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
     positive = np.searchsorted(with_reaction, knowledge_reaction[paired])
 
     return CasePart(
-        response=_long([part for e in examples for part in (np.array([CLS]), e.response)]),
+        response=_long([part for e in examples for part in (cls, e.response)]),
         response_role=torch.full((sum(1 + len(e.response) for e in examples),), LISTENER),
         cu_response=_tensor(_offsets([1 + len(e.response) for e in examples])),
         text=_tensor(text),
-        cu_text=_tensor(_offsets([len(row) for row in text_rows])),
+        cu_text=_tensor(cu_text),
         distinct_word=_tensor(pairs >> 32),
         distinct_position=_tensor(pairs & 0xFFFFFFFF),
         text_distinct=_tensor(text_distinct.reshape(-1)),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from case_fast.data.empathetic_dialogues import EMOTIONS, Turn
-from case_fast.data.featurizer import FeatureSettings, Featurizer, TextTable, prompts, sub_utterances, with_cls
+from case_fast.data.featurizer import FeatureSettings, Featurizer, TextTable, prompts, sub_utterances
 from case_fast.data.graphs import CONCEPT, CSR
 from case_fast.data.vocabulary import CLS, LISTENER, SPEAKER, SPECIALS, UNK, Vocabulary
 from case_fast.errors import ConfigError, DataError
@@ -50,7 +50,6 @@ def test_each_context_word_has_its_role_and_intensity():
     expected = [0, 0.3, -0.1, 0.7, 0, 0.9, 0, 0, 0, 0]  # a word not in the lexicon has 0
     assert found.context_intensity.tolist() == pytest.approx(expected) and found.context_intensity.dtype == np.float32
     assert found.truncated == 0 and CLS not in found.context
-    assert with_cls(found.context).tolist() == [CLS, *found.context.tolist()]
 
 
 def test_intensity_of_a_word_outside_the_vocabulary_is_the_lexicons():
