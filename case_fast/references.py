@@ -61,9 +61,9 @@ def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Cal
     with evaluating(model):
         for batch in batches:
             if forward is not None:
-                found = forward(batch)
-                values, logits = found.nll, found.emotion_logits
-                for name, value in (("loss", found.loss), *found.losses.items()):
+                output = forward(batch)
+                values, logits = output.nll, output.emotion_logits
+                for name, value in (("loss", output.loss), *output.losses.items()):
                     sums[name] += value.item() * batch.size
             else:
                 reading = model.read(batch)
@@ -74,7 +74,8 @@ def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Cal
             if logits is not None:
                 emotion.append(logits.double().cpu().numpy())
     losses = {name: total / len(nll) for name, total in sums.items()}
-    found = References(nll, np.concatenate(emotion) if emotion else None, np.concatenate([np.zeros(0, np.int64), *label]), losses)
+    labels = np.concatenate([np.zeros(0, np.int64), *label])  # there is no batch where validation was stopped at once
+    references = References(nll, np.concatenate(emotion) if emotion else None, labels, losses)
     if losses:
-        losses["generation"] = found.mean_nll
-    return found
+        losses["generation"] = references.mean_nll
+    return references

@@ -12,7 +12,7 @@ from case_fast import equations as eq
 from case_fast import equations_baselines as eqb
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
-from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading
+from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading, no_autocast
 from case_fast.models.layers import Decoder, Encoder, Memory, seed_at
 
 PAD = 0  # the word that label smoothing leaves out
@@ -88,15 +88,17 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
 
     def forward(self, batch: Batch) -> Output:
         words = {"context": batch.context, "context_role": batch.context_role, "decoder_input": batch.decoder_input}
-        rows = self.look_up(words)
-        reading = self._read(batch, rows)
-        hidden = self.decode(rows["decoder_input"], batch.cu_target, reading, seed_at(batch.seed, "decoder"))
+        words = self.look_up(words)
+        reading = self._read(batch, words)
+        hidden = self.decode(words["decoder_input"], batch.cu_target, reading, seed_at(batch.seed, "decoder"))
         nll, prediction = self.word_losses(hidden, batch.target)
         losses = {"generation": eq.generation_loss(nll)}
         loss = losses["generation"]
         if self.training and self.config.label_smoothing:
             weight, bias = self.output.weight, self.output.bias
-            smoothed = eqb.label_smoothed(nll, hidden, batch.target, weight, bias, self.config.label_smoothing, PAD)
+            with no_autocast(hidden):
+                rows = eq.full_precision(hidden)
+                smoothed = eqb.label_smoothed(nll, rows, batch.target, weight, bias, self.config.label_smoothing, PAD)
             loss = losses["smoothed"] = eq.generation_loss(smoothed)
         if reading.emotion_logits is not None:
             losses["emotion"] = eq.emotion_loss(reading.emotion_logits, batch.emotion)

@@ -59,6 +59,15 @@ def test_perplexity_is_of_the_plain_likelihood_and_training_of_the_smoothed_one(
     same(trained.losses["generation"], trained.nll.mean(), 1e-6)
 
 
+def test_smoothing_keeps_float32_under_bf16_autocast():
+    batch = random_batch(8)
+    model = build("transformer", **TINY).train()
+    exact = model(batch).losses["smoothed"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch).losses["smoothed"]
+    assert found.dtype == torch.float32 and abs(found - exact) <= 0.02 * exact.abs()
+
+
 def test_multi_trs_without_its_emotion_loss_is_the_transformer_bit_for_bit():
     batch = random_batch(5)
     torch.manual_seed(0)
