@@ -87,8 +87,9 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         return None
 
     def forward(self, batch: Batch) -> Output:
-        words = {"context": batch.context, "context_role": batch.context_role, "decoder_input": batch.decoder_input}
-        words = self.look_up(words)
+        words = self.look_up(
+            {"context": batch.context, "context_role": batch.context_role, "decoder_input": batch.decoder_input}
+        )
         reading = self._read(batch, words)
         hidden = self.decode(words["decoder_input"], batch.cu_target, reading, seed_at(batch.seed, "decoder"))
         nll, prediction = self.word_losses(hidden, batch.target)
