@@ -13,7 +13,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 PACKAGE := pyproject.toml setup.py constraints.txt CMakeLists.txt case_fast/__init__.py $(shell find csrc -type f)
 CPP_BUILD := build/cpp$(addprefix -,$(SANITIZE))
 # cmake and ninja for the C++ tests: the machine's, or where it lacks one, .venv's
-CPP_TOOLS := $(if $(and $(shell command -v $(CMAKE)),$(shell command -v ninja)),,$(VENV)/.cpp-tools)
+CPP_TOOLS = $(if $(shell sh -c 'command -v $(CMAKE) && command -v ninja' >/dev/null 2>&1 && echo there),,$(VENV)/.cpp-tools)
 
 .PHONY: demo test lint cpp-test clean
 .DELETE_ON_ERROR:

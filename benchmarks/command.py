@@ -68,7 +68,7 @@ def show(name: str = "", machine: str = "", out: Path | None = None) -> Iterator
         ConfigError: no such results; says which there are.
         DataError: a stored file is damaged.
     """
-    stored = sorted(RESULTS.glob("*/*.json"))
+    stored = sorted(path for path in RESULTS.glob("*/*.json") if path.stem != "gpu")  # what gpu.sh writes is no family's file
     chosen = [path for path in stored if name in ("", path.stem)]
     if not chosen:
         raise ConfigError(f"there are no results of {name!r}; there are those of {', '.join(sorted({p.stem for p in stored}))}")

@@ -101,7 +101,7 @@ def _merge(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
 
 
 def join(parts: Path, out: Path | None) -> None:
-    """One JSON file: by default benchmarks/results/<device>-<date>-<commit>.json."""
+    """One JSON file: by default benchmarks/results/<device>/gpu.json."""
     from benchmarks.report import environment
 
     found: dict[str, Any] = {"environment": environment("graph_attention", "cuda"), "gpu": device()}
@@ -121,8 +121,7 @@ def join(parts: Path, out: Path | None) -> None:
     measured = parts / "bench.json"
     found["benchmarks"] = json.loads(measured.read_text()) if measured.exists() else None
     if out is None:
-        moment, commit = found["environment"]["date"][:10], found["environment"]["commit"].split()[0]
-        out = Path(__file__).parent / "results" / f"{re.sub(r'[^A-Za-z0-9]+', '-', found['gpu'])}-{moment}-{commit}.json"
+        out = Path(__file__).parent / "results" / re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower()).strip("-") / "gpu.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1))
     print(f"written: {out}")

@@ -2,7 +2,7 @@
 # On a machine with an NVIDIA GPU: build, test against float64, compute-sanitizer, benchmarks, one JSON file. Under ten minutes, no
 # network, no build isolation; needs torch with CUDA, numpy, safetensors, pytest, nvcc, cmake, ninja, setuptools >= 77 and pybind11.
 #   PYTHON=python3   which Python                    WHEELS=.whl   folder of wheels for what it lacks (pybind11, say)
-#   OUT=folder       writes gpu.json there, else benchmarks/results/<device>-<date>-<commit>.json
+#   OUT=folder       writes gpu.json there, else benchmarks/results/<device>/gpu.json
 #   BUDGET=300       seconds for the benchmarks
 # Ends with 1 where a test failed or a sanitizer reported something; the file is written all the same.
 set -uo pipefail

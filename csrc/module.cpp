@@ -77,6 +77,7 @@ T converted(PyObject *given, const Place &at) {
         if (number == -1 && PyErr_Occurred()) refuse(at, "a number", given);
         return number;
     } else if constexpr (std::is_unsigned_v<T>) {
+        static_assert(sizeof(T) == 8);
         const unsigned long long number = PyLong_AsUnsignedLongLong(given);
         if (number == static_cast<unsigned long long>(-1) && PyErr_Occurred()) refuse(at, "a whole number of 64 bits, not below 0", given);
         return number;
@@ -102,8 +103,9 @@ template <class Struct>
 constexpr bool takes(...) {
     return false;
 }
-template <class Struct, std::size_t most = 32>
+template <class Struct, std::size_t most = 32>  // of plain members: no arrays
 constexpr std::size_t member_count() {
+    static_assert(!takes<Struct>(std::make_index_sequence<most + 1>()), "a struct of more members than are tried");
     if constexpr (takes<Struct>(std::make_index_sequence<most>()))
         return most;
     else

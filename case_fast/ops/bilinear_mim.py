@@ -170,7 +170,7 @@ def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int |
 @functools.lru_cache(maxsize=8)
 def _one_to_one(pairs: int) -> Tensor:
     """positive where x_p and y_p belong together. Only read."""
-    return torch.arange(pairs)
+    return torch.arange(pairs, device="cpu")
 
 
 def _int64(positive: Tensor | None, x: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class PreparedSources:
         for place, source in enumerate(sources):
             _check_lists(f"sources[{place}]", source, _sequences(first))
         lists = common.like_indices(*[x for s in sources for x in (s.cu_keys, s.key_of)])
-        floats, cu_keys, key_of = _laid_out([x for s in sources for x in s.floats()], lists[::2], lists[1::2])
+        with torch.enable_grad():  # a copy keeps the way back to what it is of, for calls that are differentiated
+            floats, cu_keys, key_of = _laid_out([x for s in sources for x in s.floats()], lists[::2], lists[1::2])
         self.sources = tuple(_sources(floats, cu_keys, key_of))
         key = floats[0]
         self._width, self._dtype, self._heads = width, key.dtype, tuple(key.shape[1:])

@@ -33,7 +33,7 @@ _SAID = {
 @functools.cache
 def device_flag() -> Tensor:
     """(1,) int32 on the host, 0 while all is well; pinned where a GPU is there, so that kernels may write it."""
-    return torch.zeros(1, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 @functools.cache

@@ -116,6 +116,19 @@ def test_one_side_may_be_used_alone():
     assert torch.equal(found, replace(case, grad_y=torch.zeros_like(case.grad_y)).results()["grad_x"])
 
 
+def test_another_default_device_changes_nothing(native):
+    case = make_case(7, 7)
+    expected = bilinear_mim(case.x, case.y, case.weight)
+    KERNELS._one_to_one.cache_clear()
+    before = torch.get_default_device()
+    try:
+        torch.set_default_device("meta")
+        assert torch.equal(bilinear_mim(case.x, case.y, case.weight), expected)
+    finally:
+        torch.set_default_device(before)
+    assert torch.equal(bilinear_mim(case.x, case.y, case.weight), expected)
+
+
 def test_no_matrix_of_scores_is_kept(native):
     case = make_case(300, 200, dim=7)
     saved = case.having({name: x.requires_grad_() for name, x in case.floats().items()}).call()["side_y"].grad_fn.saved_tensors

@@ -162,6 +162,19 @@ def test_a_step_reads_the_offsets_anew(steps):
     assert short == [None]
 
 
+def test_what_preparing_copies_keeps_its_gradient(native):
+    """A weight that does not lie as the kernels read it, prepared where nothing was recorded."""
+    case = make_case([2, 1], [[5, 3]])
+    (source,) = case.sources
+    weight = source.query_weight.t().clone().requires_grad_()
+    sources = [replace(source, query_weight=weight.t())]
+    with torch.no_grad():
+        prepared = prepare_sources(sources)
+    outs = [cross_attention(case.hidden, case.cu_hidden, given).sum() for given in (sources, prepared)]
+    grads = [torch.autograd.grad(out, weight)[0] for out in outs]
+    assert torch.equal(*grads) and grads[0].any()
+
+
 def test_prepared_sources_keep_their_memory(steps):
     case, prepared, short = steps
     source = case.sources[0]
