@@ -57,7 +57,7 @@ def draw(machine: str, out: Path) -> None:
         axes.scatter(named["ratio"], row, s=80, color=OURS, zorder=3)
         text = f"{words}: {time(named['ours_ms'])}, best peer {time(named['best_peer_ms'])}"
         axes.annotate(text, (named["ratio"], row), (0, 9), textcoords="offset points", fontsize=8.5, color=OURS,
-                      ha="left" if named["ratio"] < 2 else "right" if named["ratio"] > 3 else "center")
+                      ha="left" if named["ratio"] < 2 else "right" if named["ratio"] > 4.5 else "center")
     axes.set_yticks(range(len(families)), families, fontsize=10, color=INK, family="monospace")
     axes.set_ylim(len(families) - 0.6, -0.7)
     axes.set_xscale("log")
