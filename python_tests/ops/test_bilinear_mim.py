@@ -120,12 +120,8 @@ def test_another_default_device_changes_nothing(native):
     case = make_case(7, 7)
     expected = bilinear_mim(case.x, case.y, case.weight)
     KERNELS._one_to_one.cache_clear()
-    before = torch.get_default_device()
-    try:
-        torch.set_default_device("meta")
+    with torch.device("meta"):
         assert torch.equal(bilinear_mim(case.x, case.y, case.weight), expected)
-    finally:
-        torch.set_default_device(before)
     assert torch.equal(bilinear_mim(case.x, case.y, case.weight), expected)
 
 
