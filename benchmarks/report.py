@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.measure import OURS, SLACK, is_ours
+from case_fast.devices import processor_name
 from case_fast.files import write_text
 
 _ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def environment(family: str, device: str = "cpu") -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(),
+    machine = {"cpu": processor_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(),
                "system": f"{platform.system()} {platform.machine()}"}
     if device == "cuda":
         machine["gpu"], found["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
@@ -57,14 +57,6 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + (" with uncommitted changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _cpu() -> str:
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        named = None
-    return named[1] if named else platform.processor() or "unknown"
 
 
 def _memory_gib() -> float | None:

@@ -28,6 +28,7 @@ from op_cases import FAMILIES
 from op_checks import ROWS, Family, full_size
 
 from case_fast import ops
+from case_fast.devices import processor_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("address,undefined", "thread")
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no such rows: {sorted(unknown)}; there are {sorted(checks)}")
     machine = {
         "backend": ops.backend_name(options.family, options.device), "native": ops.native_report().get("simd", "absent"),
-        "torch": torch.__version__, "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count(),
+        "torch": torch.__version__, "python": platform.python_version(), "processor": processor_name(), "cores": os.cpu_count(),
     }
     print(" | ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"\n| {'row':>3} | {'check':<14} | {'cases':>7} | {'failures':>8} | {'seconds':>8} |\n|---:|---|---:|---:|---:|")
@@ -96,15 +97,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "rows": results}, indent=1) + "\n")
     return int(any(found["failures"] for found in results))
-
-
-def processor() -> str:
-    """Its name, as Linux tells it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
 
 
 if __name__ == "__main__":

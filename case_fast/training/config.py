@@ -151,10 +151,10 @@ def preset(name: str = "", kind: str = "case", **changes: Any) -> TrainConfig:
     Raises:
         ConfigError: no such model or preset, an unknown setting, or a value that cannot work.
     """
-    values = preset_values(name, kind) | changes
+    values = preset_values(name, kind)
     if isinstance(changes.get("model"), Mapping):
-        values["model"] = preset_values(name, kind).get("model", {}) | changes["model"]
-    return TrainConfig.from_dict(values)
+        changes["model"] = values.get("model", {}) | changes["model"]
+    return TrainConfig.from_dict(values | changes)
 
 
 def preset_values(name: str = "", kind: str = "case") -> dict[str, Any]:
