@@ -236,7 +236,7 @@ def saved_elements(pairs: int, rows: int, num_negatives: int | None) -> int:
 
 
 def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, seed: int,
-            score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            seed_at: Tensor | None, score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """side_y, side_x and the positives' logits, (P,) each, and what backward needs, (saved_elements,); float32 or float64.
 
     Args:
@@ -252,16 +252,18 @@ def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None
     if not x.numel():
         sides = x.new_zeros((3, x.shape[0]), dtype=sum_dtype(x.dtype)).unbind()
         return *(side.clone() for side in sides), sides[0].new_zeros(saved_elements(x.shape[0], y.shape[0], num_negatives))
+    seed = seed if seed_at is None else (seed ^ int(seed_at)) % 2**63
     run = _in_batch_forward if num_negatives is None else _sampled_forward
     return run(x, y, weight, positive, num_negatives, seed, score, deterministic)
 
 
 def backward(grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
-             saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool = True
+             saved: Tensor, num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str, deterministic: bool = True
              ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, y and weight (None without it), in their dtypes; the same bits every time. As `forward`."""
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(y), None if weight is None else torch.zeros_like(weight)
+    seed = seed if seed_at is None else (seed ^ int(seed_at)) % 2**63
     run = _in_batch_backward if num_negatives is None else _sampled_backward
     return run(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score)
 

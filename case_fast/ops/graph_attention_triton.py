@@ -266,8 +266,9 @@ def shapes(query: Tensor, edges: int, relations: int) -> dict:
     }
 
 
-def _dropout(dropout_p: float, seed: int) -> dict:
+def _dropout(dropout_p: float, seed: int, seed_at: Tensor | None) -> dict:
     kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    seed = seed if seed_at is None else (seed ^ int(seed_at)) % 2**63
     return {
         "seed": seed & (2**64 - 1),
         "drop_below": int(dropout_p * 2**32),  # 2^32 for p = 1, which no 32-bit word reaches
@@ -278,7 +279,7 @@ def _dropout(dropout_p: float, seed: int) -> dict:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
             relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float,
-            seed: int) -> tuple[Tensor, Tensor]:
+            seed: int, seed_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (V, H, D), and the softmax weights before dropout (E, H) that backward needs.
 
     All tensors contiguous, of one device and checked; indptr, indices and relation of one integer dtype.
@@ -298,7 +299,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: 
     if out.numel():
         forward_rows[vertices, heads](
             query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, device_flag(),
-            vertices, edges, relations, scale, RELATION=relation is not None, **_dropout(dropout_p, seed), **sizes,
+            vertices, edges, relations, scale, RELATION=relation is not None, **_dropout(dropout_p, seed, seed_at), **sizes,
         )
     return out, weights
 
@@ -317,7 +318,8 @@ def by_column(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
              relation: Tensor | None, relation_query: Tensor | None, relation_key: Tensor | None, weights: Tensor,
-             scale: float, dropout_p: float, seed: int, columns: tuple[Tensor, Tensor, Tensor] | None = None
+             scale: float, dropout_p: float, seed: int, seed_at: Tensor | None = None,
+             columns: tuple[Tensor, Tensor, Tensor] | None = None
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, relation_query, relation_key (the last two None without relations).
 
@@ -330,7 +332,7 @@ def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr
     if not query.numel():
         return *grads, *(None if x is None else torch.zeros_like(x) for x in (relation_query, relation_key))
     shared = {"flag": device_flag(), "vertices": vertices, "edges": edges, "relations": relations}
-    shared |= {"RELATION": relation is not None, **_dropout(dropout_p, seed), **sizes}
+    shared |= {"RELATION": relation is not None, **_dropout(dropout_p, seed, seed_at), **sizes}
     dscore = torch.empty_like(weights)
     by_row_table, by_column_table = weights.new_empty((2, vertices, heads, relations))
     grid = (vertices, heads)
