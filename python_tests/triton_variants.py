@@ -1,4 +1,4 @@
-"""How many variants of its kernels Triton would compile on an H100 in the first steps of training, which no GPU is needed to tell.
+"""How many variants of its kernels Triton would compile on an H100 in the first steps of training; no GPU is needed to tell.
 
     python -m python_tests.triton_variants --store ED.store --steps 300            a count for each kernel
     python -m python_tests.triton_variants --store ED.store --compile              and what the assembler says of each variant

@@ -184,7 +184,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
-        return triton.forward(x, y, weight, positive, num_negatives, seed, score, deterministic)
+        return triton.forward(x, y, weight, positive, num_negatives, seed, None, score, deterministic)
     found = _outputs(runs, x, y, weight, num_negatives, score)
     _run("forward", x, y, weight, positive, num_negatives, seed, score, found)
     return found
@@ -199,7 +199,7 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
         from case_fast.ops import bilinear_mim_triton as triton
 
         found = triton.backward(
-            grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score, deterministic
+            grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, None, score, deterministic
         )
         return [gradient for gradient in found if gradient is not None]
     found = common.empty_like(x, y, weight)

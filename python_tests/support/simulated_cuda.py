@@ -71,7 +71,8 @@ class Launch:
         names = self.function.arg_names
         known = {names[place[0]]: " 16" for place, of in self.attributes.items() if of}
         found = {name: kind + known.get(name, "") for name, kind in self.signature.items() if kind != "constexpr"}
-        return found | {name: repr(value) for name, value in self.values.items()} | {"num_warps": str(self.options["num_warps"])}
+        found |= {name: repr(value) for name, value in self.values.items()}
+        return found | {"num_warps": str(self.options["num_warps"])}
 
     @cached_property
     def compiled(self) -> Compiled:
@@ -93,8 +94,8 @@ class Compiled:
 
     @property
     def blocks(self) -> int:
-        """Of them that an SM of sm_90 holds at once: 65 536 registers given out by 256 to a warp, 227 KiB of shared memory of which
-        a block costs 1 KiB more than it asks for, 64 warps, 32 blocks."""
+        """Of them that an SM of sm_90 holds at once: 65 536 registers, given out by 256 to a warp; 227 KiB of shared memory, of
+        which a block costs 1 KiB more than it asks for; 64 warps; 32 blocks."""
         of_warp = -(-self.registers * 32 // 256) * 256
         by_registers = 65536 // of_warp // self.warps
         return min(by_registers, 227 * 1024 // (self.shared + 1024), 64 // self.warps, 32)
