@@ -72,7 +72,7 @@ def build(target: Path) -> None:
         "CASE_FAST_PYTHON": "ON",
         "CASE_FAST_CUDA": {None: "AUTO", False: "OFF", True: "ON"}[switch("CASE_FAST_CUDA")],
     }
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-U", "CMAKE_CUDA_ARCHITECTURES"]  # not the last build's
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-U", "CMAKE_CUDA_ARCHITECTURES"]  # of the last build
     if architectures := os.environ.get("CASE_FAST_CUDA_ARCHITECTURES"):
         settings["CMAKE_CUDA_ARCHITECTURES"] = architectures
     configure += [f"-D{name}={value}" for name, value in settings.items()]
@@ -113,5 +113,5 @@ if int(version.split(".")[0]) >= 77:  # the first to read an SPDX licence in pyp
 elif {"build_ext", "--inplace"} <= set(sys.argv):
     build(ROOT / "case_fast" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
 else:
-    raise SystemExit(f"case_fast: setuptools {version} is too old to install it; run: pip install -U 'setuptools>=77'. The native "
-                     f"module alone needs none: {Path(sys.executable).name} setup.py build_ext --inplace")
+    raise SystemExit(f"case_fast: setuptools {version} is too old to install it; run: pip install -U 'setuptools>=77'. "
+                     f"The native module alone needs none: {Path(sys.executable).name} setup.py build_ext --inplace")
