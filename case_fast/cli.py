@@ -241,7 +241,8 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
 
 def _chat(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
-    from case_fast.serving import chat, load
+    from case_fast.serving import load
+    from case_fast.serving.chat import chat
 
     responder = load(args.run, device=args.device, knowledge=args.knowledge)
     chat(responder, console, GenerationConfig(**_fields(args, GenerationConfig)), show=args.why)

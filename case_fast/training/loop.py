@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from case_fast.batch import Batch
@@ -21,6 +20,7 @@ from case_fast.data import Store
 from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import DialogueModel, Output, model_class
+from case_fast.optional import PlainConsole, open_console
 from case_fast.references import read_references
 from case_fast.runs import Run, writing
 from case_fast.training.checkpoint import (
@@ -37,6 +37,9 @@ from case_fast.training.log import Display, RunLog
 from case_fast.training.process import StopRequest, peak_memory, reproducible
 from case_fast.training.sampler import Sampler, step_seed
 from case_fast.training.schedule import EarlyStopping, noam
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 VALIDATION_BATCH = 32
 
@@ -58,7 +61,7 @@ class TrainResult:
 
 
 def train(
-    store: Store, out: str | Path, config: TrainConfig, console: Console | None = None, resume: bool = False
+    store: Store, out: str | Path, config: TrainConfig, console: Console | PlainConsole | None = None, resume: bool = False
 ) -> TrainResult:
     """Train a model on ``store`` into the run folder ``out``.
 
@@ -85,7 +88,7 @@ def train(
         with (
             reproducible(config.seed, config.deterministic, device),
             StopRequest() as stop,
-            Display(console or Console()) as display,
+            Display(console or open_console()) as display,
             ThreadPoolExecutor(1, "case_fast batches") as pool,
         ):
             return Trainer(store, run, config, device, display, stop, pool, resume).train()

@@ -26,6 +26,7 @@ template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBl
     CASE_FAST_DYNAMIC_SHARED(memory);
     __shared__ RowBlock<H> block;
     __shared__ A projected[WARP * H::SIZE];
+    numbers.dropout.read_seed();
     A *const normed = reinterpret_cast<A *>(memory);  // (width)
     const int lane = static_cast<int>(threadIdx.x) & (WARP - 1), warp = static_cast<int>(threadIdx.x) / WARP,
               row = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), dim = numbers.dim, width = arrays.width;
@@ -102,6 +103,7 @@ template <class H> __global__ void __launch_bounds__(PROJECT_WARPS *WARP, 2)
     const int column = static_cast<int>(blockIdx.x) * PROJECT_WARPS + static_cast<int>(threadIdx.x) / WARP;
     const int first = static_cast<int>(blockIdx.y) * PROJECT_ROWS;
     if (column >= width) return;
+    dropout.read_seed();
     A dot[PROJECT_ROWS];
 #pragma unroll
     for (int r = 0; r < PROJECT_ROWS; ++r) dot[r] = 0;
@@ -134,6 +136,7 @@ template <class T> __global__ void __launch_bounds__(DROP_THREADS)
     drop_elements(int64_t count, Dropout dropout, const T *from, const T *base, T *to) {
     const int64_t e = static_cast<int64_t>(blockIdx.x) * DROP_THREADS + threadIdx.x;
     if (e >= count) return;
+    dropout.read_seed();
     Sum<T> x = widened(from[e]);
     if (dropout.drop_below) x *= dropout.template factor<Sum<T>>(e, 0);
     if (base) x += widened(base[e]);
@@ -166,8 +169,8 @@ template <class H> int launch_block(const BlockCall &call) {
                                   s.key_of,
                                   s.key_length,
                                   call.flag};
-        const Numbers numbers{c.heads, c.dim, 1 / std::sqrt(static_cast<double>(c.dim)), dropout_of(c.dropout_p, s.seed),
-                              longest};
+        const Numbers numbers{c.heads, c.dim, 1 / std::sqrt(static_cast<double>(c.dim)),
+                              dropout_of(c.dropout_p, s.seed, c.seed_at), longest};
         const Projected<H> arrays{hidden,
                                   in(s.norm_weight),
                                   in(s.norm_bias),
@@ -183,7 +186,7 @@ template <class H> int launch_block(const BlockCall &call) {
                          arrays);
         const dim3 grid((c.width + PROJECT_WARPS - 1) / PROJECT_WARPS, (rows + PROJECT_ROWS - 1) / PROJECT_ROWS);
         CASE_FAST_LAUNCH((block_project<H>), grid, PROJECT_WARPS * WARP, 0, stream, rows, c.width, inner,
-                         dropout_of(c.output_dropout_p, s.output_seed), attended, in(s.output_weight), hidden, out);
+                         dropout_of(c.output_dropout_p, s.output_seed, c.seed_at), attended, in(s.output_weight), hidden, out);
         hidden = out;
     }
     return launch_status();
@@ -207,7 +210,7 @@ template <class T> int launch_as(const BlockCall &call) {
 template <class T> int launch_as(const DropCall &call) {
     const unsigned grid = static_cast<unsigned>((call.count + DROP_THREADS - 1) / DROP_THREADS);
     CASE_FAST_LAUNCH((drop_elements<T>), grid, DROP_THREADS, 0, static_cast<cudaStream_t>(call.stream), call.count,
-                     dropout_of(call.p, call.seed), static_cast<const T *>(call.from), static_cast<const T *>(call.base),
+                     dropout_of(call.p, call.seed, call.seed_at), static_cast<const T *>(call.from), static_cast<const T *>(call.base),
                      static_cast<T *>(call.to));
     return launch_status();
 }

@@ -9,6 +9,7 @@ template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBl
     row_forward(Sequences sequences, Numbers numbers, Forward<H> arrays) {
     using A = typename H::A;
     __shared__ RowBlock<H> block;
+    numbers.dropout.read_seed();
     const int lane = static_cast<int>(threadIdx.x) & (WARP - 1), row = static_cast<int>(blockIdx.x),
               head = static_cast<int>(blockIdx.y), dim = numbers.dim;
     sequences.check();
@@ -41,7 +42,7 @@ template <class H> int launch_attention(const Call &call) {
                               c.key_length,
                               call.flag};
     const auto *const longest = reinterpret_cast<int64_t *>(memory + space.longest);
-    const Numbers numbers{c.heads, c.dim, c.scale, dropout_of(c.dropout_p, c.seed), longest};
+    const Numbers numbers{c.heads, c.dim, c.scale, dropout_of(c.dropout_p, c.seed, c.seed_at), longest};
     const auto in = [](const void *x, int64_t stride) { return Strided<const T>{static_cast<const T *>(x), stride}; };
     const auto to = [](void *x, int64_t stride) { return Strided<T>{static_cast<T *>(x), stride}; };
     const int64_t inner = static_cast<int64_t>(c.heads) * c.dim;

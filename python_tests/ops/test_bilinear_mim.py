@@ -11,7 +11,6 @@ import torch
 from helpers import close
 from op_cases.bilinear_mim import BilinearMIM
 from op_checks import identical
-from scipy.stats import chisquare
 
 from case_fast import equations
 from case_fast.ops import bilinear_mim, mim_sides
@@ -100,10 +99,11 @@ def test_the_rows_drawn_are_the_equation_s_and_uniform_over_the_eligible(runs, n
     expected = equations.draw_negatives(positive, 7, 2_000, seed)
     for counts, drawn in zip(taken, expected[:2], strict=True):
         assert torch.equal(counts, torch.stack([torch.bincount(row, minlength=7) for row in drawn]))
+    stats = pytest.importorskip("scipy.stats")
     for pair, c in enumerate(positive.tolist()):
         for counts, eligible in zip(taken, (torch.arange(7) != c, positive != c), strict=True):
             assert not counts[pair][~eligible].any()
-            assert chisquare(counts[pair][eligible].numpy()).pvalue > 1e-6
+            assert stats.chisquare(counts[pair][eligible].numpy()).pvalue > 1e-6
 
 
 def test_one_side_may_be_used_alone():
@@ -129,7 +129,7 @@ def test_no_matrix_of_scores_is_kept(native):
     case = make_case(300, 200, dim=7)
     saved = case.having({name: x.requires_grad_() for name, x in case.floats().items()}).call()["side_y"].grad_fn.saved_tensors
     own = {x.data_ptr() for x in case.arguments().values() if isinstance(x, torch.Tensor)}
-    kept = [x for x in saved if x.data_ptr() not in own]
+    kept = [x for x in saved if x is not None and x.data_ptr() not in own]
     assert kept and sum(x.numel() for x in kept) <= 2 * 500 * 7
 
 

@@ -26,6 +26,7 @@ from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupte
 from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
+from case_fast.training.process import reproducible
 
 STEPS = PHASE_1 + PHASE_2
 
@@ -239,6 +240,25 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(store, whole, tmp_path):
     assert torch.equal(torch.get_rng_state(), state) and not torch.are_deterministic_algorithms_enabled()
     run(store, tmp_path / "other", tiny_run(seed=1))
     assert outcome(tmp_path / "other") != outcome(whole)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_new_memory_is_not_filled_in_a_run_and_the_caller_s_setting_comes_back(tmp_path, monkeypatch, filled):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", filled)
+    made, seen = MemoryStore(), set()
+
+    def look(split, indices, batch):
+        seen.add((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+        return batch
+
+    made.on_batch = look
+    run(made, tmp_path / "run")
+    assert seen == {(True, False)} and torch.utils.deterministic.fill_uninitialized_memory is filled
+    with pytest.raises(KeyError), reproducible(0, True, torch.device("cpu")):
+        raise KeyError
+    assert torch.utils.deterministic.fill_uninitialized_memory is filled
+    with reproducible(0, False, torch.device("cpu")):
+        assert torch.utils.deterministic.fill_uninitialized_memory is filled
 
 
 @pytest.mark.parametrize("step", [0, 1, PHASE_1 - 1, PHASE_1, 6, 7, 11, 12])
