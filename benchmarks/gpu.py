@@ -4,8 +4,8 @@
     python -m benchmarks.gpu recipe     the build and the whole recipe of training
 
 This process imports no torch and touches no GPU: whatever a stage does to its own process, the others run, and the record of
-what has ended is whole on the disk. A stage may use the time that earlier ones left over; it never takes that of later ones. At
-its end the processes of a stage get SIGINT, then SIGTERM, then SIGKILL, and what they had written down by then is kept.
+what has ended is whole on the disk. A stage may use the time that earlier ones left over; it never takes that of later ones.
+At its end the processes of a stage get SIGINT, then SIGTERM, then SIGKILL, and what they had written down by then is kept.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from case_fast.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DRY = os.environ.get("DRY", "") not in ("", "0")
-SCALE = float(os.environ.get("GPU_SCALE", 0)) if DRY else 0.0  # above 0: each process sleeps, limits are so many times theirs
+# Of a dry run: above 0, every process sleeps, limits are so many times theirs; and the share of its limit that it sleeps.
+SCALE = float(os.environ.get("GPU_SCALE", 0)) if DRY else 0.0
+SLEEP = float(os.environ.get("GPU_SLEEP", 0.8))
 SKIPPED = 77  # the exit status of a process that has nothing to do here; its last line says why
 GOOD = ("ok", "skipped")
-LIBRARIES = "at::|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK|elementwise_kernel|reduce_kernel"  # of kernels that torch brings
+LIBRARIES = "at::|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK|elementwise_kernel|reduce_kernel"  # in torch's kernels' names
 
 
 # ---------------------------------------------------------------------------------------------------------------- the stages
@@ -56,6 +58,8 @@ def of_sanitizer(path: Path, log: str) -> Any:
     counts = [int(number) for number in re.findall(r"(\d+) (?:error|hazard)", summary[-1])] if summary else []
     kernels = Counter(re.findall(r"^=========     at (?:void )?([\w:]+)", log, re.MULTILINE))
     found = of_file(path, log) or {}
+    if not summary and not found:
+        return None
     return found | {"summary": summary[-1] if summary else found.get("summary"), "errors": counts[0] if counts else None,
                     "kernels": dict(kernels)}
 
@@ -76,17 +80,18 @@ def python(*words: str) -> list[str]:
 
 
 def travel_store() -> str:
-    """STORE, or a packed store that lies in the checkout; "" where there is none."""
+    """STORE, or what `case-fast pack` has left in the checkout; "" where there is none."""
     return os.environ.get("STORE") or next((str(path) for path in sorted(ROOT.glob("*.travel"))), "")
 
 
+A_STORE = "a packed store: STORE=, or a *.travel in the checkout"
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def sanitizers(tool: str) -> dict[str, list[str]]:
     """Kernels of libraries are left out, so that none of ours is; not with initcheck, which has to see what they wrote."""
     if DRY:
-        return {check: python("benchmarks.gpu_steps", "emulated", check) for check in CHECKS}
+        return {check: python("benchmarks.gpu_dry", "emulated", check) for check in CHECKS}
     small = python("benchmarks.gpu_steps", "smoke", "all")
     told = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout if tool else ""
     without = ["--kernel-name-exclude", f"regex={LIBRARIES}"] if "--kernel-name-exclude" in told else []
@@ -98,8 +103,8 @@ def stages(chosen: Sequence[str], gpu: bool) -> list[Stage]:
     folders = f"{os.environ['PATH']}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
     tool, store = shutil.which("compute-sanitizer", path=folders) or "", travel_store()
     machine = {"a GPU": gpu}
-    training = {"benchmarks/gpu_training.py": (ROOT / "benchmarks" / "gpu_training.py").is_file(),
-                "a packed store: STORE=, or a *.travel in the checkout": store}
+    few = ("--preset", "demo", "--steps", "2") if DRY else ()
+    training = python("benchmarks.gpu_training", "steps", "--store", store, *few)
 
     def each(*words: str) -> dict[str, list[str]]:
         return {family: python(*words, family) for family in chosen}
@@ -112,8 +117,7 @@ def stages(chosen: Sequence[str], gpu: bool) -> list[Stage]:
         Stage("device", 24, {"": python("benchmarks.gpu_steps", "device")}, needs=machine),
         Stage("build", 30, {"": python("benchmarks.gpu_steps", "build")}, needs=machine),
         Stage("smoke", 30, each("benchmarks.gpu_steps", "smoke"), needs=machine),
-        Stage("training", 48, {"": python("benchmarks.gpu_training", "steps", "--store", store)},
-              needs=machine | training),
+        Stage("training", 48, {"": training}, needs=machine | {A_STORE: store}),
         Stage("tests", 132, each("benchmarks.gpu_tests"), needs=machine),
         Stage("sanitizers", 132, sanitizers(tool), beside=True, read=of_sanitizer,
               needs=machine | {"compute-sanitizer": tool or DRY}),
@@ -125,9 +129,9 @@ def stages(chosen: Sequence[str], gpu: bool) -> list[Stage]:
 
 def recipe(gpu: bool, out: Path) -> list[Stage]:
     store = travel_store()
-    train = python("benchmarks.gpu_training", "recipe", "--store", store, "--out", str(out))
-    return [Stage("build", 45, {"": python("benchmarks.gpu_steps", "build")}, needs={"a GPU": gpu}),
-            Stage("recipe", 525, {"": train}, needs={"a GPU": gpu, "a packed store: STORE=, or a *.travel in the checkout": store})]
+    train = python("benchmarks.gpu_training", "recipe", "--store", store, "--out", str(out), "--minutes", "8.3")
+    return [Stage("build", 40, {"": python("benchmarks.gpu_steps", "build")}, needs={"a GPU": gpu}),
+            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store})]
 
 
 # --------------------------------------------------------------------------------------------------------------- the processes
@@ -182,9 +186,9 @@ class Job:
         while self._steps and now >= self.deadline - self._steps[0][0] * self.grace and self.process.poll() is None:
             self.signal(self._steps.pop(0)[1])
             self.stopped = True
-        self.look()
         if self.process.poll() is None:
             return False
+        self.look()
         self.signal(signal.SIGKILL)  # what it left behind in its group
         self.record["state"], self.record["why"] = self._state(self.process.returncode)
         return True
@@ -211,13 +215,13 @@ class Job:
 
 
 def _rehearsed(stage: Stage, part: str) -> list[str]:
-    """The command in a dry run: a fault, GPU_FAULT=stage:kind, in place of the stage's first part, or sleep in place of all."""
-    name, _, kind = os.environ.get("GPU_FAULT", "").partition(":")
-    if name == stage.name and part == next(iter(stage.jobs)):
-        return python("benchmarks.gpu_dry", kind)
+    """The command in a dry run: GPU_FAULT=stage:kind,... puts faults in place of the stages' first parts; or sleep for all."""
+    faults = dict(fault.split(":") for fault in os.environ.get("GPU_FAULT", "").split(",") if fault)
+    if stage.name in faults and part == next(iter(stage.jobs)):
+        return python("benchmarks.gpu_dry", faults[stage.name])
     if SCALE:
         turns = len(stage.jobs) if stage.in_turn else 1
-        return python("benchmarks.gpu_dry", "sleep", "--seconds", str(0.5 * SCALE * stage.limit / turns))
+        return python("benchmarks.gpu_dry", "sleep", "--seconds", str(SLEEP * SCALE * stage.limit / turns))
     return stage.jobs[part]
 
 
@@ -232,7 +236,8 @@ class Run:
         self.begun, self.jobs = time.monotonic(), {stage.name: [] for stage in listed}
         self.record: dict[str, Any] = {
             "gpu": gpu, "dry": DRY, "begun": datetime.now(UTC).isoformat(timespec="seconds"), "finished": False, "seconds": 0.0,
-            "stages": [{"name": stage.name, "state": "waiting", "seconds": 0.0, "limit": stage.limit, "parts": []} for stage in listed],
+            "stages": [{"name": stage.name, "state": "waiting", "seconds": 0.0, "limit": stage.limit, "parts": []}
+                       for stage in listed],
         }
 
     def write(self) -> None:
@@ -281,8 +286,8 @@ class Run:
                 self.jobs[stage.name].append(job)
                 entry["parts"].append(job.record)
                 (waiting if stage.in_turn else runs).append(job)
-        told, written = {stage.name for stage in together if not self.jobs[stage.name]}, time.monotonic()
-        self._tell(together, told=set())
+        told: set[str] = set()
+        written = time.monotonic()
         while waiting or runs:
             if waiting and not runs:
                 job = waiting.pop(0)
@@ -292,10 +297,12 @@ class Run:
             runs = [job for job in runs if not job.ended()]
             self._sum_up()
             if self._tell(together, told) or time.monotonic() - written > 5 * (SCALE or 1):
-                self.write()  # that of a part that runs too: a run that is killed now keeps it
+                for job in runs:
+                    job.look()  # a run that is killed from outside keeps this
+                self.write()
                 written = time.monotonic()
             time.sleep(0.02)
-        self._sum_up()
+        self._tell(together, told)
         self.write()
 
     def _sum_up(self) -> None:
@@ -337,6 +344,7 @@ def gpu_name() -> str:
 
 
 def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough
     sys.exit(128 + number)
 
 

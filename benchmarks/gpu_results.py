@@ -136,15 +136,16 @@ def _cases(record: Record, bounds: Record) -> list[str]:
             seen.add(place)
             share, peer = roofline(case, row["mode"], row["median_ms"], bounds), best.get(place)
             rulers = in_yardsticks(case, row["mode"]).values()
-            rows.append([*place, _number(1e3 * row["median_ms"]), *([f"**{peer['ratio']:.2f}**", peer["best_peer"]] if peer else ["", ""]),
-                         f"{100 * share[0]:.0f} % ({share[1]})" if share else "", ", ".join(f"{times:.2f}" for times in rulers),
-                         f"{row['error_over_limit']:.2f}"])
+            rows.append([*place, _number(1e3 * row["median_ms"]),
+                         *([f"**{peer['ratio']:.2f}**", peer["best_peer"]] if peer else ["", ""]),
+                         f"{100 * share[0]:.0f} % ({share[1]})" if share else "",
+                         ", ".join(f"{times:.2f}" for times in rulers), f"{row['error_over_limit']:.2f}"])
     heads = ["family", "case", "mode", f"{OURS}, us", f"peer / {OURS}", "the best peer", "of the roofline", "in bare products",
              "error / limit"]
     table = _table(heads, rows)
-    said = ["", f"Every result was checked against float64 before it was timed: its error, in units of the limit ({SLACK} times "
-            "plain torch's own error in that dtype, plus 1e-5 of the largest value), stands last. Share of the roofline: the least "
-            "time for the operations or the bytes of the case (which, stands beside it) at the rates measured above."]
+    said = ["", f"Every result was checked against float64 before it was timed: its error, in units of the limit ({SLACK} "
+            "times plain torch's own error in that dtype, plus 1e-5 of the largest value), stands last. Share of the roofline: "
+            "the least time for the operations or the bytes of the case (which, stands beside it) at the rates measured above."]
     failed = [f"- {stage}, {name}: {case}: {_safe(why)}" for stage in ("ours", "peers", "variants")
               for name, found in parts(record, stage) for case, why in found.get("failed", {}).items()]
     return [*(said if table else []), *table, *(["", *failed] if failed else [])]

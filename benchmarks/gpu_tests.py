@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.gpu import DRY, ROOT, SKIPPED
 from case_fast.files import write_text
 
@@ -39,6 +41,7 @@ def _save() -> None:
     _write(_found, Path(os.environ["GPU_TESTS"]))
 
 
+@pytest.hookimpl(trylast=True)  # behind -k
 def pytest_collection_modifyitems(items: list) -> None:
     _found.update(_read(Path(os.environ["GPU_TESTS"])))
     _found["collected"] = len(items)

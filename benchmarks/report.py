@@ -170,12 +170,14 @@ def overview(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The `overview`, and a table of all peers for each case and mode."""
     timed = "timed as" if "gpu" in results["environment"]["machine"] else "threads"
-    lines = [line for case in results["cases"] for line in ("", f"## {_called(case)}: {case['what']}", *tables(case, timed))]
+    lines = []
+    for case in results["cases"]:
+        lines += ["", f"## {_called(case)}: {case['what']}", *tables(case, timed)]
     return overview(results) + "\n".join(lines) + "\n"
 
 
 def tables(case: dict[str, Any], timed: str) -> list[str]:
-    """The shape of a case, and for each mode a table of all peers; ``timed`` heads the column of threads, or of how it was timed."""
+    """The shape of a case, and for each mode a table of all peers; ``timed`` heads the column of threads, or how it was timed."""
     lines = ["", ", ".join(f"{k} = {n:,}" for k, n in case["shape"].items())]
     for mode in case["modes"]:
         rows = [row for row in case["rows"] if row["mode"] == mode]

@@ -31,8 +31,8 @@ from benchmarks.measure import (
 
 
 def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: int = 30, budget: float = 30.0,
-        until: float = float("inf"), tell: Callable[[str, int, int], None] = lambda *_: None, dtypes: Sequence[str] = ()
-        ) -> Iterator[dict[str, Any]]:
+        until: float = float("inf"), tell: Callable[[str, int, int], None] = lambda *_: None, dtypes: Sequence[str] = (),
+        memories: bool = True) -> Iterator[dict[str, Any]]:
     """Measure each size, in each dtype of the family's device, and yield {"name", "what", "shape", ..., "rows": a dict for each
     peer and mode}.
 
@@ -43,6 +43,7 @@ def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: 
         until: of `time.monotonic`; after it no case is begun, and the peers of the one that has begun are left out.
         tell: called with what is being done, steps done, steps in all.
         dtypes: default those of the family's device.
+        memories: whether memory is measured, on a CPU in a process of its own.
 
     Raises:
         ConfigError: an unknown size, before anything is measured.
@@ -61,14 +62,14 @@ def run(family: Family, sizes: Sequence[str] = (), quick: bool = False, rounds: 
                 if time.monotonic() > until:
                     return
                 case = family.case_of(size, device=family.device, dtype=getattr(torch, dtype))
-                yield {"dtype": dtype, **_measure(family, case, peers, clock, counts, rounds, budget, until, tell)}
+                yield {"dtype": dtype, **_measure(family, case, peers, clock, counts, rounds, budget, until, tell, memories)}
                 del case
     finally:
         torch.set_num_threads(threads)
 
 
 def _measure(family: Family, case: Case, peers: Peers, clock: Clock, counts: list[int], rounds: int, budget: float, until: float,
-             tell: Callable[[str, int, int], None]) -> dict[str, Any]:
+             tell: Callable[[str, int, int], None], memories: bool) -> dict[str, Any]:
     tell(f"{case.name}, float64", 0, 1)
     torch.set_num_threads(counts[-1])
     expected = family.truth(case)
@@ -117,7 +118,7 @@ def _measure(family: Family, case: Case, peers: Peers, clock: Clock, counts: lis
         for name, timing in ready.items():
             rows[name, mode] |= _numbers(timing)
         ready, work, timing, ours, by_call = {}, None, None, None, None  # each may hold gigabytes
-    if not on_gpu:
+    if not on_gpu and memories:
         tell(f"{case.name}, memory", 0, 1)
         timed = [row for row in rows.values() if "median_ms" in row and "yardstick" not in row]
         extra = memory.measure(family.name, case.name, [(row["peer"], row["mode"], row["threads"]) for row in timed])
