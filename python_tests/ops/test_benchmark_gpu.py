@@ -138,12 +138,12 @@ KILLS = [(at, how) for at in (20, 60, 200, 400) for how in ("SIGTERM", "SIGKILL"
 
 
 def killed(folder: Path, at: float, how: str, scale: float, share: float) -> None:
-    """A run whose parts sleep ``share`` of their limits, killed at this second of that schedule."""
+    """A run whose parts sleep ``share`` of their limits, killed at this second; a scaled one at that second of its schedule."""
     folder.mkdir()
     run = begin(folder / "out", GPU_SCALE=str(scale), GPU_SLEEP=str(share), FAMILIES="graph_attention", STORE="a.travel")
     while not (folder / "out" / "gpu.json").exists():
         time.sleep(0.01)
-    time.sleep(at * scale * share)
+    time.sleep(at if scale == 1 else at * scale * share)
     (os.killpg if "group" in how else os.kill)(run.pid, getattr(signal, how.split()[0]))
     said, _ = run.communicate(timeout=60)
     assert run.returncode == (143 if how == "SIGTERM" else -9), said
@@ -367,7 +367,7 @@ def test_a_peer_that_was_launched_is_compared_with_ours_launched():
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        kill_all(Path(folder), scale=1, share=0.8)
+        kill_all(Path(folder), scale=1, share=0.85)
         print(f"{len(KILLS)} runs of full length killed: each left the record of all stages that had ended", flush=True)
         wanted = [(stage, kind) for stage in STAGES for kind in FAULTS]
         for stage, kind in wanted:
