@@ -49,11 +49,11 @@ def hang() -> None:
 
 
 def memory() -> None:
-    """All of the gigabyte that it may take."""
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    """All of what it may take."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28))
     held = []
     while True:
-        held.append(bytearray(1 << 26))
+        held.append(bytearray(1 << 24))
 
 
 def main() -> None:
