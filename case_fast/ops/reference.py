@@ -42,7 +42,7 @@ def segment_positions(cu: Tensor, total: int) -> Tensor:
 def segment_sum(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """(size, ...): rows of ``x`` (n, ...) summed by segment; an empty segment gives zeros."""
     full = full_precision(x)
-    return full.new_zeros((size, *x.shape[1:])).index_add(0, segment, full).to(x.dtype)
+    return full.new_zeros((size, *x.shape[1:])).index_add_(0, segment, full).to(x.dtype)
 
 
 def segment_mean(x: Tensor, segment: Tensor, size: int, segment_sum: Callable = segment_sum) -> Tensor:

@@ -8,6 +8,7 @@ kernels; autograd stands outside, and each of the two is the other's gradient, s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "segment_sum"
+FEW = 1 << 19  # elements read, below which the way to the CPU kernel, through Python, takes longer than it saves
 
 
-def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None) -> Tensor:
+def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int = FEW) -> Tensor:
     """out_s = sum of x_i over the rows i with segment[i] = s, in ascending order of i.
 
     Replaces ``x.new_zeros(size, ...).index_add(0, segment, x)``, which on GPU adds by float atomics, in any order, or sorts
@@ -29,7 +31,8 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
         segment: (n,) int32 or int64 in [0, size), in any order.
         size: segments, at least 0.
         validate: whether the contents of segment are checked. Default: on CPU always, elsewhere never, since reading the
-            answer would stop the device's queue. The native CPU kernels always check.
+            answer would stop the device's queue. On CPU they are always checked.
+        few: on CPU, plain torch sums x of fewer elements: faster there, and the same bits.
 
     Returns:
         (size, ...), in the dtype of x; under autocast float32 for half precision, as torch.sum.
@@ -55,12 +58,14 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     if x.dtype in common.HALF and torch.is_autocast_enabled(device):
         x = x.float()
     runs = _chosen(device, "segment", segment, size, validate)
-    return reference.segment_sum(x, segment, size) if runs == "reference" else _sum(runs, x, segment, size)
+    if runs == "reference" or x.numel() < few and _is_plain(runs, device):
+        return _named(reference.segment_sum, "segment", x, segment, size)
+    return _sum(runs, x, segment, size)
 
 
-def take(x: Tensor, index: Tensor, validate: bool | None = None) -> Tensor:
+def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int = FEW) -> Tensor:
     """Rows of ``x`` (n, ...) at ``index`` (...), int32 or int64 in [0, n): as ``x[index]``. Its gradient is `segment_sum`, which
-    says what holds of dtypes, ``validate``, errors, determinism and derivatives."""
+    says what holds of dtypes, ``validate``, ``few`` (elements taken), errors, determinism and derivatives."""
     device = common.device_type(x)
     common.check_dtype("x", x)
     if x.dim() == 0:
@@ -68,8 +73,8 @@ def take(x: Tensor, index: Tensor, validate: bool | None = None) -> Tensor:
     places = index if index.dim() == 1 else index.reshape(-1)
     common.check_index("index", places, x.device, "x")
     runs = _chosen(device, "index", places, x.shape[0], validate)
-    if runs == "reference":
-        return reference.take(x, index)
+    if runs == "reference" or places.shape[0] * math.prod(x.shape[1:]) < few and _is_plain(runs, device):
+        return _named(reference.take, "index", x, index)
     out = _gather(runs, x, places)
     return out if index.dim() == 1 else out.unflatten(0, index.shape)
 
@@ -92,6 +97,20 @@ def _chosen(device: str, name: str, index: Tensor, size: int, validate: bool | N
     if common.reads(validate, runs, device):
         common.check_within(name, index, size)
     return runs
+
+
+def _is_plain(runs: str, device: str) -> bool:
+    """Whether a call that is small may go to plain torch: not in compiled code, which would add by atomics."""
+    return runs == "native" and device == "cpu" and not torch.compiler.is_compiling()
+
+
+def _named(function: Callable[..., Tensor], name: str, x: Tensor, index: Tensor, *size: int) -> Tensor:
+    """``function(x, index, *size)``; what torch says of a bad index on CPU does not name it."""
+    try:
+        return function(x, index, *size)
+    except (IndexError, RuntimeError):
+        common.check_within(name, index, *size or x.shape[:1])
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------ registered ops
