@@ -162,7 +162,7 @@ def test_any_of_the_inputs_may_want_a_gradient(family, recipe):
             assert torch.equal(leaf.grad, expected[f"grad_{name}"]) if w else leaf.grad is None
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if not family.LINEAR], ids=lambda family: family.family)
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if not family.LINEAR], ids=lambda x: x.family)
 def test_an_input_changed_before_backward_is_noticed(native, family):
     case = family.made(**family.SMALL[0])
     name, x = first_of(case)

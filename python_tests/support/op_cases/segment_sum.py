@@ -13,7 +13,8 @@ from case_fast.ops import reference
 
 SHAPES = [  # rows, size, dims, the rest
     (1, 1, (1,), {}), (7, 3, (2,), {}), (7, 3, (), {}), (0, 4, (3,), {}), (0, 0, (2,), {}), (5, 9, (4,), {"sorted": True}),
-    (13, 2, (3, 2), {}), (11, 5, (1, 1), {}), (6, 6, (17,), {}), (4, 1, (33,), {}), (9, 4, (0,), {}), (20, 30, (), {"sorted": True}),
+    (13, 2, (3, 2), {}), (11, 5, (1, 1), {}), (6, 6, (17,), {}), (4, 1, (33,), {}), (9, 4, (0,), {}),
+    (20, 30, (), {"sorted": True}),
 ]
 CALLS = [{"rows": 9, "size": 4, "dims": (5,)}, {"rows": 30, "size": 11, "dims": (5,)}, {"rows": 41, "size": 3, "dims": (8,)}]
 
@@ -46,7 +47,8 @@ class SegmentSum(Case):
         {"rows": 9, "size": 4, "dims": (5,), "layout": 5},
     ]
     GRADCHECK = [
-        {"rows": rows, "size": size, "dims": dims, "number": place} | more for place, (rows, size, dims, more) in enumerate(SHAPES)
+        {"rows": rows, "size": size, "dims": dims, "number": place} | more
+        for place, (rows, size, dims, more) in enumerate(SHAPES)
     ]
     VARIED = [  # in order and not, one thread and several, by columns and by segments, narrow rows, strides, empty segments
         {"rows": 754, "size": 430, "dims": (300,), "sorted": True},
