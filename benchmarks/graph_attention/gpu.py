@@ -13,7 +13,8 @@ from benchmarks.switches import backend, setting
 from case_fast import ops
 
 PEERS = ["gather/scatter, relation tables, eager", "gather/scatter, relation tables, torch.compile",
-         "dense products, edge bias, torch.compile", "FlexAttention, torch.compile"]
+         "dense products, edge bias, torch.compile", "FlexAttention, torch.compile",
+         "FlexAttention, torch.compile, mask made beforehand"]
 SIZES = ["paper", "1e5"]
 
 

@@ -20,7 +20,12 @@ from case_fast.ops import backend, common, reference
 from case_fast.ops.packed_attention import attend, attend_backward
 
 FAMILY = "cross_attention"
-FEW_ROWS, MAX_WIDTH = 256, 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
+MAX_WIDTH = 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
+# Up to so many rows these kernels run. By counts, not measured: the first has a block a (row, head), of 512 threads, so that one
+# multiprocessor holds one; each reads its head's part of the query weights, 180 KB of two heads of 150 and a width of 300, for its
+# row alone. 66 rows fill the 132 multiprocessors of an H100 once; as many more take as long again and read 24 MB more a source,
+# where torch's products read the weights once, by five launches a source in place of two.
+FEW_ROWS = 64
 FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
 
 
@@ -276,10 +281,15 @@ def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], c
 
 def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
     """Elements of saved. On CPU, for each source the normalised rows (T, d), 1 / deviation (T), query and attended (T, H, D),
-    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it."""
+    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it, with room for what it skips."""
     rows, width = hidden.shape
     lse = 2 if hidden.dtype in common.HALF else 1  # it is in float32
-    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + lse)) for key in floats[:: len(FLOATS)])
+    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + lse)) + 4 * _skip(hidden) for key in floats[:: len(FLOATS)])
+
+
+def _skip(x: Tensor) -> int:
+    """Elements of 16 bytes, at whole multiples of which a GPU's matrix products are at their best."""
+    return 16 // x.element_size()
 
 
 def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
@@ -343,17 +353,19 @@ class _Kept(NamedTuple):
 
 
 def _kept(saved: Tensor, rows: int, width: int, heads: int, dimension: int, sources: int) -> list[_Kept]:
-    """Views of saved: lse of all sources first, so that float32 is aligned in it; then the others, source by source."""
-    wide = saved.view(torch.float32) if saved.dtype in common.HALF else saved
-    logs = wide[: sources * rows * heads].view(sources, rows, heads)
-    inner = heads * dimension
-    rest = saved[logs.numel() * wide.element_size() // saved.element_size() :]
-    parts = rest[: sources * rows * (width + 2 * inner)].view(sources, -1).split([rows * width, rows * inner, rows * inner], 1)
-    shapes = ((rows, width), (rows, heads, dimension), (rows, heads, dimension))
-    return [
-        _Kept(*[part[place].view(shape) for part, shape in zip(parts, shapes, strict=True)], logs[place])
-        for place in range(sources)
-    ]
+    """Views of saved, source by source, each from whole 16 bytes on."""
+    end = 0
+
+    def part(*shape: int, elements: int = 1) -> Tensor:
+        nonlocal end
+        begin = -(-end // _skip(saved)) * _skip(saved)
+        end = begin + math.prod(shape) * elements
+        taken = saved[begin:end]
+        return (taken.view(torch.float32) if elements > 1 else taken).view(shape)
+
+    lse = 2 if saved.dtype in common.HALF else 1
+    each = (rows, heads, dimension)
+    return [_Kept(part(rows, width), part(*each), part(*each), part(rows, heads, elements=lse)) for _ in range(sources)]
 
 
 def _plain(device_type: str) -> ExitStack:

@@ -335,17 +335,11 @@ template <class H> int launch(const Call &call) {
     return launch_status();
 }
 
-// Pairs of numbers where every row starts at a pair and fits three of them a lane; else one by one.
 template <class T> int launch_as(const Call &call) {
-    bool pairs = call.g->dim % 2 == 0 && call.g->dim <= 192;
-    for (const void *x : {call.query, call.key, call.value, call.relation_query, call.relation_key, call.grad_out,
-                          static_cast<const void *>(call.out), static_cast<const void *>(call.grad_query),
-                          static_cast<const void *>(call.grad_key), static_cast<const void *>(call.grad_value)})
-        pairs = pairs && reinterpret_cast<uintptr_t>(x) % (2 * sizeof(T)) == 0;
-    if constexpr (sizeof(T) < 8) {
-        if (pairs) return launch<Held<T, 2, 3>>(call);
-    }
-    return launch<Held<T, 1, 8>>(call);
+    const int numbers = at_once(sizeof(T), {call.g->dim},
+                                {call.query, call.key, call.value, call.relation_query, call.relation_key, call.grad_out, call.out,
+                                 call.grad_query, call.grad_key, call.grad_value});
+    return with_rows<T>(call.g->dim, numbers, [&](auto held) { return launch<decltype(held)>(call); });
 }
 
 #ifdef CASE_FAST_STORAGE  // not where all are emulated at once

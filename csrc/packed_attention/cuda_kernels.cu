@@ -88,21 +88,14 @@ template <class H> int launch_attention(const Call &call) {
     return launch_status();
 }
 
-// Pairs of numbers where every row starts at a pair and fits three of them a lane; else one by one.
 template <class T> int launch_as(const Call &call) {
     const case_fast_packed_attention &c = *call.c;
-    bool pairs = c.dim % 2 == 0 && c.dim <= 192;
-    for (const int64_t stride : {c.query_stride, c.key_stride, c.value_stride}) pairs = pairs && stride % 2 == 0;
-    if (call.backward)
-        for (const int64_t stride : {call.grad_query_stride, call.grad_key_stride, call.grad_value_stride})
-            pairs = pairs && stride % 2 == 0;
-    pairs = pairs &&
-            aligned({call.query, call.key, call.value, call.out, call.grad_out, call.grad_query, call.grad_key, call.grad_value},
-                    2 * sizeof(T));
-    if constexpr (sizeof(T) < 8) {
-        if (pairs) return launch_attention<Held<T, 2, 3>>(call);
-    }
-    return launch_attention<Held<T, 1, 8>>(call);
+    const int numbers =  // strides of gradients are 0 in forward
+        at_once(sizeof(T),
+                {c.dim, c.query_stride, c.key_stride, c.value_stride, call.grad_query_stride, call.grad_key_stride,
+                 call.grad_value_stride},
+                {call.query, call.key, call.value, call.out, call.grad_out, call.grad_query, call.grad_key, call.grad_value});
+    return with_rows<T>(c.dim, numbers, [&](auto held) { return launch_attention<decltype(held)>(call); });
 }
 
 #ifdef CASE_FAST_STORAGE  // not where all are emulated at once

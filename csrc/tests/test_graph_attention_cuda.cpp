@@ -262,6 +262,8 @@ int main() {
         {"the paper's head", 12, 40, 2, 150, 10, 0.2, 2},
         {"odd head", 9, 50, 3, 13, 5, 0.5, 1},
         {"largest head", 5, 20, 1, 256, 2, 0.0, 1},
+        {"largest head of fours", 6, 30, 1, 128, 3, 0.1, 1},
+        {"largest head of pairs", 5, 20, 1, 192, 2, 0.0, 1},
         {"one vertex", 1, 3, 1, 1, 1, 0.0, 1},
         {"no edges", 5, 0, 2, 4, 3, 0.1, 1},
         {"no vertices", 0, 0, 2, 4, 3, 0.1, 1},

@@ -248,6 +248,20 @@ void searches() {
     }
 }
 
+void ways_to_read() {
+    const auto read_at_once = [](int dim, int numbers) {
+        return with_rows<float>(dim, numbers, [](auto held) { return decltype(held)::VEC; });
+    };
+    expect(read_at_once(4, 4) == 4 && read_at_once(128, 4) == 4 && read_at_once(132, 4) == 2 && read_at_once(192, 4) == 2 &&
+               read_at_once(256, 4) == 1 && read_at_once(150, 2) == 2 && read_at_once(128, 1) == 1,
+           "numbers read at once");
+    alignas(16) const char memory[64] = {};
+    expect(at_once(4, {12, 300, 0}, {memory, memory + 32, nullptr}) == 4 && at_once(4, {12, 6}, {memory}) == 2 &&
+               at_once(4, {12, 301}, {memory}) == 1 && at_once(4, {12}, {memory, memory + 8}) == 2 &&
+               at_once(2, {12}, {memory + 8}) == 4 && at_once(4, {12}, {memory + 4}) == 1,
+           "how rows lie");
+}
+
 }  // namespace
 
 int main() {
@@ -268,12 +282,15 @@ int main() {
         {"largest head", {2, 9}, {34, 3}, {}, {}, 1, 256, false, 0.1},
         {"largest head of pairs", {2, 17}, {34, 3}, {}, {}, 1, 192, true, 0.0},
         {"190", {3}, {34}, {}, {}, 1, 190, false, 0.0},
+        {"largest head of fours", {2, 17}, {34, 3}, {}, {}, 1, 128, true, 0.1},
+        {"fours in rows apart by pairs", {5, 3}, {9, 40}, {}, {}, 2, 12, false, 0.0, 2},
         {"long", {70}, {150}, {}, {}, 1, 4, true, 0.5},
         {"one row a sequence", Lengths(70, 1), Lengths(70, 3), {}, {}, 1, 4, false, 0.0},
         {"one row, many keys", {1}, {700}, {}, {}, 1, 6, false, 0.1},
         {"all dropped but few", {4}, {9}, {}, {}, 1, 4, false, 0.95},
     };
     searches();
+    ways_to_read();
     for (size_t place = 0; place < cases.size(); ++place)
         for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES}) {
             const Case &c = cases[place];
