@@ -60,14 +60,18 @@ def _both_ways(module: ModuleType) -> dict[str, Callable]:
 
     def forward_twice(runs: str, *given):
         found, other = forward(runs, *given), forward("triton", *given)
-        made.update((x.data_ptr(), (x, y)) for x, y in zip(found, other, strict=True))
+        pairs = zip(found, other, strict=True) if isinstance(found, tuple) else [(found, other)]
+        made.update((x.data_ptr(), (x, y)) for x, y in pairs)
         return found
 
     def backward_twice(runs: str, *given):
         backward("triton", *(made[x.data_ptr()][1] if isinstance(x, Tensor) and x.data_ptr() in made else x for x in given))
         return backward(runs, *given)
 
-    return {"_forward": forward_twice, "_backward": backward_twice}
+    ways = {"_forward": forward_twice, "_backward": backward_twice}
+    if hasattr(module, "_is_plain"):  # on CPU alone, small calls go to plain torch
+        ways["_is_plain"] = lambda *_: False
+    return ways
 
 
 def launches_of_training(store: Store, steps: int, config: CASEConfig | None = None, batch_size: int = BATCH

@@ -9,7 +9,6 @@ same bits. Sums run in float32, in float64 for float64 tensors. Numbers out of r
 """
 # Triton reads annotations as they stand, so this file has no `from __future__ import annotations`.
 
-import contextlib
 import math
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from case_fast.ops import device_flag as flags
 from case_fast.ops.device_flag import device_flag, raise_pending
+from case_fast.ops.triton_launch import on_device
 
 BAD_SEGMENT = tl.constexpr(flags.BAD_SEGMENT)
 MOST_LOOKS = 1 << 24  # rows times segments: looks at a number, some microseconds; beyond, a sort costs less
@@ -89,17 +89,13 @@ def _matrix(x: Tensor) -> tuple[Tensor, int]:
     return (rows if rows.stride(1) == 1 or width <= 1 else rows.contiguous()), width
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, wherever the tensors lie."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def in_order(segment: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The rows by segment, ascending within one: order (n,) and start (size + 1,). Waits for nothing on the device."""
     named, order = torch.sort(segment, stable=True)
     return order, torch.searchsorted(named, torch.arange(size + 1, device=segment.device, dtype=segment.dtype))
 
 
+@on_device
 def forward(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """out (size, ...), in the dtype of x. Checked but for what segment names.
 
@@ -116,14 +112,14 @@ def forward(x: Tensor, segment: Tensor, size: int) -> Tensor:
     if rows.shape[0] * size > MOST_LOOKS:
         order, start = in_order(segment, size)
     sizes = blocks(width)
-    with _on(x.device):
-        forward_sums[size, triton.cdiv(width, sizes["BLOCK_D"])](
-            rows, segment, order, start, out, device_flag(), rows.shape[0], size, width, rows.stride(0),
-            ORDERED=order is not None, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, **sizes,
-        )
+    forward_sums[size, triton.cdiv(width, sizes["BLOCK_D"])](
+        rows, segment, order, start, out, device_flag(), rows.shape[0], size, width, rows.stride(0),
+        ORDERED=order is not None, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, **sizes,
+    )
     return out
 
 
+@on_device
 def backward(grad_out: Tensor, segment: Tensor) -> Tensor:
     """grad_x (n, ...), in the dtype of grad_out; and `take`. As `forward`."""
     if grad_out.is_cuda:
@@ -133,8 +129,7 @@ def backward(grad_out: Tensor, segment: Tensor) -> Tensor:
         return grad_x
     rows, width = _matrix(grad_out)
     sizes = blocks(width)
-    with _on(grad_out.device):
-        backward_rows[triton.cdiv(segment.shape[0], sizes["BLOCK_N"]), triton.cdiv(width, sizes["BLOCK_D"])](
-            rows, segment.contiguous(), grad_x, device_flag(), segment.shape[0], rows.shape[0], width, rows.stride(0), **sizes,
-        )
+    backward_rows[triton.cdiv(segment.shape[0], sizes["BLOCK_N"]), triton.cdiv(width, sizes["BLOCK_D"])](
+        rows, segment.contiguous(), grad_x, device_flag(), segment.shape[0], rows.shape[0], width, rows.stride(0), **sizes,
+    )
     return grad_x

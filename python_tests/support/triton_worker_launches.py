@@ -114,6 +114,12 @@ def graph_attention(kernels: ModuleType, dtype: torch.dtype) -> None:
             kernels.backward(x[3], *given, *tables, weights, 0.1, dropout, 1, seed_at)
 
 
+def segment_sum(kernels: ModuleType, dtype: torch.dtype) -> None:
+    for rows, width, size in ((700, 1, 16), (700, DIM, 16), (65536, DIM, 4096)):
+        segment = index(rows)
+        kernels.backward(kernels.forward(made(rows, width, dtype=dtype), segment, size), segment)
+
+
 def modules() -> dict[str, ModuleType]:
     """The modules of Triton kernels by their family."""
     names = sorted(path.stem for path in Path(ops.__file__).parent.glob("*_triton.py"))

@@ -1,13 +1,11 @@
-"""Run by test_triton_segment_sum.py in a process of its own; see triton_worker.py, whose modes it has."""
+"""Run by test_triton_segment_sum.py: every case of `CASES` in Triton's interpreter against reference.py in float64."""
 
 from __future__ import annotations
 
-import json
-import sys
 from itertools import product
 
 import torch
-from triton_worker import compiled, worst
+from triton_worker import print_lines, same_bits, worst
 
 from case_fast.ops import reference
 
@@ -49,7 +47,7 @@ def interpret(case: str) -> dict:
     plain = [narrowed(reference.segment_sum(x.float(), segment, size), x.dtype), reference.take(grad_out, segment)]
     return {"case": case, "error": worst(runs[0], expected), "plain_error": worst(plain, expected),
             "dtypes": [str(x.dtype) for x in runs[0]], "shapes": [list(x.shape) for x in runs[0]],
-            "repeatable": all(torch.equal(a, b) for a, b in zip(*runs, strict=True))}
+            "repeatable": same_bits(*runs)}
 
 
 def damaged() -> dict:
@@ -64,8 +62,8 @@ def damaged() -> dict:
         segment[5] = wrong
         x = torch.arange(140.0).view(70, 2)
         found = []
-        for call in (lambda: kernels.forward(x, segment, 7), lambda: kernels.backward(x[:7], segment)):
-            result, errors = call(), []
+        for run, given in ((kernels.forward, (x, segment, 7)), (kernels.backward, (x[:7], segment))):
+            result, errors = run(*given), []
             for _ in range(2):
                 try:
                     raise_pending()
@@ -80,32 +78,5 @@ def damaged() -> dict:
     return said
 
 
-def cross_compile(kernel: str, dtype: str, index: str, width: int, ordered: bool = False) -> dict:
-    from case_fast.ops import segment_sum_triton as kernels
-
-    import triton.language as tl
-
-    types = dict.fromkeys(("x", "out", "grad_out", "grad_x"), f"*{dtype}") | {"segment": f"*{index}", "flag": "*i32"}
-    types |= dict.fromkeys(("order", "start"), "*i64") | dict.fromkeys(kernels.SIZES, "i64")
-    constants = kernels.blocks(width) | {"ORDERED": ordered, "ACC": tl.float32}
-    if not ordered:
-        constants |= dict.fromkeys(("order", "start"))
-    found = compiled(getattr(kernels, kernel), types, constants, {})
-    return found | {"kernel": f"{kernel} {dtype} {index} {width}{' ordered' if ordered else ''}"}
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    if sys.argv[1] == "interpret":
-        for case in CASES:
-            print(json.dumps(interpret(case)), flush=True)
-        print(json.dumps({"case": "damaged", "said": damaged()}), flush=True)
-    else:
-        for dtype, index, width in product(("fp32", "bf16"), ("i32", "i64"), (1, 300)):
-            print(json.dumps(cross_compile("forward_sums", dtype, index, width)), flush=True)
-            print(json.dumps(cross_compile("backward_rows", dtype, index, width)), flush=True)
-        print(json.dumps(cross_compile("forward_sums", "fp32", "i64", 300, True)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_lines((*map(interpret, CASES), {"case": "damaged", "said": damaged()}))
