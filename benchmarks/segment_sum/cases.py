@@ -57,8 +57,8 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     """
     shape = re.fullmatch(r"([1-9]\d{0,7})x([1-9]\d{0,4}):([1-9]\d{0,7})(:mixed)?", NAMED.get(name, name))
     if not shape:
-        raise ConfigError(f"size {name!r} is unknown; rows x width : segments, such as 754x300:430, perhaps with :mixed; or one of "
-                          f"{', '.join(NAMED)}")
+        raise ConfigError(f"size {name!r} is unknown; rows x width : segments, such as 754x300:430, perhaps with :mixed; or one "
+                          f"of {', '.join(NAMED)}")
     rows, width, segments = (int(number) for number in shape.groups()[:3])
     generator = torch.Generator().manual_seed(0)
     segment = torch.randint(segments, (rows,), generator=generator)

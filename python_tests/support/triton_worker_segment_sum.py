@@ -64,8 +64,8 @@ def damaged() -> dict:
         segment[5] = wrong
         x = torch.arange(140.0).view(70, 2)
         found = []
-        for call in (lambda: kernels.forward(x, segment, 7), lambda: kernels.backward(x[:7], segment)):
-            result, errors = call(), []
+        for call, *arguments in ((kernels.forward, x, segment, 7), (kernels.backward, x[:7], segment)):
+            result, errors = call(*arguments), []
             for _ in range(2):
                 try:
                     raise_pending()
@@ -81,9 +81,9 @@ def damaged() -> dict:
 
 
 def cross_compile(kernel: str, dtype: str, index: str, width: int, ordered: bool = False) -> dict:
-    from case_fast.ops import segment_sum_triton as kernels
-
     import triton.language as tl
+
+    from case_fast.ops import segment_sum_triton as kernels
 
     types = dict.fromkeys(("x", "out", "grad_out", "grad_x"), f"*{dtype}") | {"segment": f"*{index}", "flag": "*i32"}
     types |= dict.fromkeys(("order", "start"), "*i64") | dict.fromkeys(kernels.SIZES, "i64")
