@@ -15,8 +15,8 @@ from case_fast.ops import reference
 NAMED = {  # of real batches of 16 dialogues, the mean and the greatest
     "texts": "754x300:430", "knowledge": "713x300:16", "concepts": "666x300:16", "context": "1381x300:569:mixed",
     "words": "218x300:32", "targets": "233x1:16",
-    "texts, most": "1014x300:668", "knowledge, most": "962x300:16", "concepts, most": "1286x300:16",
-    "context, most": "4413x300:1167:mixed", "words, most": "381x300:55", "targets, most": "388x1:16",
+    "texts-most": "1014x300:668", "knowledge-most": "962x300:16", "concepts-most": "1286x300:16",
+    "context-most": "4413x300:1167:mixed", "words-most": "381x300:55", "targets-most": "388x1:16",
 }
 SIZES = list(NAMED)
 QUICK_SIZES = ["30x7:5", "30x1:5", "30x7:5:mixed"]
