@@ -15,8 +15,8 @@ from case_fast.ops import reference
 NAMED = {  # of real batches of 16 dialogues, the mean and the greatest
     "texts": "754x300:430", "knowledge": "713x300:16", "concepts": "666x300:16", "context": "1381x300:569:mixed",
     "words": "218x300:32", "targets": "233x1:16",
-    "texts, most": "1014x300:668", "knowledge, most": "962x300:16", "concepts, most": "1286x300:16",
-    "context, most": "4413x300:1167:mixed", "words, most": "381x300:55", "targets, most": "388x1:16",
+    "texts-most": "1014x300:668", "knowledge-most": "962x300:16", "concepts-most": "1286x300:16",
+    "context-most": "4413x300:1167:mixed", "words-most": "381x300:55", "targets-most": "388x1:16",
 }
 SIZES = list(NAMED)
 QUICK_SIZES = ["30x7:5", "30x1:5", "30x7:5:mixed"]
@@ -57,8 +57,8 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
     """
     shape = re.fullmatch(r"([1-9]\d{0,7})x([1-9]\d{0,4}):([1-9]\d{0,7})(:mixed)?", NAMED.get(name, name))
     if not shape:
-        raise ConfigError(f"size {name!r} is unknown; rows x width : segments, such as 754x300:430, perhaps with :mixed; or one of "
-                          f"{', '.join(NAMED)}")
+        raise ConfigError(f"size {name!r} is unknown; rows x width : segments, such as 754x300:430, perhaps with :mixed; or one "
+                          f"of {', '.join(NAMED)}")
     rows, width, segments = (int(number) for number in shape.groups()[:3])
     generator = torch.Generator().manual_seed(0)
     segment = torch.randint(segments, (rows,), generator=generator)

@@ -15,7 +15,7 @@ from benchmarks.switches import backend, setting
 from case_fast import ops
 
 PEERS = [name for name in peers.PEERS if not is_ours(name)]
-SIZES = ["texts", "knowledge", "context, most", "targets", "200000x300:50000:mixed"]
+SIZES = ["texts", "knowledge", "context-most", "targets", "200000x300:50000:mixed"]
 LOOKS = 1 << 24  # as the kernels have it
 
 

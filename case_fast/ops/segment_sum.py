@@ -140,14 +140,17 @@ def _backward(runs: str, grad_out: Tensor, segment: Tensor) -> Tensor:
 
 def _run(direction: str, name: str, read: Tensor, written: Tensor, index: Tensor, size: int) -> None:
     """Runs the native kernel."""
-    width = math.prod(read.shape[1:])
-    rows, index = read.reshape(read.shape[0], width), index.contiguous()  # a view where it can be
-    if rows.stride(1) != 1 and width > 1:
-        rows = rows.contiguous()
+    width = stride = math.prod(read.shape[1:])
+    if not read.is_contiguous():
+        read = read.reshape(read.shape[0], width)  # a view where it can be
+        if read.stride(1) != 1 and width > 1:
+            read = read.contiguous()
+        stride = read.stride(0)
+    index = index.contiguous()
     call = (  # struct case_fast_segment_sum
-        index.shape[0], size, width, rows.stride(0), common.DTYPES[rows.dtype], common.INDEX_BITS[index.dtype], index.data_ptr(),
+        index.shape[0], size, width, stride, common.DTYPES[read.dtype], common.INDEX_BITS[index.dtype], index.data_ptr(),
     )
-    status = common.run_native(f"{FAMILY}_{direction}", rows, call, (rows.data_ptr(), written.data_ptr()))
+    status = common.run_native(f"{FAMILY}_{direction}", read, call, (read.data_ptr(), written.data_ptr()))
     if status:
         common.refuse_contents(FAMILY, status, {13: name}, lambda: common.check_within(name, index, size))
 

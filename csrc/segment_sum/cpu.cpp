@@ -74,13 +74,13 @@ void backward(const case_fast_segment_sum &c, const void *grad_out, void *grad_x
 
 extern "C" int case_fast_segment_sum_forward_cpu(const case_fast_segment_sum *call, const void *x, void *out, int threads) {
     const int status = check(call, x, out, call ? call->size : 0, CASE_FAST_F64);
-    if (status != CASE_FAST_OK) return status;
+    if (status != CASE_FAST_OK || call->width == 0) return status;
     return guarded(call->dtype, [&](auto like) { return forward<decltype(like)>(*call, x, out, threads); });
 }
 
 extern "C" int case_fast_segment_sum_backward_cpu(const case_fast_segment_sum *call, const void *grad_out, void *grad_x, int threads) {
     const int status = check(call, grad_out, grad_x, call ? call->rows : 0, CASE_FAST_BF16);
-    if (status != CASE_FAST_OK) return status;
+    if (status != CASE_FAST_OK || call->width == 0) return status;
     switch (element_bytes(call->dtype)) {
         case 8: backward<uint64_t>(*call, grad_out, grad_x, threads); break;
         case 4: backward<uint32_t>(*call, grad_out, grad_x, threads); break;
