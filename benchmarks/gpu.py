@@ -38,7 +38,7 @@ SCALE = float(os.environ.get("GPU_SCALE", 0)) if DRY else 0.0
 SLEEP = float(os.environ.get("GPU_SLEEP", 0.8))
 SKIPPED = 77  # the exit status of a process that has nothing to do here; its last line says why
 GOOD = ("ok", "skipped")
-LIBRARIES = "at::|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK|elementwise_kernel|reduce_kernel"  # in torch's kernels' names
+LIBRARIES = "at::native|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK"  # in the names of kernels that torch launches
 
 
 # ---------------------------------------------------------------------------------------------------------------- the stages
@@ -131,7 +131,8 @@ def recipe(gpu: bool, out: Path) -> list[Stage]:
     store = travel_store()
     train = python("benchmarks.gpu_training", "recipe", "--store", store, "--out", str(out), "--minutes", "8.3")
     return [Stage("build", 40, {"": python("benchmarks.gpu_steps", "build")}, needs={"a GPU": gpu}),
-            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store})]
+            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store},
+                  read=lambda _, log: of_file(out / "recipe.json", log))]
 
 
 # --------------------------------------------------------------------------------------------------------------- the processes
@@ -326,6 +327,8 @@ class Run:
             for part in entry["parts"]:
                 if part["why"]:
                     print(f"          {part['name'] or entry['name']}: {part['state']}: {part['why']}")
+                if part["state"] not in GOOD:
+                    print(*(f"            | {line}" for line in part["log"][-4:]), sep="\n")
         return bool(ended)
 
 
@@ -364,7 +367,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if words:
-        run = Run(recipe(bool(gpu), out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "recipe.json"])
+        run = Run(recipe(bool(gpu), out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "record.json"])
     else:
         stored = [RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "gpu.json"] if gpu and not DRY else []
         run = Run(stages(chosen, bool(gpu)), gpu, folder, [*stored, *([out / "gpu.json"] if out else [])])

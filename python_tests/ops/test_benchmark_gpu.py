@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -252,6 +253,18 @@ def test_kernels_of_libraries_are_left_out_where_the_tool_can(tmp_path, monkeypa
         assert sum("--kernel-name-exclude" in words for words in jobs.values()) == expected
         assert "--kernel-name-exclude" not in jobs["initcheck"]
         assert all(words[-3:] == ["benchmarks.gpu_steps", "smoke", "all"] for words in jobs.values())
+
+
+def test_no_kernel_of_ours_has_a_library_s_name():
+    sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "case_fast" / "ops").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    names = re.findall(r"__launch_bounds__\([^)]*\)\s+(\w+)\(", text) + re.findall(r"@triton\.jit\ndef (\w+)", text)
+    assert len(names) > 20
+    for name in names:
+        for whole in (name, *(f"case_fast::{family}::{name}<float>" for family in families())):
+            assert not re.search(gpu.LIBRARIES, whole), whole
+    assert re.search(gpu.LIBRARIES, "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>")
+    assert re.search(gpu.LIBRARIES, "_ZN2at6native29vectorized_elementwise_kernelILi4E")
 
 
 # ---- the page

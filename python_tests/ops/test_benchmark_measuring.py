@@ -260,9 +260,15 @@ def test_a_run_on_a_gpu_takes_the_same_way(monkeypatch, tmp_path):
     assert "plain torch is in float32 or bfloat16" in table and "All float32" not in table
 
 
-def on_cpu_as_on_gpu(monkeypatch, clock: type[CpuClock] = CpuClock, **changes) -> Family:
-    """A family that is measured as on a GPU, all but the GPU."""
+class OneThread(CpuClock):
+    def thread_counts(self):
+        return [1]
+
+
+def on_cpu_as_on_gpu(monkeypatch, clock: type[CpuClock] = OneThread, **changes) -> Family:
+    """A family that is measured as on a GPU, all but the GPU, in two rounds."""
     monkeypatch.setattr(running, "clock_of", lambda device: clock())
+    monkeypatch.setattr(gpu_steps, "run", lambda *given, **more: run(*given, **more | {"rounds": 2}))
     monkeypatch.setattr(memory, "extra_bytes_on_gpu", lambda call: 7)
     peers = {OURS: PEERS[OURS], "case_fast, again": PEERS[OURS], "right": PEERS["equations.py, eager"]}
     return replace(FAMILY, **({"peers": peers, "sizes": ["8"], "device": "cuda",
@@ -275,7 +281,7 @@ def test_the_benchmarks_of_gpu_sh_take_ours_peers_and_variants_by_themselves(mon
     family = on_cpu_as_on_gpu(monkeypatch)
     family.peers["right, torch.compile"] = PEERS["equations.py, eager"]
     monkeypatch.setattr(gpu_steps, "family_of", lambda name, device: family)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("60\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("600\n"))
     said = []
     gpu_steps.bench(which, "graph_attention", lambda found: said.append(json.loads(json.dumps(found))))
     assert len(said) == len(said[-1]["cases"]) == 2 * len(peers) and said[-1]["in_time"] and not said[-1]["failed"]
@@ -297,7 +303,7 @@ def test_a_case_that_fails_costs_itself_alone(monkeypatch):
     wrong = {OURS: lambda case: (broken(OURS, lambda out: out * 1.01) if case.vertices == 9 else PEERS[OURS])(case)}
     family = on_cpu_as_on_gpu(monkeypatch, truth=truth_of, sizes=["8", "9", "10"], peers=wrong)
     monkeypatch.setattr(gpu_steps, "family_of", lambda name, device: family)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("60\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("600\n"))
     said = []
     with pytest.raises(SystemExit, match="4 failed: RuntimeError: no memory for float64"):
         gpu_steps.bench("ours", "graph_attention", said.append)
@@ -308,7 +314,7 @@ def test_a_case_that_fails_costs_itself_alone(monkeypatch):
 def test_beside_a_peer_that_is_launched_ours_is_launched_too(monkeypatch):
     asked: list[str] = []
 
-    class Clock(CpuClock):
+    class Clock(OneThread):
         def prepare(self, make, capture=True):
             launched = not capture or asked[-1] == "launched"
             return Prepared(make(), "launched one by one" if launched else "CUDA graph", launched=launched)
