@@ -13,7 +13,8 @@ note() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 note "packages of the image"
 "$PYTHON" -m venv "$WORK/venv"
 export PATH="$WORK/venv/bin:$PATH" PYTHONPATH=
-python -m pip install -q "$TORCH" triton numpy safetensors huggingface_hub pytest ninja cmake 'setuptools==68.*'
+python -m pip install -q "$TORCH" triton numpy safetensors huggingface_hub pytest ninja cmake
+python -m pip install -q --no-deps 'setuptools==68.*'  # older than this torch would have it
 export PIP_NO_INDEX=1 HF_HUB_OFFLINE=1 CASE_FAST_CUDA=${CASE_FAST_CUDA:-0}
 
 note "clone and packed store"
