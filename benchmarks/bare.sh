@@ -21,8 +21,8 @@ note "clone and packed store"
 git archive HEAD | tar -x -C "$WORK/clone"
 if [ -z "${STORE:-}" ]; then
   STORE=$WORK/sample.travel
-  PATH=${PATH#*:} case-fast prepare --dialogues bundled --knowledge bundled --conceptnet bundled --lexicon bundled --out "$WORK/sample.store"
-  PATH=${PATH#*:} case-fast pack "$WORK/sample.store" "$STORE"
+  case-fast prepare --dialogues bundled --knowledge bundled --conceptnet bundled --lexicon bundled --out "$WORK/sample.store"
+  case-fast pack "$WORK/sample.store" "$STORE"
 fi
 STORE=$(realpath "$STORE")
 cd "$WORK/clone"
