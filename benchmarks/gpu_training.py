@@ -187,7 +187,11 @@ def recipe(store: Store, out: Path, run: Path, config: TrainConfig, seconds: flo
         record["state"] = "done"
     except Interrupted as stopped:
         record |= {"state": "to be resumed", "said": str(stopped)}
-    write_json(out / "recipe.json", record | _carried(run, out))
+    except Exception as error:
+        record |= {"state": "failed", "said": f"{type(error).__name__}: {error}"}
+        raise
+    finally:
+        write_json(out / "recipe.json", record | _carried(run, out))
     return record["state"] == "done"
 
 

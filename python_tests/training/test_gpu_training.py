@@ -21,7 +21,8 @@ from case_fast.data.travel import pack_store
 from case_fast.errors import CheckpointError
 from case_fast.models import load
 from case_fast.runs import Run, load_model
-from case_fast.training import TrainConfig, preset
+from case_fast.training import NotFinite, TrainConfig, preset
+from case_fast.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -151,6 +152,22 @@ def test_a_call_whose_time_is_over_is_gone_on_with_to_the_same_end(sample_store,
         seconds = gpu_training.RESERVE if calls == 1 else 600
     assert calls == 2 and read(out)["state"] == "done"
     assert same(weights(out), weights(whole / "out"))
+
+
+def test_a_training_that_fails_leaves_its_log_and_weights(sample_store, config, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", Trainer.train_step
+
+    def train_step(self):
+        if self.step == STEPS + 3:
+            raise NotFinite("step 7: loss nan")
+        real(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(NotFinite):
+        gpu_training.recipe(sample_store, out, tmp_path / "run", config, 600)
+    found = read(out)
+    assert (found["state"], found["said"], found["step"]) == ("failed", "NotFinite: step 7: loss nan", STEPS + 3)
+    assert found["weights"]["of"] == "best" and weights(out) and (out / "log.jsonl").read_text()
 
 
 def test_an_evaluation_whose_time_is_over_is_made_by_the_next_call(sample_store, config, whole, tmp_path, monkeypatch):
