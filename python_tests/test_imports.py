@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
-BASE = {"", "errors", "text_files", "files", "devices", "batch", "html"}  # "" stands for the package itself: its version
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "optional"}  # "": the package itself, its version
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "devices": set(),
     "batch": set(),
     "html": set(),
+    "optional": set(),
     "ops": {"_native"},
     "equations": {"ops"},
     "equations_baselines": {"ops", "equations"},

@@ -19,7 +19,7 @@ from case_fast.data.empathetic_dialogues import SPLITS, Conversation, listener_t
 from case_fast.data.featurizer import FeatureSettings, Featurizer, Inferences, TextTable, prompts
 from case_fast.data.store import KIND as STORE_KIND
 from case_fast.data.store import SplitWriter, Store, open_store, write_store
-from case_fast.data.text import STOP_WORDS, tokenize
+from case_fast.data.text import stop_words, tokenize
 from case_fast.data.vocabulary import UNK, Vocabulary
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError, Interrupted
@@ -143,7 +143,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         intensity = {word: lexicon.intensity(word) for word in lexicon.words}
     with stages.stage("Reading ConceptNet") as progress:
         concepts, report = read_concepts(
-            paths["conceptnet"], vocabulary, intensity, STOP_WORDS, settings.features.concepts_per_token,
+            paths["conceptnet"], vocabulary, intensity, stop_words(), settings.features.concepts_per_token,
             settings.features.minimum_intensity, progress=progress,
         )
         noted(report)

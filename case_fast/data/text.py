@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from itertools import cycle
+from typing import Any
 
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.treebank import TreebankWordDetokenizer
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from case_fast.optional import needed
 
 # Irregular forms first; the regular endings below cover the rest. "'s" is expanded only after words where it can hardly be
 # a possessive; elsewhere it stays a token of its own.
@@ -30,10 +30,25 @@ _PERIOD = re.compile(r"(?<=[^\s.])\.(?=\s)")  # the tokenizer parts a full stop 
 
 # scikit-learn's list holds a few words that carry feeling or situation; a concept graph needs them.
 _CONTENT_WORDS = {"alone", "cry", "fire", "interest", "serious", "sincere", "bill", "empty", "found", "system"}
-STOP_WORDS: frozenset[str] = frozenset(ENGLISH_STOP_WORDS - _CONTENT_WORDS) | {"oh", "ok", "okay", "yes", "yeah", "hi", "hello"}
+_INTERJECTIONS = {"oh", "ok", "okay", "yes", "yeah", "hi", "hello"}
 
-_tokenizer = NLTKWordTokenizer()
-_detokenizer = TreebankWordDetokenizer()
+
+# Training on a store that lies there needs none of these packages, so they are imported when a text is to be read or written.
+@cache
+def stop_words() -> frozenset[str]:
+    """Words that no concept belongs to, lower-cased."""
+    found = needed("sklearn.feature_extraction.text", "the list of stop words").ENGLISH_STOP_WORDS
+    return frozenset(found - _CONTENT_WORDS) | _INTERJECTIONS
+
+
+@cache
+def _tokenizer() -> Any:
+    return needed("nltk.tokenize", "cutting a text into words").NLTKWordTokenizer()
+
+
+@cache
+def _detokenizer() -> Any:
+    return needed("nltk.tokenize.treebank", "writing words as a text").TreebankWordDetokenizer()
 
 
 def normalize_space(text: str) -> str:
@@ -48,13 +63,13 @@ def tokenize(text: str) -> list[str]:
     text = _ENDING.sub(lambda match: _ENDINGS[match[0]], text)
     text = _PERIOD.sub(" .", _GLUED.sub(r"\1 ", text))
     # The tokenizer writes double quotes as `` and ''; one spelling is enough for a vocabulary.
-    return ['"' if token in ("``", "''") else token for token in _tokenizer.tokenize(text)]
+    return ['"' if token in ("``", "''") else token for token in _tokenizer().tokenize(text)]
 
 
 def detokenize(words: list[str]) -> str:
     """Words as a person would write them: punctuation attached, sentences and "I" capitalised."""
     marks = cycle(("``", "''"))  # double quotes open and close by turns, as the detokenizer writes them
-    text = _detokenizer.detokenize([next(marks) if word == '"' else word for word in words])
+    text = _detokenizer().detokenize([next(marks) if word == '"' else word for word in words])
     text = re.sub(r"\s+([.,!?;:%)])", r"\1", text)
     text = re.sub(r"(?<=\.\.\.)(?=\w)", " ", text)
     text = re.sub(r"\bi\b(?!\.\w)", "I", text)
@@ -75,4 +90,4 @@ def split_sentences(text: str) -> list[str]:
 
 def is_word(token: str) -> bool:
     """Whether a token is a word that can have concepts: it has a letter and is no stop word."""
-    return token not in STOP_WORDS and any(character.isalpha() for character in token)
+    return token not in stop_words() and any(character.isalpha() for character in token)

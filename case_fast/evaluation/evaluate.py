@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from case_fast import __version__
 from case_fast.batch import Batch
@@ -36,9 +34,15 @@ from case_fast.evaluation.figures import confusion_png
 from case_fast.evaluation.metrics import Metric, format_value
 from case_fast.files import write_json, write_text
 from case_fast.models import DialogueModel
+from case_fast.optional import MissingPackage, needed
 from case_fast.references import read_references
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 TOP = 5
+_log = logging.getLogger("case_fast")
 
 Generate = Callable[[Sequence[int]], Iterable[Any]]
 
@@ -167,12 +171,14 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
         "versions": {"case_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }, out, dict(model.published.get(model.config.ablation, {})))
     write_text(out / "predictions.jsonl", "".join(_predictions(store, split, indices, nll, scores, ranking, replies)))
-    if ranking is None:
-        (out / "confusion.png").unlink(missing_ok=True)  # that of an earlier evaluation of another model
-    else:
+    (out / "confusion.png").unlink(missing_ok=True)  # that of an earlier evaluation, perhaps of another model
+    if ranking is not None:
         counts = m.emotion_confusion(labels, ranking[:, 0].tolist(), len(EMOTIONS))
         title = f"Emotion accuracy {evaluation['acc_1'].text} (n = {evaluation['acc_1'].count:,} examples of {split})"
-        confusion_png(counts, EMOTIONS, title, out / "confusion.png")
+        try:
+            confusion_png(counts, EMOTIONS, title, out / "confusion.png")
+        except MissingPackage as error:
+            _log.warning("%s. confusion.png is left out", error)
     write_text(out / "metrics.md", markdown(evaluation))
     write_json(out / "metrics.json", as_dict(evaluation))
     if console is not None:
@@ -219,7 +225,7 @@ def _decoding(settings: Mapping[str, Any]) -> str:
 
 def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence[np.ndarray], scores: np.ndarray | None,
                  ranking: np.ndarray | None, replies: Sequence[Sequence[int]]) -> Iterator[str]:
-    vocabulary = store.featurizer.vocabulary
+    vocabulary, in_words = store.featurizer.vocabulary, _writer()
     for place, index in enumerate(indices):
         example = store.example(split, index)
         best: list[list[Any]] = []
@@ -235,10 +241,20 @@ def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence
             "probability": best[0][1] if best else None,
             "top": best,
             "reference": example.source.get("response", ""),
-            "reply": detokenize(vocabulary.decode(replies[place])),
+            "reply": in_words(vocabulary.decode(replies[place])),
             "nll": _number(math.fsum(nll[place])),
             "tokens": len(nll[place]),
         }, ensure_ascii=False) + "\n"
+
+
+def _writer() -> Callable[[list[str]], str]:
+    """How replies are written: as a person would, or where that cannot be done, word by word."""
+    try:
+        detokenize(["."])
+        return detokenize
+    except MissingPackage as error:
+        _log.warning("%s. Replies are written word by word", error)
+        return " ".join
 
 
 def _number(value: float) -> float | None:
@@ -288,6 +304,7 @@ _ARROW = {"higher": " ↑", "lower": " ↓", None: ""}
 
 def show(evaluation: Evaluation, console: Console) -> None:
     """Print the table, then the signatures."""
+    Text = needed("rich.text", "a table in the terminal").Text
     console.print(compare({"value": evaluation}, heading(evaluation)))
     if evaluation.paper:
         console.print(Text(evaluation.paper_note, style="dim"))
@@ -300,7 +317,8 @@ def show(evaluation: Evaluation, console: Console) -> None:
 
 def compare(evaluations: Mapping[str, Evaluation], title: str = "") -> Table:
     """Several evaluations side by side; a * marks a value whose split or signature is not that of the first one."""
-    table = Table(title=title or None, title_justify="left")
+    Text = needed("rich.text", "a table in the terminal").Text
+    table = needed("rich.table", "a table in the terminal").Table(title=title or None, title_justify="left")
     table.add_column("metric")
     for name in evaluations:
         table.add_column(Text(name), justify="right")

@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+
+from case_fast.optional import needed
 
 # matplotlib draws with these; `curve_svg` replaces them with names that the page's style sheet defines, light and dark.
 _SVG_COLOURS = {
@@ -28,6 +25,11 @@ _STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "
 
 def confusion_png(counts: np.ndarray, names: Sequence[str], title: str, path: Path) -> None:
     """Draw counts (rows: true emotion, columns: predicted) as shares of each row; a row without examples stays grey."""
+    matplotlib = needed("matplotlib", "the picture of a confusion matrix")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     counts = np.asarray(counts, dtype=np.float64)
     total = counts.sum(axis=1, keepdims=True)
     shares = np.ma.masked_where(np.broadcast_to(total == 0, counts.shape), counts / np.maximum(total, 1))
@@ -112,6 +114,10 @@ def curve_svg(curve: Curve, name: str) -> str:
 
     Its colours are ``currentColor`` and the variables --grid, --accent, --faint and --second.
     """
+    matplotlib = needed("matplotlib", "a curve of the report")
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     x, y = _thin(np.asarray(curve.x, dtype=np.float64), np.asarray(curve.y, dtype=np.float64), curve.points)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(3.7, 2.2), layout="constrained")

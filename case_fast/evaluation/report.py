@@ -12,8 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from scipy.stats import binomtest
-
 from case_fast import __version__
 from case_fast.errors import CheckpointError
 from case_fast.evaluation.evaluate import Evaluation, heading
@@ -22,6 +20,7 @@ from case_fast.evaluation.metrics import format_value
 from case_fast.files import write_text
 from case_fast.html import Html, Node, facts, page, section, tag
 from case_fast.models import MODELS, model_class
+from case_fast.optional import needed
 from case_fast.runs import Record, lookup
 
 EXAMPLES = 10
@@ -264,6 +263,7 @@ def _in_words(evaluation: Evaluation) -> Iterator[Node]:
                f"compares only with figures over the same one{unknown}.")
     metric = found.get("acc_1")
     if metric is not None and 0 <= metric.value <= 1 <= metric.count:
+        binomtest = needed("scipy.stats", "the interval of an accuracy").binomtest
         low, high = binomtest(round(metric.value * metric.count), metric.count).proportion_ci(method="wilson")
         top = f" It is among the first five for {100 * found['acc_5'].value:.1f} %." if "acc_5" in found else ""
         yield (tag("b", f"Emotion accuracy {metric.text}: "),

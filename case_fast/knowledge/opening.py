@@ -6,6 +6,7 @@ from typing import Any
 
 from case_fast.errors import ConfigError
 from case_fast.knowledge.source import KnowledgeSource
+from case_fast.optional import needed
 
 _SPEC_FORMS = "'bundled', 'atomic:PATH' (a TSV file or a folder of them) or 'comet:DIR' (a COMET-BART folder)"
 
@@ -22,6 +23,8 @@ def open_source(spec: str, device: str = "auto", **settings: Any) -> KnowledgeSo
     kind, _, path = spec.partition(":")
     try:
         if spec == "bundled" or (kind == "atomic" and path):
+            for package in ("nltk", "sklearn"):
+                needed(package, "retrieval from ATOMIC")
             from case_fast.knowledge.atomic import AtomicRetrieval
 
             return AtomicRetrieval(path, **settings) if path else AtomicRetrieval.bundled(**settings)

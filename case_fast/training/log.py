@@ -7,14 +7,15 @@ import logging
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from typing import TYPE_CHECKING, Any, Self
 
 from case_fast.files import plain, write_text
+from case_fast.optional import PlainConsole
 from case_fast.runs import Run, writing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 _log = logging.getLogger("case_fast")
@@ -78,10 +79,13 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
 class Display:
     """One progress bar a phase on a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console | PlainConsole):
         self.console = console
         self._bars: Progress | None = None
         if console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
+
             status = TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
             self._bars = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(),

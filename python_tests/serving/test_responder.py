@@ -23,7 +23,8 @@ from case_fast.errors import CheckpointError, ConfigError, DataError
 from case_fast.generation import GenerationConfig, generate
 from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache
 from case_fast.models import CASE, CASEConfig
-from case_fast.serving import Responder, chat, load
+from case_fast.serving import Responder, load
+from case_fast.serving.chat import chat
 
 SAID = "I failed my exam. I studied so hard."
 CONFIG = GenerationConfig(max_words=8, min_words=1)

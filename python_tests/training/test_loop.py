@@ -26,6 +26,7 @@ from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupte
 from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
+from case_fast.training.process import reproducible
 
 STEPS = PHASE_1 + PHASE_2
 
@@ -45,7 +46,7 @@ def whole(store, tmp_path_factory) -> Path:
 
 def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
     """Call ``action`` right after the training step that makes ``step``, or right before the first one."""
-    real = loop.Trainer._train_step
+    real = loop.Trainer.train_step
 
     def train_step(self) -> None:
         if step == 0 == self.step:
@@ -54,7 +55,7 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
         if step == self.step:
             action()
 
-    patch.setattr(loop.Trainer, "_train_step", train_step)
+    patch.setattr(loop.Trainer, "train_step", train_step)
 
 
 def interrupt_at(store, out: Path, step: int, config: TrainConfig | None = None, resume: bool = False) -> str:
@@ -239,6 +240,25 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(store, whole, tmp_path):
     assert torch.equal(torch.get_rng_state(), state) and not torch.are_deterministic_algorithms_enabled()
     run(store, tmp_path / "other", tiny_run(seed=1))
     assert outcome(tmp_path / "other") != outcome(whole)
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_new_memory_is_not_filled_in_a_run_and_the_caller_s_setting_comes_back(tmp_path, monkeypatch, filled):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", filled)
+    made, seen = MemoryStore(), set()
+
+    def look(split, indices, batch):
+        seen.add((torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory))
+        return batch
+
+    made.on_batch = look
+    run(made, tmp_path / "run")
+    assert seen == {(True, False)} and torch.utils.deterministic.fill_uninitialized_memory is filled
+    with pytest.raises(KeyError), reproducible(0, True, torch.device("cpu")):
+        raise KeyError
+    assert torch.utils.deterministic.fill_uninitialized_memory is filled
+    with reproducible(0, False, torch.device("cpu")):
+        assert torch.utils.deterministic.fill_uninitialized_memory is filled
 
 
 @pytest.mark.parametrize("step", [0, 1, PHASE_1 - 1, PHASE_1, 6, 7, 11, 12])
@@ -426,9 +446,9 @@ def test_a_bad_gradient_of_a_finite_loss_is_noticed(store, whole, tmp_path, valu
             self.model.fusion.weight.register_hook(lambda gradient: gradient * float(value))
         return real(self)
 
-    real = loop.Trainer._train_step
+    real = loop.Trainer.train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_train_step", poison)
+        patch.setattr(loop.Trainer, "train_step", poison)
         with pytest.raises(NotFinite, match=f"step 9: norm of the gradients (nan|{value})"):
             run(store, tmp_path / "run")
     dump = json.loads((tmp_path / "run" / "failure" / "step-00000009.json").read_text())
