@@ -36,7 +36,7 @@ def setting(module: str, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def tiles(module: str, rows: int, columns: int) -> Iterator[None]:
-    """The largest tile of scores of a family's Triton kernels, for every dtype."""
+    """This tile of scores alone for a family's Triton kernels, of every dtype."""
     usual = import_module(f"case_fast.ops.{module}").TILES
-    with backend("triton"), setting(module, TILES=dict.fromkeys(usual, (rows, columns))):
+    with backend("triton"), setting(module, TILES=dict.fromkeys(usual, ((rows, columns),))):
         yield

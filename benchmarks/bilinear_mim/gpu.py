@@ -25,7 +25,7 @@ def atomics() -> Iterator[None]:
     """Sums by atomics: the op's ``deterministic=False``."""
     from case_fast.ops.bilinear_mim_triton import forward
 
-    with backend("triton"), setting(TRITON, forward=lambda *given: forward(*given[:7], False)):
+    with backend("triton"), setting(TRITON, forward=lambda *given: forward(*given[:8], False)):
         yield
 
 

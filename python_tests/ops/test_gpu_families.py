@@ -3,6 +3,8 @@ of them says alone is in the file of its name. Needs only torch, numpy and pytes
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gpu
 import pytest
 import torch
@@ -86,6 +88,20 @@ def test_a_cuda_graph_replays_the_same_bits(family, place):
     shape = list(family.ON_GPU)[place]
     for variant in family.VARIANTS:
         assert gpu.replayed_is_launched(case_of(family, shape, **variant).results), shape
+
+
+@pytest.mark.parametrize("family", [way for way in ALL if way.values[0][0].DRAWN], indirect=True)
+def test_a_captured_call_draws_by_the_seed_that_its_replay_finds(family):
+    """Forward and backward in one graph; and forward alone, which for cross_attention is another kernel."""
+    for recipe in family.DRAWN:
+        case = family.made(device=gpu.DEVICE, seed=3, **recipe)
+        given = case.seeded_by_tensor()
+        for way in ("results", "call"):
+            replay, found = gpu.captured(getattr(given, way))
+            for seed in (4, 2**62 + 5, 3):
+                given.seed.fill_(seed)
+                replay()
+                assert gpu.same_bits(found, getattr(replace(case, seed=seed), way)()), f"{way}, seed {seed}"
 
 
 @pytest.mark.parametrize("family", ways("native") + ways("triton", of=ATTENTION), indirect=True)
