@@ -38,7 +38,7 @@ SCALE = float(os.environ.get("GPU_SCALE", 0)) if DRY else 0.0
 SLEEP = float(os.environ.get("GPU_SLEEP", 0.8))
 SKIPPED = 77  # the exit status of a process that has nothing to do here; its last line says why
 GOOD = ("ok", "skipped")
-LIBRARIES = "at::|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK|elementwise_kernel|reduce_kernel"  # in torch's kernels' names
+LIBRARIES = "at::native|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK"  # in the names of kernels that torch launches
 
 
 # ---------------------------------------------------------------------------------------------------------------- the stages
@@ -131,7 +131,8 @@ def recipe(gpu: bool, out: Path) -> list[Stage]:
     store = travel_store()
     train = python("benchmarks.gpu_training", "recipe", "--store", store, "--out", str(out), "--minutes", "8.3")
     return [Stage("build", 40, {"": python("benchmarks.gpu_steps", "build")}, needs={"a GPU": gpu}),
-            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store})]
+            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store},
+                  read=lambda _, log: of_file(out / "recipe.json", log))]
 
 
 # --------------------------------------------------------------------------------------------------------------- the processes
@@ -148,11 +149,9 @@ class Job:
     """A process, in a group of its own, and its record."""
 
     def __init__(self, stage: Stage, part: str, folder: Path, deadline: float, threads: int):
-        self.stage, self.deadline, self.waits = stage, deadline, stage.in_turn
         name = f"{stage.name}-{part}".strip("-")
-        self.file, log = folder / f"{name}.json", folder / f"{name}.log"
-        self.log = log
-        self.started = time.monotonic()
+        self.stage, self.deadline, self.started = stage, deadline, time.monotonic()
+        self.file, self.log = folder / f"{name}.json", folder / f"{name}.log"
         self.record: dict[str, Any] = {"name": part, "state": "running", "why": "", "seconds": 0.0, "limit": 0.0, "result": None,
                                        "log": []}
         command = _rehearsed(stage, part) if DRY else stage.jobs[part]
@@ -161,7 +160,7 @@ class Job:
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if stage.name == "sanitizers":
             environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation, whose ends are seen
-        with log.open("wb") as stream:
+        with self.log.open("wb") as stream:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
                                             stdin=subprocess.PIPE if stage.in_turn else subprocess.DEVNULL,
                                             start_new_session=True, preexec_fn=_child)
@@ -170,7 +169,7 @@ class Job:
 
     def turn(self, deadline: float) -> None:
         """Of a stage whose parts measure in turn: this one may begin, and has until then."""
-        self.started, self.deadline, self.waits = time.monotonic(), deadline, False
+        self.started, self.deadline = time.monotonic(), deadline
         with suppress(OSError):
             self.process.stdin.write(f"{deadline - self.started - self.grace:.1f}\n".encode())
             self.process.stdin.close()
@@ -186,7 +185,7 @@ class Job:
         while self._steps and now >= self.deadline - self._steps[0][0] * self.grace and self.process.poll() is None:
             self.signal(self._steps.pop(0)[1])
             self.stopped = True
-        if self.process.poll() is None:
+        if self.process.poll() is None and now < self.deadline + 1:  # later it waits on a driver, and no signal reaches it
             return False
         self.look()
         self.signal(signal.SIGKILL)  # what it left behind in its group
@@ -201,15 +200,19 @@ class Job:
         """What is known of it now."""
         log = self.log.read_text(encoding="utf-8", errors="replace")
         self.record |= {"seconds": round(time.monotonic() - self.started, 1), "limit": round(self.deadline - self.started, 1),
-                        "result": self.stage.read(self.file, log),
                         "log": [line[:300] for line in log.splitlines()[-15:]]}
+        try:
+            self.record["result"] = self.stage.read(self.file, log)
+        except Exception as error:  # what it wrote was not what it should have been; the others' is
+            self.record["log"].append(f"its result cannot be read: {error!r}")
 
-    def _state(self, status: int) -> tuple[str, str]:
+    def _state(self, status: int | None) -> tuple[str, str]:
         last = next((line for line in reversed(self.record["log"]) if line.strip()), "")
-        if self.stopped:
-            return "timeout", f"stopped after {self.record['seconds']} s"
-        if status < 0 or status > 128:
-            name = signal.Signals(-status if status < 0 else status - 128).name
+        if self.stopped or status is None:
+            return "timeout", f"stopped after {self.record['seconds']} s" + (", in vain" if status is None else "")
+        number = -status if status < 0 else status - 128  # of a signal, by itself or as a shell says it
+        if number in set(signal.Signals):
+            name = signal.Signals(number).name
             return "crashed", name + (": out of memory, perhaps" if name == "SIGKILL" else "")
         return {0: ("ok", ""), SKIPPED: ("skipped", last)}.get(status, ("failed", last or f"exit status {status}"))
 
@@ -280,9 +283,12 @@ class Run:
             if missing:
                 entry |= {"state": "skipped", "why": f"needs {missing[0]}"}
                 continue
-            (self.folder / stage.name).mkdir(parents=True, exist_ok=True)
             for part in stage.jobs:
-                job = Job(stage, part, self.folder, deadline, max(1, (os.cpu_count() or 1) // count))
+                try:
+                    job = Job(stage, part, self.folder, deadline, max(1, (os.cpu_count() or 1) // count))
+                except OSError as error:  # it did not even start
+                    entry |= {"state": "failed", "why": str(error)}
+                    continue
                 self.jobs[stage.name].append(job)
                 entry["parts"].append(job.record)
                 (waiting if stage.in_turn else runs).append(job)
@@ -307,8 +313,8 @@ class Run:
 
     def _sum_up(self) -> None:
         for entry in self.record["stages"]:
-            states = [part["state"] for part in entry["parts"]]
-            if states:
+            states = [part["state"] for part in entry["parts"]] + ["failed"] * ("why" in entry)
+            if entry["parts"]:
                 worst = ("stopped", "running", "crashed", "timeout", "failed", "ok", "skipped")
                 jobs = self.jobs[entry["name"]]
                 entry["state"] = next(state for state in worst if state in states)
@@ -326,6 +332,8 @@ class Run:
             for part in entry["parts"]:
                 if part["why"]:
                     print(f"          {part['name'] or entry['name']}: {part['state']}: {part['why']}")
+                if part["state"] not in GOOD:
+                    print(*(f"            | {line}" for line in part["log"][-4:]), sep="\n")
         return bool(ended)
 
 
@@ -364,7 +372,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if words:
-        run = Run(recipe(bool(gpu), out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "recipe.json"])
+        run = Run(recipe(bool(gpu), out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "record.json"])
     else:
         stored = [RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "gpu.json"] if gpu and not DRY else []
         run = Run(stages(chosen, bool(gpu)), gpu, folder, [*stored, *([out / "gpu.json"] if out else [])])

@@ -2,7 +2,7 @@
 # On a machine with an NVIDIA GPU, without network: what the kernels do there, as one JSON file, within nine minutes.
 #   benchmarks/gpu.sh          device, build, every kernel once, training steps, tests, sanitizers, benchmarks; `case-fast bench --show gpu`
 #   benchmarks/gpu.sh recipe   the whole recipe of training within nine and a half minutes; a second call goes on where it stopped
-# Environment:
+# Environment (folders from the checkout's root on):
 #   OUT=folder          writes gpu.json there besides benchmarks/results/<device>/; where the weights of `recipe` go
 #   STORE=path          the packed store that training reads; default: a *.travel in the checkout
 #   PYTHON=python3      which Python: with torch, triton, numpy, safetensors, pytest; the build needs nvcc, cmake and ninja
@@ -15,7 +15,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-.whl}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/wheels "$WHEELS"/*.whl
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/wheels "$WHEELS"/*.whl ||
+    echo "benchmarks/gpu.sh: the wheels in $WHEELS were not unpacked; on without them" >&2
   export PYTHONPATH="$PYTHONPATH:$PWD/build/wheels"
 fi
 exec "$PYTHON" -m benchmarks.gpu "$@"

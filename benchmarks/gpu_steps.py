@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -199,30 +200,29 @@ def _tiny(name: str) -> str:
 
 def bench(which: str, family: str, say: Say) -> None:
     """Case by case. ours: our kernels and bare products of the same size. peers: all others and ours in turns, first what needs
-    no compilation, then what does, a peer at a time. variants: tiles and plans of ours in turns with the default."""
+    no compilation in all sizes, then what does, a peer at a time. variants: tiles and plans of ours in turns with the default.
+    When the time is over, what is known has been said."""
     seconds = float(sys.stdin.readline() or 60)
     until = time.monotonic() + seconds - min(3.0, seconds / 10)
     whole = family_of(family, DEVICE if DRY and which != "variants" else "cuda")
     found: Found = {"cases": [], "failed": {}, "in_time": True}
-    for names in _peers_of(which, list(whole.peers)):
+    first, *later = _peers_of(which, list(whole.peers))
+    sizes = [_tiny(family)] if DRY else whole.sizes
+    order = [*product([first], sizes), *((names, size) for size in sizes for names in later)]
+    for (names, size), dtype in product(order, DTYPES[DEVICE]):
+        if time.monotonic() > until:
+            found["in_time"] = False
+            say(found)
+            return
         chosen = replace(whole, peers={name: whole.peers[name] for name in names}, device=DEVICE)
-        for size in [_tiny(family)] if DRY else whole.sizes:
-            for dtype in DTYPES[DEVICE]:
-                if time.monotonic() > until:
-                    found["in_time"] = False
-                    say(found)
-                    return
-                try:
-                    for case in run(chosen, [size], quick=DRY, rounds=12, budget=2, until=until, dtypes=[dtype],
-                                    memories=not DRY):
-                        found["cases"].append({"family": family, **case})
-                except Exception as error:  # this case alone
-                    found["failed"][f"{size}, {dtype}, {', '.join(names)}"] = _said(error)
-                    print(f"{size}, {dtype}: {_said(error)}", flush=True)
-                say(found)
-                if DRY:
-                    continue
-                torch.cuda.empty_cache()
+        try:
+            for case in run(chosen, [size], quick=DRY, rounds=12, budget=2, until=until, dtypes=[dtype], memories=not DRY):
+                found["cases"].append({"family": family, **case})
+        except Exception as error:  # this case alone
+            found["failed"][f"{size}, {dtype}, {', '.join(names)}"] = _said(error)
+            print(f"{size}, {dtype}, {', '.join(names)}: {_said(error)}", flush=True)
+        say(found)
+        torch.cuda.empty_cache()  # nothing where there is no GPU
     if found["failed"]:
         sys.exit(f"{len(found['failed'])} failed: {next(iter(found['failed'].values()))}")
 

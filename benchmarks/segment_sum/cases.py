@@ -44,6 +44,12 @@ class SegmentCase(Case):
         return self.x.shape[0] if self.x[0].numel() == 300 else None
 
     @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        floats, segment = self.x.numel() + self.grad_out.numel(), self.segment
+        moved = floats * self.x.element_size() + segment.numel() * segment.element_size()
+        return (self.x.numel(), moved), (0, moved)
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
         return (self.x,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,50 @@ def faulty(folder: Path, faults: dict[str, str], scale: float) -> None:
     assert record["seconds"] < SECONDS * scale
 
 
+def job(folder: Path, words: str, seconds: float = 60) -> gpu.Job:
+    """Of a stage of one part, that runs this Python."""
+    stage = gpu.Stage("device", seconds, {"": [sys.executable, "-c", words]})
+    return gpu.Job(stage, "", folder, time.monotonic() + seconds, 1)
+
+
+def at_its_end(one: gpu.Job) -> tuple[str, str]:
+    while not one.ended():
+        time.sleep(0.01)
+    return one.record["state"], one.record["why"]
+
+
+@pytest.mark.parametrize("words, state, why", [
+    ("print('all is well')", "ok", ""),
+    ("print('no GPU'); raise SystemExit(77)", "skipped", "no GPU"),
+    ("raise ValueError('too large')", "failed", "ValueError: too large"),
+    ("raise SystemExit(255)", "failed", "exit status 255"),
+    ("raise SystemExit(137)", "crashed", "SIGKILL: out of memory, perhaps"),
+    ("import os; os.abort()", "crashed", "SIGABRT"),
+    ("import sys; open(sys.argv[-1], 'w').write('{'); print('half written')", "ok", ""),
+])
+def test_how_a_process_ended_is_told_from_its_status(tmp_path, words, state, why):
+    one = job(tmp_path, words)
+    assert at_its_end(one) == (state, why) and one.record["result"] is None
+
+
+def test_a_process_that_no_signal_ends_is_left_behind(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", lambda *_: None)  # as where it waits on a driver
+        one = job(tmp_path, "import time; time.sleep(60)", 0.3)
+        state, why = at_its_end(one)
+    assert state == "timeout" and why.endswith(", in vain") and 1.2 < one.record["seconds"] < 30
+    one.signal(signal.SIGKILL)
+    one.process.wait(10)
+
+
+def test_a_stage_whose_program_is_missing_costs_itself_alone(tmp_path):
+    listed = [gpu.Stage("device", 5, {"": [str(tmp_path / "none")]}), gpu.Stage("build", 5, {"": [sys.executable, "-c", ""]})]
+    run = gpu.Run(listed, "a GPU", tmp_path, [tmp_path / "gpu.json"])
+    assert not run.run()
+    assert states(record_of(tmp_path)) == {"device": "failed", "build": "ok"}
+    assert "No such file" in record_of(tmp_path)["stages"][0]["why"]
+
+
 # ---- kills
 
 
@@ -252,6 +297,18 @@ def test_kernels_of_libraries_are_left_out_where_the_tool_can(tmp_path, monkeypa
         assert sum("--kernel-name-exclude" in words for words in jobs.values()) == expected
         assert "--kernel-name-exclude" not in jobs["initcheck"]
         assert all(words[-3:] == ["benchmarks.gpu_steps", "smoke", "all"] for words in jobs.values())
+
+
+def test_no_kernel_of_ours_has_a_library_s_name():
+    sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "case_fast" / "ops").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    names = re.findall(r"__launch_bounds__\([^)]*\)\s+(\w+)\(", text) + re.findall(r"@triton\.jit\ndef (\w+)", text)
+    assert len(names) > 20
+    for name in names:
+        for whole in (name, *(f"case_fast::{family}::{name}<float>" for family in families())):
+            assert not re.search(gpu.LIBRARIES, whole), whole
+    assert re.search(gpu.LIBRARIES, "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>")
+    assert re.search(gpu.LIBRARIES, "_ZN2at6native29vectorized_elementwise_kernelILi4E")
 
 
 # ---- the page

@@ -46,6 +46,8 @@ def test_the_table_holds_every_family_of_the_native_module(native):
 @of_family
 @pytest.mark.parametrize("row", ROWS)
 def test_the_row_of_the_scorecard_holds(native, family, row):
+    if row == 3:
+        pytest.importorskip("hypothesis")
     size = SHARE.get(row, full_size(family, row))
     assert size <= full_size(family, row)
     with counted(family) as calls:
@@ -59,6 +61,8 @@ def test_the_row_of_the_scorecard_holds(native, family, row):
 @of_family
 @pytest.mark.parametrize("row", [2, 3, 4, 5])
 def test_the_row_of_the_scorecard_holds_on_the_reference(on_reference, family, row):
+    if row == 3:
+        pytest.importorskip("hypothesis")
     size = min(25, full_size(family, row))
     with counted(family) as calls:
         assert ROWS[row](family, size, "cpu") >= size
