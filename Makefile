@@ -1,6 +1,7 @@
 # make demo        the whole pipeline on the bundled sample: prepare, train, evaluate, report
 # make test        the Python tests          make cpp-test   the C++ tests (SANITIZE=address,undefined or thread)
-# make lint        ruff                      make clean      remove what was built, and .venv
+# make lint        ruff                      make bare       a fresh clone with the packages of a bare GPU image alone
+# make clean       remove what was built, and .venv
 # PYTHON=python3.12 picks the interpreter; TORCH_INDEX=<url> the package index that torch comes from.
 PYTHON ?= python3
 CMAKE ?= cmake
@@ -15,7 +16,7 @@ CPP_BUILD := build/cpp$(addprefix -,$(SANITIZE))
 # cmake and ninja for the C++ tests: the machine's, or where it lacks one, .venv's
 CPP_TOOLS = $(if $(shell sh -c 'command -v $(CMAKE) && command -v ninja' >/dev/null 2>&1 && echo there),,$(VENV)/.cpp-tools)
 
-.PHONY: demo test lint cpp-test clean
+.PHONY: demo test lint cpp-test bare clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,6 +34,10 @@ cpp-test: $(CPP_TOOLS)
 	@$(CMAKE) -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCASE_FAST_SANITIZE=$(SANITIZE) -DCASE_FAST_CUDA=OFF
 	@$(CMAKE) --build $(CPP_BUILD)
 	@ctest --test-dir $(CPP_BUILD) --output-on-failure
+
+bare: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+bare: $(VENV)/.installed
+	@PYTHON=$(PYTHON) benchmarks/bare.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info case_fast/_native*.so .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The command line: prepare | inspect | train | evaluate | chat | report | merge-cache | demo | bench."""
+"""The command line: prepare | inspect | pack | unpack | train | evaluate | chat | report | merge-cache | demo | bench."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", type=str, default="train", help="train, valid or test")
     parser.add_argument("--index", type=int, default=0, help="example, from 0")
     parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
+
+
+def _pack_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("store", type=str, help="folder that prepare made")
+    parser.add_argument("out", type=str, help="file to write, such as ed.travel")
+
+
+def _unpack_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("file", type=str, help="file that pack made")
+    parser.add_argument("out", type=str, help="folder to make, such as ed.store")
 
 
 def _train_arguments(parser: ArgumentParser, kind: str = "case") -> None:
@@ -128,7 +138,7 @@ def _bench_arguments(parser: ArgumentParser) -> None:
     families = ", ".join(_benchmarks().families())
     parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}")
     parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
-                        help="measure nothing; print what was measured before, of this family or all")
+                        help="measure nothing; print what was measured before, of this family, all, or gpu (benchmarks/gpu.sh)")
     parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
@@ -196,6 +206,20 @@ def _inspect(args: Namespace, console: Console) -> None:
         print(json.dumps(describe(store, args.split, args.index), ensure_ascii=False, indent=2))
     else:
         show(store, args.split, args.index, console)
+
+
+def _pack(args: Namespace, console: Console) -> None:
+    from case_fast.data.travel import pack_store
+
+    console.print(f"{args.out}: {pack_store(args.store, args.out) / 2**20:.1f} MiB", highlight=False)
+
+
+def _unpack(args: Namespace, console: Console) -> None:
+    from case_fast.data.travel import unpack_store
+
+    store = unpack_store(args.file, args.out)
+    examples = ", ".join(f"{split} {store.size(split):,}" for split in store.splits)
+    console.print(f"{store.path}: {examples} examples", highlight=False)
 
 
 def _train(args: Namespace, console: Console) -> None:
@@ -340,6 +364,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                 _prepare_arguments, _prepare),
     "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
                 _inspect_arguments, _inspect),
+    "pack": ("A store as one small file, for a machine without network.", _pack_arguments, _pack),
+    "unpack": ("The store in such a file, byte for byte as it was.", _unpack_arguments, _unpack),
     "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
               _train_arguments, _train),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),

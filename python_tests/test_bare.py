@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from case_fast.data.travel import pack_store
+
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ("rich", "nltk", "jsonargparse", "scipy", "sklearn", "matplotlib")  # not yaml: huggingface_hub brings it
 WITHOUT = f"""
@@ -33,20 +35,23 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_a_store_opens_trains_and_is_evaluated(sample_store, tmp_path):
+def test_a_packed_store_is_unpacked_trains_and_is_evaluated(sample_store, tmp_path):
+    pack_store(sample_store, tmp_path / "sample.travel")
     done = run("""
 from pathlib import Path
 import case_fast, case_fast.evaluation, case_fast.ops, case_fast.serving
+from case_fast.data.travel import unpack_store
 from case_fast.generation import GenerationConfig, generate_all
 from case_fast.runs import load_model
 from case_fast.training import preset, train
 
-store, run = case_fast.open_store(sys.argv[1]), Path(sys.argv[2])
+folder = Path(sys.argv[1])
+store, run = unpack_store(folder / "sample.travel", folder / "sample.store"), folder / "run"
 train(store, run, preset("demo", phase1_steps=1, max_steps=2, validate_every=2, valid_limit=4, log_every=1, device="cpu"))
 model, device = load_model(run, "cpu")
 replies = lambda indices: generate_all(model, store, "test", indices, GenerationConfig(max_words=4), 4, device)
-case_fast.evaluation.evaluate(model, store, "test", Path(sys.argv[2], "evaluation", "test"), replies, limit=4)
-""", sample_store.path, tmp_path / "run")
+case_fast.evaluation.evaluate(model, store, "test", run / "evaluation" / "test", replies, limit=4)
+""", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "done after 3 steps (max_steps)" in done.stdout, "progress as plain lines"
     evaluation = tmp_path / "run" / "evaluation" / "test"

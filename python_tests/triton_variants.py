@@ -1,7 +1,7 @@
 """How many variants of its kernels Triton would compile on an H100 in the first steps of training; no GPU is needed to tell.
 
-    python -m python_tests.triton_variants --store ED.store --steps 300            a count for each kernel
-    python -m python_tests.triton_variants --store ED.store --compile              and what the assembler says of each variant
+    python -m python_tests.triton_variants --store ED.store --steps 300    a count for each kernel
+    python -m python_tests.triton_variants --store ED.store --compile      and what the assembler says of each variant
 
 The model runs on CPU. Each op that Triton would run there, since the native module has no CUDA code for its family, is called a
 second time as a GPU would call it, with the same tensors and against a simulated driver (`simulated_cuda`).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -59,14 +60,18 @@ def _both_ways(module: ModuleType) -> dict[str, Callable]:
 
     def forward_twice(runs: str, *given):
         found, other = forward(runs, *given), forward("triton", *given)
-        made.update((x.data_ptr(), (x, y)) for x, y in zip(found, other, strict=True))
+        pairs = zip(found, other, strict=True) if isinstance(found, tuple) else [(found, other)]
+        made.update((x.data_ptr(), (x, y)) for x, y in pairs)
         return found
 
     def backward_twice(runs: str, *given):
         backward("triton", *(made[x.data_ptr()][1] if isinstance(x, Tensor) and x.data_ptr() in made else x for x in given))
         return backward(runs, *given)
 
-    return {"_forward": forward_twice, "_backward": backward_twice}
+    ways = {"_forward": forward_twice, "_backward": backward_twice}
+    if hasattr(module, "_is_plain"):  # on CPU alone, small calls go to plain torch
+        ways["_is_plain"] = lambda *_: False
+    return ways
 
 
 def launches_of_training(store: Store, steps: int, config: CASEConfig | None = None, batch_size: int = BATCH
@@ -104,23 +109,28 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--steps", type=int, default=300, help="of each phase")
     parser.add_argument("--compile", action="store_true", help="and compile each variant")
+    parser.add_argument("--json", action="store_true", help="the counts alone, a JSON line for each phase and for both")
     given = parser.parse_args()
     found = launches_of_training(open_store(given.store), given.steps)
-    every = variants([launch for launches in found.values() for launch in launches])
+    found["both"] = [launch for launches in found.values() for launch in launches]
     for phase, launches in found.items():
-        print(f"phase {phase}: {len(launches)} launches in {given.steps} steps, {len(variants(launches))} variants")
-    print(f"variants in all: {len(every)}")
+        counts = {"phase": phase, "launches": len(launches), "variants": len(variants(launches))}
+        print(json.dumps(counts) if given.json else "phase {phase}: {launches} launches, {variants} variants".format(**counts))
+    if not given.json:
+        print_kernels(variants(found["both"]), given.compile)
+
+
+def print_kernels(every: list[Launch], with_resources: bool) -> None:
+    """Of each kernel its variants and what tells them apart."""
     for name, count in Counter(launch.name for launch in every).items():
         own = [launch for launch in every if launch.name == name]
         print(f"  {name:<42} {count:>3}")
         for argument, values in differing(own).items():
             print(f"      {argument:<16} {' | '.join(values)}")
-        if given.compile:
-            for launch in own:
-                c = launch.compiled
-                wide = c.ptx.count("ld.global.v4") + c.ptx.count("ld.global.L1::evict_last.v4")
-                print(f"      {c.registers} registers, {c.spilled} bytes spilled, {c.shared} bytes shared, {c.warps} warps, "
-                      f"{c.blocks} blocks an SM, {wide} wide loads")
+        for launch in own if with_resources else ():
+            c = launch.compiled
+            print(f"      {c.registers} registers, {c.spilled} bytes spilled, {c.shared} bytes shared, {c.warps} warps, "
+                  f"{c.blocks} blocks an SM; global memory by 16 bytes: {c.wide('ld')} loads, {c.wide('st')} stores")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class Store:
     """A prepared data set; `open_store` opens it. Arrays are memory-mapped, so that opening costs next to nothing."""
 
     def __init__(self, path: str | Path):
-        self.path = require_folder(path, "store", "Make one with case-fast prepare (case-fast prepare --help)")
+        self.path = require_folder(path, "store", "Make one with case-fast prepare, or out of a packed one with case-fast unpack")
         self.manifest = read_manifest(self.path)
         counts = self.manifest["counts"]["examples"]
         self.splits: tuple[str, ...] = tuple(split for split in SPLITS if split in counts)

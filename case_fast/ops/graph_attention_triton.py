@@ -262,7 +262,8 @@ def shapes(query: Tensor, edges: int, relations: int) -> dict:
         "HEADS": heads,
         "DIM": dim,
         "BLOCK_D": triton.next_power_of_2(max(dim, 1)),
-        "BLOCK_E": min(16, max(4, triton.next_power_of_2(max(degree, 1)))),
+        # of float64, what spills no register
+        "BLOCK_E": 8 if query.dtype == torch.float64 else min(16, max(4, triton.next_power_of_2(max(degree, 1)))),
         "BLOCK_R": min(16, triton.next_power_of_2(max(relations, 1))),
         "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32,
         "num_warps": 4 if dim > 64 else 1,

@@ -30,7 +30,7 @@ BLOCK_BYTES = 16 << 20  # of the gradient of z at once, and of what forward's ti
 SPREAD = 8  # programs that share the targets of a row
 _HALF_TILES = (64, 128), (16, 128)
 TILES = {  # (rows, words), the largest first: none spills, and of the largest two blocks or more fit an SM of sm_90
-    torch.float16: _HALF_TILES, torch.bfloat16: _HALF_TILES, torch.float32: ((64, 64), (16, 64)), torch.float64: ((32, 32),),
+    torch.float16: _HALF_TILES, torch.bfloat16: _HALF_TILES, torch.float32: ((64, 64), (16, 128)), torch.float64: ((32, 32),),
 }
 KEPT_TILES = ((16, 128),)  # where z is read
 BEST_TILES = (32, 64), (16, 64)  # of top_words: few rows

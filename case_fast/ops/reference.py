@@ -8,7 +8,7 @@ give zeros; nothing here divides by a count that can be 0. Half-precision inputs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,18 +42,19 @@ def segment_positions(cu: Tensor, total: int) -> Tensor:
 def segment_sum(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """(size, ...): rows of ``x`` (n, ...) summed by segment; an empty segment gives zeros."""
     full = full_precision(x)
-    return full.new_zeros((size, *x.shape[1:])).index_add(0, segment, full).to(x.dtype)
+    return full.new_zeros((size, *x.shape[1:])).index_add_(0, segment, full).to(x.dtype)
 
 
-def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
-    """(size, ...): rows averaged by segment; an empty segment gives zeros."""
+def segment_mean(x: Tensor, segment: Tensor, size: int, segment_sum: Callable = segment_sum) -> Tensor:
+    """(size, ...): rows averaged by segment; an empty segment gives zeros. segment_sum: what sums them."""
     full = full_precision(x)
     count = segment_sum(full.new_ones(x.shape[0]), segment, size).clamp(min=1)
     return (segment_sum(full, segment, size) / count.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
-def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
-    """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
+def segment_log_softmax(score: Tensor, segment: Tensor, size: int, segment_sum: Callable = segment_sum, take: Callable = take
+                        ) -> Tensor:
+    """Log-softmax of ``score`` (n, ...) over the rows of each segment. segment_sum, take: what sums and what takes rows."""
     score = full_precision(score)
     index = segment.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
     peak = score.new_full((size, *score.shape[1:]), -math.inf).scatter_reduce(0, index, score.detach(), "amax")

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,14 @@ def train(
         Interrupted: stopped by the user, state saved.
         NotFinite: a loss or gradient became NaN or infinite.
     """
+    with trainer(store, out, config, console, resume) as ready:
+        return ready.train()
+
+
+@contextmanager
+def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console | PlainConsole | None = None,
+            resume: bool = False) -> Iterator[Trainer]:
+    """The run that `train` trains, ready for its next step and held by this process alone; errors are those of `train`."""
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
@@ -91,7 +100,11 @@ def train(
             Display(console or open_console()) as display,
             ThreadPoolExecutor(1, "case_fast batches") as pool,
         ):
-            return Trainer(store, run, config, device, display, stop, pool, resume).train()
+            ready = Trainer(store, run, config, device, display, stop, pool, resume)
+            try:
+                yield ready
+            finally:
+                ready.close()
 
 
 @dataclass(frozen=True)
@@ -197,31 +210,32 @@ class Trainer:
     # ---- the run
 
     def train(self) -> TrainResult:
+        """Every step that is left, to the end or to a stop request; raises what the function `train` does."""
+        self._introduce()
+        begun = 0
+        while True:
+            if self.phase != begun:
+                begun = self.phase
+                self._begin_phase()
+            if self.validation_due:
+                self._validate()
+            if self.stopped:
+                break
+            if self.stop.signal:
+                path = self._save()
+                raise Interrupted(f"stopped by {self.stop.signal} after step {self.step}; the state is in {path}. "
+                                  f"Continue with the same command and --resume")
+            if self.step and self.step % self.config.checkpoint_every == 0:
+                self._save()
+            self.train_step()
+        self._save()
+        return self._finish()
+
+    def close(self) -> None:
         try:
-            self._introduce()
-            begun = 0
-            while True:
-                if self.phase != begun:
-                    begun = self.phase
-                    self._begin_phase()
-                if self.validation_due:
-                    self._validate()
-                if self.stopped:
-                    break
-                if self.stop.signal:
-                    path = self._save()
-                    raise Interrupted(f"stopped by {self.stop.signal} after step {self.step}; the state is in {path}. "
-                                      f"Continue with the same command and --resume")
-                if self.step and self.step % self.config.checkpoint_every == 0:
-                    self._save()
-                self._train_step()
-            self._save()
-            return self._finish()
-        finally:
-            try:
-                self.log.close()
-            except OSError as error:  # TensorBoard's last lines; the run itself is safe or has said why not
-                self.display.line(f"TensorBoard's files are incomplete: {error}")
+            self.log.close()
+        except OSError as error:  # TensorBoard's last lines; the run itself is safe or has said why not
+            self.display.line(f"TensorBoard's files are incomplete: {error}")
 
     def _introduce(self) -> None:
         self.display.line(
@@ -284,7 +298,8 @@ class Trainer:
 
     # ---- one step
 
-    def _train_step(self) -> None:
+    def train_step(self) -> None:
+        """One step of the optimizer; its losses are the last of ``recent``."""
         config, started = self.config, time.perf_counter()
         batch = next(self.batches)
         output = self._forward(batch)

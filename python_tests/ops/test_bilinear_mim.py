@@ -139,5 +139,5 @@ def test_no_matrix_of_scores_is_kept(native):
 def test_the_size_that_a_compiler_is_told_is_the_kernel_s(native):
     for pairs, rows, dim, negatives, score in itertools.product((0, 1, 9), (0, 1, 20), (1, 30), (None, 1, 15, 16), SCORES):
         x, y = torch.empty(pairs, dim), torch.empty(rows, dim)
-        expected = native.bilinear_mim_saved(KERNELS._problem(x, y, None, negatives, 0, score))
+        expected = native.bilinear_mim_saved(KERNELS._problem(x, y, None, negatives, 0, None, score))
         assert KERNELS._saved_elements(pairs, rows, dim, negatives, score) == expected

@@ -46,6 +46,8 @@ def test_the_table_holds_every_family_of_the_native_module(native):
 @of_family
 @pytest.mark.parametrize("row", ROWS)
 def test_the_row_of_the_scorecard_holds(native, family, row):
+    if row == 3:
+        pytest.importorskip("hypothesis")
     size = SHARE.get(row, full_size(family, row))
     assert size <= full_size(family, row)
     with counted(family) as calls:
@@ -59,6 +61,8 @@ def test_the_row_of_the_scorecard_holds(native, family, row):
 @of_family
 @pytest.mark.parametrize("row", [2, 3, 4, 5])
 def test_the_row_of_the_scorecard_holds_on_the_reference(on_reference, family, row):
+    if row == 3:
+        pytest.importorskip("hypothesis")
     size = min(25, full_size(family, row))
     with counted(family) as calls:
         assert ROWS[row](family, size, "cpu") >= size
@@ -200,7 +204,7 @@ def test_any_of_the_inputs_may_want_a_gradient(family, recipe):
             assert torch.equal(leaf.grad, expected[f"grad_{name}"]) if w else leaf.grad is None
 
 
-@of_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if not family.LINEAR], ids=lambda x: x.family)
 def test_an_input_changed_before_backward_is_noticed(native, family):
     case = family.made(**family.SMALL[0])
     name, x = first_of(case)
@@ -223,14 +227,14 @@ def test_backward_may_run_twice_and_of_expanded_gradients(runs, family):
 
 
 @of_family
-def test_second_derivatives_are_refused_but_on_the_reference(runs, family):
+def test_second_derivatives_are_refused_but_on_the_reference_and_of_what_is_linear(runs, family):
     case = family.made(dtype=torch.float64, **family.SMALL[0])
     name, x = first_of(case)
     leaf = x.clone().requires_grad_()
     total = sum(x.square().sum() for x in case.differentiable({**case.floats(), name: leaf}))
     (first,) = torch.autograd.grad(total, leaf, create_graph=True)
     assert first.requires_grad
-    if runs == "native":
+    if runs == "native" and not family.LINEAR:
         said = f"{family.family} has no second derivative; with CASE_FAST_BACKEND=reference it has"
         with pytest.raises(NotImplementedError, match=said):
             first.square().sum().backward()

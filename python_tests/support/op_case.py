@@ -55,6 +55,7 @@ class Case:
     OUTPUTS: ClassVar[tuple[str, ...]] = ("out",)
     GRADIENTS: ClassVar[dict[str, str]] = {"out": "grad_out"}  # of each result that has one, the field that holds it
     SUMS: ClassVar[bool] = False  # whether results are float32, or float64 of float64, whatever the inputs
+    LINEAR: ClassVar[bool] = False  # whether gradients need no input, and have derivatives of their own on every backend
     NATIVE: ClassVar[tuple[str, ...]] = ()  # native functions besides the family's own
 
     SMALL: ClassVar[list[dict]]

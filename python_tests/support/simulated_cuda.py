@@ -104,6 +104,14 @@ class Compiled:
     def wgmma(self) -> bool:
         return "wgmma.mma_async" in self.ptx
 
+    def wide(self, kind: str) -> int:
+        """Its loads ("ld"), into shared memory too, or stores ("st") of 16 bytes of global memory."""
+        return len(re.findall({"ld": r"ld\.global\S*\.v4|cp\.async\.cg", "st": r"st\.global\S*\.v4"}[kind], self.ptx))
+
+    @property
+    def target(self) -> str:
+        return re.search(r"\.target (\w+)", self.ptx)[1]
+
 
 def _resources(cubin: bytes) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

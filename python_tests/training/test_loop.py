@@ -46,7 +46,7 @@ def whole(store, tmp_path_factory) -> Path:
 
 def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
     """Call ``action`` right after the training step that makes ``step``, or right before the first one."""
-    real = loop.Trainer._train_step
+    real = loop.Trainer.train_step
 
     def train_step(self) -> None:
         if step == 0 == self.step:
@@ -55,7 +55,7 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
         if step == self.step:
             action()
 
-    patch.setattr(loop.Trainer, "_train_step", train_step)
+    patch.setattr(loop.Trainer, "train_step", train_step)
 
 
 def interrupt_at(store, out: Path, step: int, config: TrainConfig | None = None, resume: bool = False) -> str:
@@ -446,9 +446,9 @@ def test_a_bad_gradient_of_a_finite_loss_is_noticed(store, whole, tmp_path, valu
             self.model.fusion.weight.register_hook(lambda gradient: gradient * float(value))
         return real(self)
 
-    real = loop.Trainer._train_step
+    real = loop.Trainer.train_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Trainer, "_train_step", poison)
+        patch.setattr(loop.Trainer, "train_step", poison)
         with pytest.raises(NotFinite, match=f"step 9: norm of the gradients (nan|{value})"):
             run(store, tmp_path / "run")
     dump = json.loads((tmp_path / "run" / "failure" / "step-00000009.json").read_text())
