@@ -29,14 +29,15 @@ WAYS = {
     "case_fast": kernels,
     "case_fast, plan rows": lambda: kernels(1),
     "case_fast, plan tiles": lambda: kernels(2),
+    "case_fast, plan warps": lambda: kernels(3),
 }
 
 
 def small() -> None:
-    """A few rows through every kernel: both plans, causal or not, keys shared by sequences, pairs of numbers and single ones,
+    """A few rows through every kernel: all plans, causal or not, keys shared by sequences, pairs of numbers and single ones,
     each dtype."""
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    for dtype, (heads, dimension), size, plan in product(dtypes, ((2, 150), (3, 5)), ("4x14", "4x14:causal"), (1, 2)):
+    for dtype, (heads, dimension), size, plan in product(dtypes, ((2, 150), (3, 5)), ("4x14", "4x14:causal"), (1, 2, 3)):
         case = case_of(size, device="cuda", dtype=dtype, heads=heads, dimension=dimension)
         for key_of in (None, torch.tensor([1, 0, 3, 1], device="cuda")):
             with kernels(plan):

@@ -22,9 +22,9 @@ from case_fast.ops.packed_attention import attend, attend_backward
 FAMILY = "cross_attention"
 MAX_WIDTH = 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
 # Up to so many rows these kernels run. By counts, not measured: the first has a block a (row, head), of 512 threads, so that one
-# multiprocessor holds one; each reads its head's part of the query weights, 180 KB of two heads of 150 and a width of 300, for its
-# row alone. 66 rows fill the 132 multiprocessors of an H100 once; as many more take as long again and read 24 MB more a source,
-# where torch's products read the weights once, by five launches a source in place of two.
+# multiprocessor holds one; each reads its head's part of the query weights, 180 KB of two heads of 150 and a width of 300, for
+# its row alone. 66 rows fill the 132 multiprocessors of an H100 once; as many more take as long again and read 24 MB more a
+# source, where torch's products read the weights once, by five launches a source in place of two.
 FEW_ROWS = 64
 FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
 

@@ -1,10 +1,59 @@
-// Attention of few rows a sequence: a block takes one (row, head), and its warps share the keys; what each has summed is joined in
-// the order of warps.
+// Attention row by row: a warp takes a row's keys; or a block takes one (row, head), its warps share the keys, and what each has
+// summed is joined in the order of warps.
 #pragma once
 
 #include "common/sequences.cuh"
 
 namespace case_fast {
+
+// What a warp has summed of one row over some of its keys.
+template <class H> struct Attended {
+    using A = typename H::A;
+    H sum;
+    A peak, total;
+
+    // Over `visible` keys from the first: AHEAD of them at `first`, then those that lie `step` further, and so on.
+    __device__ __forceinline__ void over(const H &query, const Span &span, int visible, int first, int step, int64_t row, int head,
+                                         int lane, const Numbers &numbers, const Strided<const typename H::T> &key,
+                                         const Strided<const typename H::T> &value) {
+        constexpr int AHEAD = H::AHEAD;
+        const int dim = numbers.dim;
+        const int64_t number = row * numbers.longest_keys();
+        const A scale = static_cast<A>(numbers.scale);
+        sum.zero();
+        peak = minus_infinity<A>(), total = 0;
+        for (; first < visible; first += step) {
+            H keys[AHEAD], values[AHEAD];
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+                const int64_t from = static_cast<int64_t>(span.key) + (first + u < visible ? first + u : first);
+                keys[u].load(key.row(from, head, dim), lane, dim);
+                values[u].load(value.row(from, head, dim), lane, dim);
+            }
+            A score[AHEAD];
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) score[u] = query.dot(keys[u]);
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) score[u] = warp_sum(score[u]) * scale;
+            A next = peak;
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u)
+                if (first + u < visible) next = larger(next, score[u]);
+            const A shrink = peak == next ? A(1) : exponential(peak - next);
+            total *= shrink;
+            sum.scale(shrink);
+            peak = next;
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+                if (first + u >= visible) continue;
+                A weight = exponential(score[u] - next);
+                total += weight;
+                if (numbers.dropout.drop_below) weight *= numbers.dropout.template factor<A>(number + first + u, head);
+                sum.add(weight, values[u]);
+            }
+        }
+    }
+};
 
 template <class H> struct RowBlock {
     using A = typename H::A;
@@ -22,47 +71,14 @@ __device__ __forceinline__ typename H::A attend_row(const H &query, const Span &
     using A = typename H::A;
     constexpr int AHEAD = H::AHEAD, WARPS = RowBlock<H>::WARPS;
     const int lane = static_cast<int>(threadIdx.x) & (WARP - 1), warp = static_cast<int>(threadIdx.x) / WARP, dim = numbers.dim;
-    const int64_t number = row * numbers.longest_keys();
-    const A scale = static_cast<A>(numbers.scale);
-    H sum;
-    sum.zero();
-    A peak = minus_infinity<A>(), total = 0;
-    for (int first = warp * AHEAD; first < visible; first += WARPS * AHEAD) {
-        H keys[AHEAD], values[AHEAD];
+    Attended<H> mine;
+    mine.over(query, span, visible, warp * AHEAD, WARPS * AHEAD, row, head, lane, numbers, key, value);
+    if (lane == 0) block.peak[warp] = mine.peak, block.total[warp] = mine.total;
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            const int64_t from = static_cast<int64_t>(span.key) + (first + u < visible ? first + u : first);
-            keys[u].load(key.row(from, head, dim), lane, dim);
-            values[u].load(value.row(from, head, dim), lane, dim);
-        }
-        A score[AHEAD];
-#pragma unroll
-        for (int u = 0; u < AHEAD; ++u) score[u] = query.dot(keys[u]);
-#pragma unroll
-        for (int u = 0; u < AHEAD; ++u) score[u] = warp_sum(score[u]) * scale;
-        A next = peak;
-#pragma unroll
-        for (int u = 0; u < AHEAD; ++u)
-            if (first + u < visible) next = larger(next, score[u]);
-        const A shrink = peak == next ? A(1) : exponential(peak - next);
-        total *= shrink;
-        sum.scale(shrink);
-        peak = next;
-#pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            if (first + u >= visible) continue;
-            A weight = exponential(score[u] - next);
-            total += weight;
-            if (numbers.dropout.drop_below) weight *= numbers.dropout.template factor<A>(number + first + u, head);
-            sum.add(weight, values[u]);
-        }
-    }
-    if (lane == 0) block.peak[warp] = peak, block.total[warp] = total;
-#pragma unroll
-    for (int i = 0; i < H::SIZE; ++i) block.sum[(warp * H::SIZE + i) * WARP + lane] = sum.x[i];
+    for (int i = 0; i < H::SIZE; ++i) block.sum[(warp * H::SIZE + i) * WARP + lane] = mine.sum.x[i];
     __syncthreads();
-    peak = lane < WARPS ? block.peak[lane] : minus_infinity<A>();  // from here on lane l has warp l's
-    total = lane < WARPS ? block.total[lane] : A(0);
+    const A peak = lane < WARPS ? block.peak[lane] : minus_infinity<A>();  // from here on lane l has warp l's
+    A total = lane < WARPS ? block.total[lane] : A(0);
     const A highest = warp_max(peak);
     const A shrink = peak == highest ? A(1) : exponential(peak - highest);
     total = warp_sum(total * shrink);

@@ -6,7 +6,14 @@
 namespace case_fast::packed_attention {
 namespace {
 
-constexpr int FEW_ROWS = 4;  // of a sequence, on average: beyond, keys are better read once for several rows
+// Of a sequence, on average; by counts, not measured. FEW_KEYS: two steps of a warp, which has nothing to share with others, and
+// which a tile for 16 rows and 32 keys would leave idle. FEW_ROWS: beyond, keys are better read once for several rows.
+constexpr int FEW_KEYS = 8, FEW_ROWS = 4;
+
+int chosen(const case_fast_packed_attention &c) {
+    if (c.keys <= FEW_KEYS * c.key_sequences) return CASE_FAST_ATTENTION_WARPS;
+    return c.queries <= FEW_ROWS * c.batch ? CASE_FAST_ATTENTION_ROWS : CASE_FAST_ATTENTION_TILES;
+}
 
 bool served(const case_fast_packed_attention *c) {
     return c && good_kinds(c->dtype, c->index_bits, c->heads, c->dim, c->dropout_p) && std::isfinite(c->scale) &&
@@ -16,7 +23,7 @@ bool served(const case_fast_packed_attention *c) {
 
 int run(Call call, size_t workspace_bytes) {
     const case_fast_packed_attention *c = call.c;
-    if (!served(c) || call.plan < CASE_FAST_ATTENTION_AUTO || call.plan > CASE_FAST_ATTENTION_TILES)
+    if (!served(c) || call.plan < CASE_FAST_ATTENTION_AUTO || call.plan > CASE_FAST_ATTENTION_WARPS)
         return CASE_FAST_BAD_ARGUMENT;
     const int64_t inner = int64_t(c->heads) * c->dim;
     if (c->query_stride < inner || c->key_stride < inner || c->value_stride < inner) return CASE_FAST_BAD_ARGUMENT;
@@ -31,8 +38,7 @@ int run(Call call, size_t workspace_bytes) {
     const size_t needed = Workspace(*c, call.backward).bytes;
     if (needed > workspace_bytes || (needed && !call.workspace)) return CASE_FAST_BAD_ARGUMENT;
     if (const int status = impossible(c->batch, c->queries, c->key_sequences, c->keys)) return status;
-    if (call.plan == CASE_FAST_ATTENTION_AUTO)
-        call.plan = c->queries <= FEW_ROWS * c->batch ? CASE_FAST_ATTENTION_ROWS : CASE_FAST_ATTENTION_TILES;
+    if (call.plan == CASE_FAST_ATTENTION_AUTO) call.plan = chosen(*c);
     if (!c->queries && !(call.backward && c->keys)) return CASE_FAST_OK;
     return with_storage(c->dtype, [&](auto like) { return launch_as<decltype(like)>(call); });
 }

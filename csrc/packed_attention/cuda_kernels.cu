@@ -1,4 +1,4 @@
-// The kernel of few rows a sequence, and how all are launched. Compiled once per storage type, CASE_FAST_STORAGE.
+// The kernels of few rows and of few keys a sequence, and how all are launched. Compiled once per storage type, CASE_FAST_STORAGE.
 #include "common/attend_row.cuh"
 #include "packed_attention/cuda.h"
 #include "packed_attention/cuda_tiles.cuh"
@@ -20,6 +20,29 @@ template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBl
     const A lse = attend_row(query, span, span.visible(row - span.row, sequences.causal), row, head, numbers, arrays.key,
                              arrays.value, block, [&](int d, A x) { out[d] = narrowed<typename H::T>(x); });
     if (arrays.lse && threadIdx.x == 0) arrays.lse[static_cast<int64_t>(row) * numbers.heads + head] = lse;
+}
+
+constexpr int ROW_WARPS = 8;  // of a block
+
+// Warp w of block b has item 8 b + w of (row, head).
+template <class H> __global__ void __launch_bounds__(ROW_WARPS *WARP, H::BLOCKS)
+    warp_forward(Sequences sequences, Numbers numbers, Forward<H> arrays) {
+    using A = typename H::A;
+    numbers.dropout.read_seed();
+    const int lane = static_cast<int>(threadIdx.x) & (WARP - 1), warp = static_cast<int>(threadIdx.x) / WARP, dim = numbers.dim;
+    sequences.check();
+    const int64_t item = static_cast<int64_t>(blockIdx.x) * ROW_WARPS + warp;
+    if (item >= static_cast<int64_t>(sequences.queries) * numbers.heads) return;
+    const int row = static_cast<int>(item / numbers.heads), head = static_cast<int>(item % numbers.heads);
+    const Span span = span_of_row(sequences, row, lane);
+    const int visible = span.visible(row - span.row, sequences.causal);
+    H query;
+    query.load(arrays.query.row(row, head, dim), lane, dim);
+    Attended<H> all;
+    all.over(query, span, visible, 0, H::AHEAD, row, head, lane, numbers, arrays.key, arrays.value);
+    all.sum.scale(span.bad ? not_a_number<A>() : visible > 0 ? 1 / all.total : A(0));
+    all.sum.store(arrays.out.row(row, head, dim), lane, dim);
+    if (arrays.lse && lane == 0) arrays.lse[item] = visible > 0 ? all.peak + logarithm(all.total) : minus_infinity<A>();
 }
 
 template <class H> int launch_attention(const Call &call) {
@@ -58,6 +81,10 @@ template <class H> int launch_attention(const Call &call) {
         if (call.plan == CASE_FAST_ATTENTION_ROWS) {
             const dim3 grid(static_cast<unsigned>(c.queries), c.heads);
             CASE_FAST_LAUNCH((row_forward<H>), grid, RowBlock<H>::THREADS, 0, stream, sequences, numbers, arrays);
+        } else if (call.plan == CASE_FAST_ATTENTION_WARPS) {
+            const int64_t items = c.queries * c.heads;
+            const unsigned grid = static_cast<unsigned>((items + ROW_WARPS - 1) / ROW_WARPS);
+            CASE_FAST_LAUNCH((warp_forward<H>), grid, ROW_WARPS * WARP, 0, stream, sequences, numbers, arrays);
         } else {
             const int shared = K::shared_bytes(c.dim, 1, 2, 1);
             allow_shared(tile_forward<H>, shared);

@@ -48,9 +48,14 @@ int case_fast_packed_attention_backward_cpu(const case_fast_packed_attention *ca
 // ---- on CUDA devices: device pointers and a stream
 
 // How forward's work is laid out. ROWS: one block a (row, head), its warps sharing the keys; for one row a sequence, or a few.
-// TILES: one block a (rows of one sequence, head), keys and values in shared memory. Same results up to rounding; each gives the
-// same bits every time. Backward knows TILES alone.
-enum case_fast_packed_attention_plan { CASE_FAST_ATTENTION_AUTO = 0, CASE_FAST_ATTENTION_ROWS = 1, CASE_FAST_ATTENTION_TILES = 2 };
+// TILES: one block a (rows of one sequence, head), keys and values in shared memory. WARPS: one warp a (row, head); for few keys.
+// Same results up to rounding; each gives the same bits every time. Backward knows TILES alone.
+enum case_fast_packed_attention_plan {
+    CASE_FAST_ATTENTION_AUTO = 0,
+    CASE_FAST_ATTENTION_ROWS = 1,
+    CASE_FAST_ATTENTION_TILES = 2,
+    CASE_FAST_ATTENTION_WARPS = 3
+};
 
 // Bytes of device memory that a call needs beside its arguments; 0 where it is not one that CUDA serves.
 size_t case_fast_packed_attention_workspace_cuda(const case_fast_packed_attention *call, int backward);

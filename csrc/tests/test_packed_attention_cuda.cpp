@@ -292,7 +292,7 @@ int main() {
     searches();
     ways_to_read();
     for (size_t place = 0; place < cases.size(); ++place)
-        for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES}) {
+        for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES, CASE_FAST_ATTENTION_WARPS}) {
             const Case &c = cases[place];
             check<float, int32_t>(c, plan, 3e-6);
             if (place % 3 == 0) check<double, int64_t>(c, plan, 1e-13);
@@ -300,7 +300,8 @@ int main() {
             if (place % 3 == 2) check<__half, int32_t>(c, plan, 2e-3);
         }
     for (const size_t place : {0, 10, 17}) check<float, int32_t>(cases[place], CASE_FAST_ATTENTION_AUTO, 3e-6);
-    for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES}) damaged(plan), contained(plan);
+    for (const int plan : {CASE_FAST_ATTENTION_ROWS, CASE_FAST_ATTENTION_TILES, CASE_FAST_ATTENTION_WARPS})
+        damaged(plan), contained(plan);
     std::printf("%d launches, %d failures\n", emulated_launches, failures);
     return failures != 0;
 }

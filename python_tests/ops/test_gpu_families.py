@@ -17,7 +17,7 @@ from case_fast.ops import backend_name
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WAYS = [  # family, backend, plan
     *(("graph_attention", "native", plan) for plan in (0, 1, 2)),  # chosen, by graphs, by rows
-    *(("packed_attention", "native", plan) for plan in (0, 1, 2)),  # chosen, by rows, by tiles
+    *(("packed_attention", "native", plan) for plan in (0, 1, 2, 3)),  # chosen, by rows, by tiles, by warps
     ("cross_attention", "native", 0),
     ("graph_attention", "triton", 0),
     ("bilinear_mim", "triton", 0),
