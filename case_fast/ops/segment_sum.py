@@ -16,7 +16,7 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "segment_sum"
-FEW = 1 << 19  # elements, below which autograd's way to the CPU kernel, through Python, takes longer than the kernel saves
+FEW = 1 << 15  # elements, below which autograd's way to the CPU kernel, through Python, takes longer than the kernel saves
 
 
 def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int = FEW) -> Tensor:
