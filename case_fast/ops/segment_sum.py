@@ -16,7 +16,7 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "segment_sum"
-FEW = 1 << 19  # elements read, below which the way to the CPU kernel, through Python, takes longer than it saves
+FEW = 1 << 15  # elements, below which autograd's way to the CPU kernel, through Python, takes longer than the kernel saves
 
 
 def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int = FEW) -> Tensor:
@@ -32,7 +32,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
         size: segments, at least 0.
         validate: whether the contents of segment are checked. Default: on CPU always, elsewhere never, since reading the
             answer would stop the device's queue. On CPU they are always checked.
-        few: on CPU, plain torch sums x of fewer elements: faster there, and the same bits.
+        few: on CPU, where x wants a gradient, plain torch sums fewer elements than these: faster there, and the same bits.
 
     Returns:
         (size, ...), in the dtype of x; under autocast float32 for half precision, as torch.sum.
@@ -58,7 +58,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     if x.dtype in common.HALF and torch.is_autocast_enabled(device):
         x = x.float()
     runs = _chosen(device, "segment", segment, size, validate)
-    if runs == "reference" or x.numel() < few and _is_plain(runs, device):
+    if runs == "reference" or x.numel() < few and _is_plain(runs, x):
         return _named(reference.segment_sum, "segment", x, segment, size)
     return _sum(runs, x, segment, size)
 
@@ -73,7 +73,7 @@ def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int = FEW)
     places = index if index.dim() == 1 else index.reshape(-1)
     common.check_index("index", places, x.device, "x")
     runs = _chosen(device, "index", places, x.shape[0], validate)
-    if runs == "reference" or places.shape[0] * math.prod(x.shape[1:]) < few and _is_plain(runs, device):
+    if runs == "reference" or places.shape[0] * math.prod(x.shape[1:]) < few and _is_plain(runs, x):
         return _named(reference.take, "index", x, index)
     out = _gather(runs, x, places)
     return out if index.dim() == 1 else out.unflatten(0, index.shape)
@@ -99,9 +99,14 @@ def _chosen(device: str, name: str, index: Tensor, size: int, validate: bool | N
     return runs
 
 
-def _is_plain(runs: str, device: str) -> bool:
+def _wants(x: Tensor) -> bool:
+    """Whether what is computed from x will be differentiated."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _is_plain(runs: str, x: Tensor) -> bool:
     """Whether a call that is small may go to plain torch: not in compiled code, which would add by atomics."""
-    return runs == "native" and device == "cpu" and not torch.compiler.is_compiling()
+    return runs == "native" and x.is_cpu and _wants(x) and not torch.compiler.is_compiling()
 
 
 def _named(function: Callable[..., Tensor], name: str, x: Tensor, index: Tensor, *size: int) -> Tensor:
@@ -169,13 +174,13 @@ _backward_op = common.register(
 
 
 def _sum(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
+    if _wants(x):
         return _Sum.apply(runs, x, segment, size)
     return common.call(_forward_op, _forward, runs, x, segment, size)
 
 
 def _gather(runs: str, x: Tensor, index: Tensor) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
+    if _wants(x):
         return _Gather.apply(runs, x, index)
     return common.call(_backward_op, _backward, runs, x, index)
 

@@ -158,7 +158,7 @@ SegmentSum.WRONG = [
     ("segment must be on cpu", {"segment": BASE.segment.to("meta")}, ValueError),
     ("segment holds", {"segment": BASE.segment + 6}, IndexError),
     ("segment holds", {"segment": BASE.segment - 6}, IndexError),
-    ("segment holds", {"segment": BASE.segment + 6, "few": 1 << 19}, IndexError),
+    ("segment holds", {"segment": BASE.segment + 6, "few": 1 << 15}, IndexError),
     ("segment names", {"size": 0}, IndexError),
     ("size must be at least 0", {"size": -1}, ValueError),
     ("size must be a whole number", {"size": 6.0}, TypeError),
