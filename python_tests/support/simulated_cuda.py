@@ -147,14 +147,18 @@ class _Driver:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """The launches from here on, in order."""
+    """The launches from here on, in order; those alike are one object, as there may be tens of thousands."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels ask no driver"
     launches: list[Launch] = []
+    known: dict[tuple, Launch] = {}
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        options = {name: compile[name] for name in OPTIONS}
-        launches.append(Launch(fn.jit_function, compile["key"], compile["signature"], compile["constants"], compile["configs"][0],
-                               options, compile["device"]))
+        alike = fn.jit_function, compile["key"], compile["device"]
+        if alike not in known:
+            options = {name: compile[name] for name in OPTIONS}
+            known[alike] = Launch(fn.jit_function, compile["key"], compile["signature"], compile["constants"],
+                                  compile["configs"][0], options, compile["device"])
+        launches.append(known[alike])
         return True  # there is nothing to compile, so nothing is run
 
     simulated, runtime = _Driver(), triton.knobs.runtime
