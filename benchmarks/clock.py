@@ -13,11 +13,13 @@ import torch
 
 @dataclass
 class Prepared:
-    """What is timed, and ``how`` where that has to be said; ``keeps`` is the memory that it works in."""
+    """What is timed, and ``how`` where that has to be said; ``keeps`` is the memory that it works in. ``launched``: call by call,
+    on a GPU, where others are replayed."""
 
     run: Callable[[], object]
     how: str = ""
     keeps: object = None
+    launched: bool = False
 
 
 class CpuClock:
@@ -41,8 +43,8 @@ class CpuClock:
 
 class CudaClock:
     """Replays of a CUDA graph, so without gaps between launches, as in a captured training step. What cannot be captured is
-    timed as it is launched, and says so. Inputs stay where they are between replays: the paper's batch lives in L2, as it does
-    in a model."""
+    timed as it is launched, and says so; ours is then timed as launched besides. Inputs stay where they are between replays: the
+    paper's batch lives in L2, as it does in a model."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
@@ -52,20 +54,23 @@ class CudaClock:
         """As torch has it: threads do no work here."""
         return [torch.get_num_threads()]
 
-    def prepare(self, make: Callable[[], Callable[[], object]]) -> Prepared:
+    def prepare(self, make: Callable[[], Callable[[], object]], capture: bool = True) -> Prepared:
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
             call = make()  # on this stream: a backward pass runs where its forward pass ran
             for _ in range(3):
                 call()
         torch.cuda.synchronize()
+        if not capture:
+            return Prepared(call, "launched one by one", launched=True)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 call()
         except RuntimeError as error:
             torch.cuda.synchronize()
-            return Prepared(call, f"launched one by one, since it cannot be captured: {str(error).splitlines()[0][:120]}")
+            why = str(error).splitlines()[0][:120]
+            return Prepared(call, f"launched one by one, since it cannot be captured: {why}", launched=True)
         return Prepared(graph.replay, "CUDA graph", call)
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:

@@ -17,7 +17,8 @@ from case_fast.errors import CaseFastError, ConfigError, DataError
 from case_fast.text_files import read_json
 
 RESULTS = Path(__file__).parent / "results"  # <machine>/<name>.json
-TELLS = {"large_batches": "benchmarks.bilinear_mim.large_batches"}  # which module tells of results that are no family's
+# which module tells of results that are no family's
+TELLS = {"large_batches": "benchmarks.bilinear_mim.large_batches", "gpu": "benchmarks.gpu_results"}
 
 
 def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None], budget: float = 30.0,
@@ -66,12 +67,14 @@ def show(name: str = "", machine: str = "", out: Path | None = None) -> Iterator
 
     Raises:
         ConfigError: no such results; says which there are.
-        DataError: a stored file is damaged.
+        DataError: a stored file is damaged, or of a dry run.
     """
-    stored = sorted(path for path in RESULTS.glob("*/*.json") if path.stem != "gpu")  # what gpu.sh writes is no family's file
+    stored = sorted(RESULTS.glob("*/*.json"))
     chosen = [path for path in stored if name in ("", path.stem)]
     if not chosen:
-        raise ConfigError(f"there are no results of {name!r}; there are those of {', '.join(sorted({p.stem for p in stored}))}")
+        how = "; benchmarks/gpu.sh makes them on a machine with a GPU" if name == "gpu" else ""
+        others = ", ".join(sorted({path.stem for path in stored}))
+        raise ConfigError(f"there are no results of {name!r}{how}; there are those of {others}")
     machines = sorted({path.parent.name for path in chosen})
     if machine and machine not in machines:
         raise ConfigError(f"there are no results {f'of {name} ' if name else ''}from the machine {machine!r}; there are those "
@@ -86,12 +89,16 @@ def _told(path: Path, briefly: bool, out: Path | None) -> tuple[str, list[Path]]
     remedy = "Take the file from the repository again, or measure again"
     results = read_json(path, "stored results", remedy)
     try:
+        if results.get("dry"):
+            raise DataError(path, "this is the record of a dry run, which is no result", "Remove it")
         whole, brief = tells.markdown(results), tells.overview(results)
         written = [] if out is None else [out / path.parent.name / f"{path.stem}.{ending}" for ending in ("md", "png")]
         if written:
             written[0].parent.mkdir(parents=True, exist_ok=True)
             written[0].write_text(whole, encoding="utf-8")
             tells.plot(results, written[1])
+    except DataError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(path, f"stored results are damaged ({type(error).__name__}: {error})", remedy) from error
     return brief if briefly else whole, written

@@ -1,147 +1,389 @@
-"""The steps of benchmarks/gpu.sh: on a CUDA machine, what the kernels do there. `python -m benchmarks.gpu STEP`.
+"""The stages of benchmarks/gpu.sh: each in processes of its own with a time limit, its record written the moment it ends.
 
-    device                 ends with a sentence where there is no GPU that torch and the native module can use
-    small                  every kernel on small inputs: what compute-sanitizer watches
-    bench --out FILE       every family, as `case-fast bench FAMILY --device cuda` does: ours first, peers while there is time
-    join --parts D --out F what tests, sanitizers and benchmarks said, as one JSON file
+    python -m benchmarks.gpu            the stages of `stages`, nine minutes at most
+    python -m benchmarks.gpu recipe     the build and the whole recipe of training
+
+This process imports no torch and touches no GPU: whatever a stage does to its own process, the others run, and the record of
+what has ended is whole on the disk. A stage may use the time that earlier ones left over; it never takes that of later ones.
+At its end the processes of a stage get SIGINT, then SIGTERM, then SIGKILL, and what they had written down by then is kept.
 """
 
 from __future__ import annotations
 
-import argparse
+import ctypes
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import replace
-from importlib import import_module
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-
-import torch
 
 from benchmarks import families
-from benchmarks.clock import CudaClock
-from benchmarks.command import require
-from benchmarks.family import family_of
-from benchmarks.measure import OURS, is_ours
-from benchmarks.run import run
-from case_fast.errors import ConfigError
+from case_fast.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DRY = os.environ.get("DRY", "") not in ("", "0")
+# Of a dry run: above 0, every process sleeps, limits are so many times theirs; and the share of its limit that it sleeps.
+SCALE = float(os.environ.get("GPU_SCALE", 0)) if DRY else 0.0
+SLEEP = float(os.environ.get("GPU_SLEEP", 0.8))
+SKIPPED = 77  # the exit status of a process that has nothing to do here; its last line says why
+GOOD = ("ok", "skipped")
+LIBRARIES = "at::native|at6native|cub::|cutlass|cublas|gemm|nvjet|splitK"  # in the names of kernels that torch launches
 
 
-def device() -> str:
-    """The GPU's name. Exits with a sentence where there is none that torch can use."""
+# ---------------------------------------------------------------------------------------------------------------- the stages
+
+
+def of_file(path: Path, log: str) -> Any:
+    """What a process has written down so far; None where that is nothing."""
     try:
-        require("cuda")
-    except ConfigError as error:
-        sys.exit(f"benchmarks/gpu.sh: {error}")
-    return torch.cuda.get_device_name()
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
-def small() -> None:
-    from case_fast.ops.device_flag import raise_pending
-
-    device()
-    for family in families():
-        import_module(f"benchmarks.{family}.gpu").small()
-    torch.cuda.synchronize()
-    raise_pending()
-    print("every kernel has run")
-
-
-def copy_rate() -> float:
-    """TB/s of a large copy on the device, bytes read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target, clock = torch.empty_like(source), CudaClock()
-    copy = clock.prepare(lambda: lambda: target.copy_(source))
-    return round(2 * source.numel() / min(clock.seconds(copy.run, 5) for _ in range(5)) / 1e12, 3)
+def of_sanitizer(path: Path, log: str) -> Any:
+    """What compute-sanitizer printed: its summary, findings in all, of which kernels; and the families that had run."""
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log)
+    counts = [int(number) for number in re.findall(r"(\d+) (?:error|hazard)", summary[-1])] if summary else []
+    kernels = Counter(re.findall(r"^=========     at (?:void )?([\w:]+)", log, re.MULTILINE))
+    found = of_file(path, log) or {}
+    if not summary and not found:
+        return None
+    return found | {"summary": summary[-1] if summary else found.get("summary"), "errors": counts[0] if counts else None,
+                    "kernels": dict(kernels)}
 
 
-def bench(out: Path, budget: float) -> bool:
-    """Our kernels of every family, then each family's peers in turns with ours; the file is written after each case.
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    limit: float  # seconds
+    jobs: dict[str, list[str]]  # of each part its command, which is given --out FILE besides
+    in_turn: bool = False  # one at a time, since they measure: all start at once, and wait on stdin for their seconds
+    beside: bool = False  # runs with the stage before it, in the same time
+    needs: dict[str, object] = field(default_factory=dict)  # what it cannot do without, and whether it is there
+    read: Callable[[Path, str], Any] = of_file  # of a part's file and log its result
 
-    Returns:
-        Whether every family could be measured, and none of our results was wrong.
-    """
-    until = time.monotonic() + budget
-    found: dict[str, Any] = {"device": device(), "copy_tb_s": copy_rate(), "budget_s": budget, "in_time": True, "cases": [],
-                             "failed": {}}
-    tables: dict[tuple, dict[str, Any]] = {}
-    for with_peers in (False, True):
-        for name in families():
-            family = family_of(name, "cuda")
-            chosen = [peer for peer in family.peers if (peer == OURS or not is_ours(peer) if with_peers else is_ours(peer))]
+
+def python(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+def travel_store() -> str:
+    """STORE, or what `case-fast pack` has left in the checkout; "" where there is none."""
+    return os.environ.get("STORE") or next((str(path) for path in sorted(ROOT.glob("*.travel"))), "")
+
+
+A_STORE = "a packed store: STORE=, or a *.travel in the checkout"
+CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def sanitizers(tool: str) -> dict[str, list[str]]:
+    """Kernels of libraries are left out, so that none of ours is; not with initcheck, which has to see what they wrote."""
+    if DRY:
+        return {check: python("benchmarks.gpu_dry", "emulated", check) for check in CHECKS}
+    small = python("benchmarks.gpu_steps", "smoke", "all")
+    told = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout if tool else ""
+    without = ["--kernel-name-exclude", f"regex={LIBRARIES}"] if "--kernel-name-exclude" in told else []
+    return {check: [tool, "--tool", check, *([] if check == "initcheck" else without), "--error-exitcode", "9", *small]
+            for check in CHECKS}
+
+
+def stages(chosen: Sequence[str], gpu: bool) -> list[Stage]:
+    folders = f"{os.environ['PATH']}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    tool, store = shutil.which("compute-sanitizer", path=folders) or "", travel_store()
+    machine = {"a GPU": gpu}
+    few = ("--preset", "demo", "--steps", "2") if DRY else ()
+    training = python("benchmarks.gpu_training", "steps", "--store", store, *few)
+
+    def each(*words: str) -> dict[str, list[str]]:
+        return {family: python(*words, family) for family in chosen}
+
+    def bench(which: str, limit: float) -> Stage:
+        jobs = {family: python("benchmarks.gpu_steps", which, family) for family in chosen}
+        return Stage(which, limit, jobs, in_turn=True, needs=machine)
+
+    return [
+        Stage("device", 24, {"": python("benchmarks.gpu_steps", "device")}, needs=machine),
+        Stage("build", 30, {"": python("benchmarks.gpu_steps", "build")}, needs=machine),
+        Stage("smoke", 30, each("benchmarks.gpu_steps", "smoke"), needs=machine),
+        Stage("training", 48, {"": training}, needs=machine | {A_STORE: store}),
+        Stage("tests", 132, each("benchmarks.gpu_tests"), needs=machine),
+        Stage("sanitizers", 132, sanitizers(tool), beside=True, read=of_sanitizer,
+              needs=machine | {"compute-sanitizer": tool or DRY}),
+        bench("ours", 120),
+        bench("peers", 120),
+        bench("variants", 30),
+    ]
+
+
+def recipe(gpu: bool, out: Path) -> list[Stage]:
+    store = travel_store()
+    train = python("benchmarks.gpu_training", "recipe", "--store", store, "--out", str(out), "--minutes", "8.3")
+    return [Stage("build", 40, {"": python("benchmarks.gpu_steps", "build")}, needs={"a GPU": gpu}),
+            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store},
+                  read=lambda _, log: of_file(out / "recipe.json", log))]
+
+
+# --------------------------------------------------------------------------------------------------------------- the processes
+
+
+def _child() -> None:
+    """Ends with the process that started it; and where memory runs out, the kernel takes it before that one."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+class Job:
+    """A process, in a group of its own, and its record."""
+
+    def __init__(self, stage: Stage, part: str, folder: Path, deadline: float, threads: int):
+        name = f"{stage.name}-{part}".strip("-")
+        self.stage, self.deadline, self.started = stage, deadline, time.monotonic()
+        self.file, self.log = folder / f"{name}.json", folder / f"{name}.log"
+        self.record: dict[str, Any] = {"name": part, "state": "running", "why": "", "seconds": 0.0, "limit": 0.0, "result": None,
+                                       "log": []}
+        command = _rehearsed(stage, part) if DRY else stage.jobs[part]
+        if "--out" not in command:
+            command = [*command, "--out", str(self.file)]
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if stage.name == "sanitizers":
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation, whose ends are seen
+        with self.log.open("wb") as stream:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+                                            stdin=subprocess.PIPE if stage.in_turn else subprocess.DEVNULL,
+                                            start_new_session=True, preexec_fn=_child)
+        self._steps = [(1.0, signal.SIGINT), (0.5, signal.SIGTERM), (0.0, signal.SIGKILL)]
+        self.stopped = False
+
+    def turn(self, deadline: float) -> None:
+        """Of a stage whose parts measure in turn: this one may begin, and has until then."""
+        self.started, self.deadline = time.monotonic(), deadline
+        with suppress(OSError):
+            self.process.stdin.write(f"{deadline - self.started - self.grace:.1f}\n".encode())
+            self.process.stdin.close()
+
+    @property
+    def grace(self) -> float:
+        """Seconds from SIGINT to SIGKILL."""
+        return min(5.0, (self.deadline - self.started) / 8)
+
+    def ended(self) -> bool:
+        """Looks after the process: signals where its time is over, the record where it has ended."""
+        now = time.monotonic()
+        while self._steps and now >= self.deadline - self._steps[0][0] * self.grace and self.process.poll() is None:
+            self.signal(self._steps.pop(0)[1])
+            self.stopped = True
+        if self.process.poll() is None and now < self.deadline + 1:  # later it waits on a driver, and no signal reaches it
+            return False
+        self.look()
+        self.signal(signal.SIGKILL)  # what it left behind in its group
+        self.record["state"], self.record["why"] = self._state(self.process.returncode)
+        return True
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+    def look(self) -> None:
+        """What is known of it now."""
+        log = self.log.read_text(encoding="utf-8", errors="replace")
+        self.record |= {"seconds": round(time.monotonic() - self.started, 1), "limit": round(self.deadline - self.started, 1),
+                        "log": [line[:300] for line in log.splitlines()[-15:]]}
+        try:
+            self.record["result"] = self.stage.read(self.file, log)
+        except Exception as error:  # what it wrote was not what it should have been; the others' is
+            self.record["log"].append(f"its result cannot be read: {error!r}")
+
+    def _state(self, status: int | None) -> tuple[str, str]:
+        last = next((line for line in reversed(self.record["log"]) if line.strip()), "")
+        if self.stopped or status is None:
+            return "timeout", f"stopped after {self.record['seconds']} s" + (", in vain" if status is None else "")
+        number = -status if status < 0 else status - 128  # of a signal, by itself or as a shell says it
+        if number in set(signal.Signals):
+            name = signal.Signals(number).name
+            return "crashed", name + (": out of memory, perhaps" if name == "SIGKILL" else "")
+        return {0: ("ok", ""), SKIPPED: ("skipped", last)}.get(status, ("failed", last or f"exit status {status}"))
+
+
+def _rehearsed(stage: Stage, part: str) -> list[str]:
+    """The command in a dry run: GPU_FAULT=stage:kind,... puts faults in place of the stages' first parts; or sleep for all."""
+    faults = dict(fault.split(":") for fault in os.environ.get("GPU_FAULT", "").split(",") if fault)
+    if stage.name in faults and part == next(iter(stage.jobs)):
+        return python("benchmarks.gpu_dry", faults[stage.name])
+    if SCALE:
+        turns = len(stage.jobs) if stage.in_turn else 1
+        return python("benchmarks.gpu_dry", "sleep", "--seconds", str(SLEEP * SCALE * stage.limit / turns))
+    return stage.jobs[part]
+
+
+# ------------------------------------------------------------------------------------------------------------------- the record
+
+
+class Run:
+    """All stages one after the other, and the record of them on the disk."""
+
+    def __init__(self, listed: list[Stage], gpu: str, folder: Path, paths: list[Path]):
+        self.folder, self.paths, self.stages = folder, paths, listed
+        self.begun, self.jobs = time.monotonic(), {stage.name: [] for stage in listed}
+        self.record: dict[str, Any] = {
+            "gpu": gpu, "dry": DRY, "begun": datetime.now(UTC).isoformat(timespec="seconds"), "finished": False, "seconds": 0.0,
+            "stages": [{"name": stage.name, "state": "waiting", "seconds": 0.0, "limit": stage.limit, "parts": []}
+                       for stage in listed],
+        }
+
+    def write(self) -> None:
+        self.record["seconds"] = round(time.monotonic() - self.begun, 1)
+        for path in self.paths:
             try:
-                for case in run(replace(family, peers={peer: family.peers[peer] for peer in chosen}), budget=3, until=until):
-                    table = tables.setdefault((name, case["name"], case["dtype"]), {"family": name, **case, "rows": []})
-                    _merge(table["rows"], case["rows"])
-                    found["cases"] = [*tables.values()]
-                    out.write_text(json.dumps(found, indent=1))
-                    for row in case["rows"]:
-                        said = f"{1e3 * row['median_ms']:,.2f} us" if "median_ms" in row else next(iter([*row.values()][2:]))
-                        print(f"{name:<20} {case['name']:>20} {case['dtype']:>9} {row['mode']:<16} {row['peer']:<52} {said}",
-                              flush=True)
-            except Exception as error:  # the other families are still measured
-                found["failed"][name] = f"{type(error).__name__}: {error}"
-                print(f"{name}: {found['failed'][name]}", flush=True)
-    found["in_time"] = time.monotonic() <= until  # else cases or peers are missing
-    out.write_text(json.dumps(found, indent=1))
-    return not found["failed"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(self.record, indent=1) + "\n")
+            except OSError as error:  # the other path may be well
+                print(f"benchmarks/gpu.sh: {path}: {error}", file=sys.stderr)
+
+    def run(self) -> bool:
+        """Whether nothing failed."""
+        self.write()
+        deadline, ahead = self.begun, list(self.stages)
+        try:
+            while ahead:
+                together = [ahead.pop(0)]
+                while ahead and ahead[0].beside:
+                    together.append(ahead.pop(0))
+                deadline += together[0].limit * (SCALE or 1)
+                self._together(together, deadline)
+            self.record["finished"] = True
+        finally:  # whatever ends it, a signal too
+            for job in (job for jobs in self.jobs.values() for job in jobs if job.record["state"] == "running"):
+                job.signal(signal.SIGKILL)
+                job.look()
+                job.record |= {"state": "stopped", "why": "the whole run was stopped"}
+            self._sum_up()
+            self.write()
+        return all(stage["state"] in GOOD for stage in self.record["stages"])
+
+    def _together(self, together: list[Stage], deadline: float) -> None:
+        waiting: list[Job] = []
+        runs: list[Job] = []
+        count = sum(len(stage.jobs) for stage in together if not stage.in_turn) or 1
+        for stage in together:
+            entry = next(entry for entry in self.record["stages"] if entry["name"] == stage.name)
+            missing = [what for what, there in stage.needs.items() if not there]
+            if missing:
+                entry |= {"state": "skipped", "why": f"needs {missing[0]}"}
+                continue
+            for part in stage.jobs:
+                try:
+                    job = Job(stage, part, self.folder, deadline, max(1, (os.cpu_count() or 1) // count))
+                except OSError as error:  # it did not even start
+                    entry |= {"state": "failed", "why": str(error)}
+                    continue
+                self.jobs[stage.name].append(job)
+                entry["parts"].append(job.record)
+                (waiting if stage.in_turn else runs).append(job)
+        told: set[str] = set()
+        written = time.monotonic()
+        while waiting or runs:
+            if waiting and not runs:
+                job = waiting.pop(0)
+                now = time.monotonic()
+                job.turn(now + (deadline - now) / (len(waiting) + 1))
+                runs.append(job)
+            runs = [job for job in runs if not job.ended()]
+            self._sum_up()
+            if self._tell(together, told) or time.monotonic() - written > 5 * (SCALE or 1):
+                for job in runs:
+                    job.look()  # a run that is killed from outside keeps this
+                self.write()
+                written = time.monotonic()
+            time.sleep(0.02)
+        self._tell(together, told)
+        self.write()
+
+    def _sum_up(self) -> None:
+        for entry in self.record["stages"]:
+            states = [part["state"] for part in entry["parts"]] + ["failed"] * ("why" in entry)
+            if entry["parts"]:
+                worst = ("stopped", "running", "crashed", "timeout", "failed", "ok", "skipped")
+                jobs = self.jobs[entry["name"]]
+                entry["state"] = next(state for state in worst if state in states)
+                last = max(job.started + job.record["seconds"] for job in jobs)
+                entry["seconds"] = round(last - min(job.started for job in jobs), 1)
+
+    def _tell(self, together: list[Stage], told: set[str]) -> bool:
+        """A line for each stage that has ended and was not told; whether there was one."""
+        ended = [entry for entry in self.record["stages"] if entry["name"] in {stage.name for stage in together} - told
+                 and entry["state"] not in ("waiting", "running")]
+        for entry in ended:
+            told.add(entry["name"])
+            why = entry.get("why", "")
+            print(f"{time.monotonic() - self.begun:6.1f} s  {entry['name']}: {entry['state']}{why and f': {why}'}")
+            for part in entry["parts"]:
+                if part["why"]:
+                    print(f"          {part['name'] or entry['name']}: {part['state']}: {part['why']}")
+                if part["state"] not in GOOD:
+                    print(*(f"            | {line}" for line in part["log"][-4:]), sep="\n")
+        return bool(ended)
 
 
-def _merge(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
-    """Rows of peers measured later; one that is there and was timed stays where the later one was not."""
-    for row in more:
-        place = next((at for at, old in enumerate(rows) if (old["peer"], old["mode"]) == (row["peer"], row["mode"])), None)
-        if place is None:
-            rows.append(row)
-        elif "median_ms" in row:
-            rows[place] = row
+# ------------------------------------------------------------------------------------------------------------------------ main
 
 
-def join(parts: Path, out: Path | None) -> None:
-    """One JSON file: by default benchmarks/results/<device>/gpu.json."""
-    from benchmarks.report import environment
+def gpu_name() -> str:
+    """"" where there is none. Of nvidia-smi, or where that is missing, of torch."""
+    torch = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"]
+    for command in (["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], torch):
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            if done.returncode == 0 and done.stdout.strip():
+                return done.stdout.splitlines()[0].strip()
+    return ""
 
-    found: dict[str, Any] = {"environment": environment("graph_attention", "cuda"), "gpu": device()}
-    tests = parts / "tests.xml"
-    if tests.exists():
-        suite = ElementTree.parse(tests).getroot().find("testsuite")
-        if suite is not None:
-            found["tests"] = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    found["sanitizer"] = {}
-    for log in sorted(parts.glob("sanitizer-*.txt")):
-        said = log.read_text(errors="replace")
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", said)
-        found["sanitizer"][log.stem.removeprefix("sanitizer-")] = summary[-1] if summary else f"no summary: {said[-200:]}"
-    resources = parts / "resources.json"
-    if resources.exists():
-        found["kernel_resources"] = json.loads(resources.read_text())
-    measured = parts / "bench.json"
-    found["benchmarks"] = json.loads(measured.read_text()) if measured.exists() else None
-    if out is None:
-        out = Path(__file__).parent / "results" / re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower()).strip("-") / "gpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1))
-    print(f"written: {out}")
+
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough
+    sys.exit(128 + number)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("device", "small", "bench", "join"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", type=Path, default=Path("build/gpu"))
-    parser.add_argument("--budget", type=float, default=240, help="seconds for all benchmarks")
-    given = parser.parse_args()
-    if given.step == "device":
-        print(device())
-    elif given.step == "small":
-        small()
-    elif given.step == "bench":
-        sys.exit(not bench(given.out or given.parts / "bench.json", given.budget))
+    words = sys.argv[1:]
+    if words not in ([], ["recipe"]):
+        sys.exit(f"benchmarks/gpu.sh: {' '.join(words)!r} is not understood; nothing, or recipe")
+    out = Path(os.environ["OUT"]).absolute() if os.environ.get("OUT") else None
+    chosen = [name for name in re.split(r"[,\s]+", os.environ.get("FAMILIES", "")) if name] or families()
+    if unknown := set(chosen) - set(families()):
+        sys.exit(f"benchmarks/gpu.sh: FAMILIES names {', '.join(sorted(unknown))}; there are {', '.join(families())}")
+    if DRY and out is None:
+        sys.exit("benchmarks/gpu.sh: DRY=1 needs OUT=folder; what it writes is no result")
+    signal.signal(signal.SIGTERM, _stop)
+    gpu = "none: a dry run" if DRY else gpu_name()
+    folder = out / "parts" if DRY else ROOT / "build" / "gpu"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if words:
+        run = Run(recipe(bool(gpu), out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "record.json"])
     else:
-        join(given.parts, given.out)
+        stored = [RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "gpu.json"] if gpu and not DRY else []
+        run = Run(stages(chosen, bool(gpu)), gpu, folder, [*stored, *([out / "gpu.json"] if out else [])])
+    try:
+        good = run.run()
+    finally:
+        from benchmarks.gpu_results import overview
+
+        print("", overview(run.record), sep="\n")
+        print("\n".join(f"written: {path}" for path in run.paths))
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

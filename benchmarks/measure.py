@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.clock import Clock, Prepared
 
 OURS = "case_fast"
+LAUNCHED = "case_fast, launched one by one"  # ours on a GPU beside a peer that cannot be captured in a CUDA graph
 MODES = ("forward", "forward+backward")
 BACKWARD = "backward"  # alone, again and again after one forward pass; on a GPU
 SLACK = 4  # a peer adds in another order than plain torch; a wrong formula is off by far more than this many times its error
@@ -51,6 +52,18 @@ class Case:
     @property
     def modes(self) -> tuple[str, ...]:
         return MODES
+
+    @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        """(operations, bytes) that forward, and backward alone, cannot do without: products without any that is made again, each
+        input read and each result written once. () where nobody has counted."""
+        return ()
+
+    def needs(self, mode: str) -> dict[str, float]:
+        """The least of a mode: {"flop", "bytes"}, or {}."""
+        parts = dict(zip((MODES[0], BACKWARD), self.least, strict=False))
+        counted = [parts[part] for part in mode.split("+") if part in parts]
+        return dict(zip(("flop", "bytes"), map(sum, zip(*counted, strict=True)), strict=True)) if counted else {}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory
-from benchmarks.measure import OURS, SLACK, is_ours
+from benchmarks.measure import LAUNCHED, OURS, SLACK, is_ours
 from case_fast.devices import processor_name
 from case_fast.files import write_text
 
@@ -70,20 +70,32 @@ def _memory_gib() -> float | None:
 
 
 def summary(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each mode: our median, the fastest peer that was not refused, how much longer it takes; ours in yardsticks."""
+    """For each mode: our median, the fastest peer that was not refused, how much longer it takes; ours in yardsticks. A peer that
+    was launched call by call is compared with ours launched so."""
     lines = []
     for mode in case["modes"]:
         timed = {row["peer"]: row for row in case["rows"] if row["mode"] == mode and "median_ms" in row}
-        yardsticks = [timed.pop(name) for name in [*timed] if "yardstick" in timed[name]]
-        mine = timed.get(OURS)
-        rivals = [row for name, row in timed.items() if not is_ours(name)]
-        if mine is None or not rivals:
+        rivals = [row for name, row in timed.items() if not is_ours(name) and "yardstick" not in row]
+        if OURS not in timed or not rivals:
             continue
-        best = min(rivals, key=lambda row: row["median_ms"])
-        lines.append({"case": _called(case), "mode": mode, "ours_ms": mine["median_ms"], "best_peer": best["peer"],
-                      "best_peer_ms": best["median_ms"], "ratio": best["median_ms"] / mine["median_ms"],
-                      "in_yardsticks": {row["peer"]: mine["median_ms"] / row["median_ms"] for row in yardsticks}})
+        best = min(rivals, key=lambda row: row["median_ms"] / _beside(row, timed)["median_ms"])
+        ours_ms = _beside(best, timed)["median_ms"]
+        lines.append({"case": _called(case), "mode": mode, "ours_ms": ours_ms, "best_peer": best["peer"],
+                      "best_peer_ms": best["median_ms"], "ratio": best["median_ms"] / ours_ms,
+                      "in_yardsticks": in_yardsticks(case, mode)})
     return lines
+
+
+def in_yardsticks(case: dict[str, Any], mode: str) -> dict[str, float]:
+    """Our median in units of each yardstick's."""
+    timed = [row for row in case["rows"] if row["mode"] == mode and "median_ms" in row]
+    return {row["peer"]: mine["median_ms"] / row["median_ms"] for mine in timed if mine["peer"] == OURS
+            for row in timed if "yardstick" in row}
+
+
+def _beside(row: dict[str, Any], timed: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The row of ours that a peer's is compared with."""
+    return timed[LAUNCHED] if row.get("launched") and LAUNCHED in timed else timed[OURS]
 
 
 def _called(case: dict[str, Any]) -> str:
@@ -100,14 +112,15 @@ def _megabytes(taken: int | None) -> str:
     return f"< {_FLOOR}" if taken < _FLOOR * 1e6 else _number(taken / 1e6)
 
 
-def _cells(row: dict[str, Any], ours_ms: float) -> list[str]:
+def _cells(row: dict[str, Any], timed: dict[str, dict[str, Any]]) -> list[str]:
     """threads, or how a GPU was timed; median, quartiles, times ours, extra memory."""
     for reason, said in (("left_out", ""), ("refused", "wrong: "), ("failed", "failed: ")):
         if reason in row:
             return ["", said + row[reason], "", "", ""]
     low, high = (_number(x) for x in row["quartiles_ms"])
     part = f" ({_number(row['part']['ms'])} of it {row['part']['name']})" if "part" in row else ""
-    times = "" if row["peer"] == OURS else f"{row['median_ms'] / ours_ms:.1f}"
+    none = row["peer"] in (OURS, LAUNCHED) or OURS not in timed
+    times = "" if none else f"{row['median_ms'] / _beside(row, timed)['median_ms']:.1f}"
     extra = _megabytes(row.get("extra_bytes"))
     return [row.get("how", str(row["threads"])), _number(row["median_ms"]) + part, f"{low} .. {high}", times, extra]
 
@@ -156,19 +169,25 @@ def overview(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The `overview`, and a table of all peers for each case and mode."""
+    timed = "timed as" if "gpu" in results["environment"]["machine"] else "threads"
     lines = []
     for case in results["cases"]:
-        lines += ["", f"## {_called(case)}: {case['what']}", "", ", ".join(f"{k} = {n:,}" for k, n in case["shape"].items())]
-        for mode in case["modes"]:
-            rows = [row for row in case["rows"] if row["mode"] == mode]
-            ours_ms = next((row["median_ms"] for row in rows if row["peer"] == OURS and "median_ms" in row), float("nan"))
-            others = case["cores_busy_with_others"][mode]
-            if others is not None:
-                lines += ["", f"Meanwhile others kept {others:.2f} cores busy."]
-            timed = "timed as" if "gpu" in results["environment"]["machine"] else "threads"
-            lines += ["", _row([mode, timed, "median, ms", "quartiles", f"times {OURS}", "extra MB"]), "|---" * 6 + "|"]
-            lines += [_row([f"*{row['peer']}*" if "yardstick" in row else row["peer"], *_cells(row, ours_ms)]) for row in rows]
+        lines += ["", f"## {_called(case)}: {case['what']}", *tables(case, timed)]
     return overview(results) + "\n".join(lines) + "\n"
+
+
+def tables(case: dict[str, Any], timed: str) -> list[str]:
+    """The shape of a case, and for each mode a table of all peers; ``timed`` heads the column of threads, or how it was timed."""
+    lines = ["", ", ".join(f"{k} = {n:,}" for k, n in case["shape"].items())]
+    for mode in case["modes"]:
+        rows = [row for row in case["rows"] if row["mode"] == mode]
+        own = {row["peer"]: row for row in rows if row["peer"] in (OURS, LAUNCHED) and "median_ms" in row}
+        others = case["cores_busy_with_others"][mode]
+        if others is not None:
+            lines += ["", f"Meanwhile others kept {others:.2f} cores busy."]
+        lines += ["", _row([mode, timed, "median, ms", "quartiles", f"times {OURS}", "extra MB"]), "|---" * 6 + "|"]
+        lines += [_row([f"*{row['peer']}*" if "yardstick" in row else row["peer"], *_cells(row, own)]) for row in rows]
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------------- picture

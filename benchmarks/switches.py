@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
+
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
@@ -20,6 +22,13 @@ def backend(name: str) -> Iterator[None]:
         os.environ.pop("CASE_FAST_BACKEND")
         if before is not None:
             os.environ["CASE_FAST_BACKEND"] = before
+
+
+def native_or_triton() -> str:
+    """The backend of CUDA C++; on a machine with a GPU where that was not built, Triton, which needs no build."""
+    from case_fast.ops import native_report
+
+    return "native" if native_report().get("cuda") or not torch.cuda.is_available() else "triton"
 
 
 @contextmanager
@@ -36,7 +45,7 @@ def setting(module: str, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def tiles(module: str, rows: int, columns: int) -> Iterator[None]:
-    """The largest tile of scores of a family's Triton kernels, for every dtype."""
+    """This tile of scores alone for a family's Triton kernels, of every dtype."""
     usual = import_module(f"case_fast.ops.{module}").TILES
-    with backend("triton"), setting(module, TILES=dict.fromkeys(usual, (rows, columns))):
+    with backend("triton"), setting(module, TILES=dict.fromkeys(usual, ((rows, columns),))):
         yield

@@ -131,7 +131,8 @@ class Batch(_Tensors):
 
     Attributes:
         size: B.
-        seed: of everything that is drawn in a forward pass by counter (dropout, negatives), in [0, 2^63): one number a step.
+        seed: () int64, of everything that is drawn in a forward pass by counter (dropout, negatives), in [0, 2^63): one number a
+            step. A tensor, for kernels to read: a step that was captured draws by what it holds when the step runs.
         context, context_role: (T,) [CLS] and the context's words, with role tokens; cu_context (B + 1,).
         decoder_input, target: (M,) BOS + words, and words + EOS; cu_target (B + 1,).
         emotion: (B,) label, -1 where unknown.
@@ -139,7 +140,7 @@ class Batch(_Tensors):
     """
 
     size: int
-    seed: int
+    seed: Tensor
     context: Tensor
     context_role: Tensor
     cu_context: Tensor

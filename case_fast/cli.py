@@ -138,7 +138,7 @@ def _bench_arguments(parser: ArgumentParser) -> None:
     families = ", ".join(_benchmarks().families())
     parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}")
     parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
-                        help="measure nothing; print what was measured before, of this family or all")
+                        help="measure nothing; print what was measured before, of this family, all, or gpu (benchmarks/gpu.sh)")
     parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")

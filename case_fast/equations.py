@@ -1,9 +1,10 @@
 """The paper in its order: one plain-torch function per equation of CASE (Zhou et al., ACL 2023).
 
 No parameters, no state, any float dtype (float64 included). Those equations that have kernels are in
-`case_fast.ops.reference`, and stand here by name where the paper has them. Ragged collections lie end to end: ``segment`` (n,)
-names the dialogue (or sequence) that each row belongs to, ``cu`` (s + 1,) holds where each sequence starts. Empty collections are
-legal everywhere and give zeros; nothing here divides by a count that can be 0. Half-precision inputs are reduced in float32.
+`case_fast.ops.reference`, and stand here by name where the paper has them; rows are summed and taken by the ops of
+`case_fast.ops.segment_sum`. Ragged collections lie end to end: ``segment`` (n,) names the dialogue (or sequence) that each row
+belongs to, ``cu`` (s + 1,) holds where each sequence starts. Empty collections are legal everywhere and give zeros; nothing here
+divides by a count that can be 0. Half-precision inputs are reduced in float32.
 
 Deviations from the paper's print, as the project defines them: Eq. 9 and 11 are negated (a loss is minimised); Eq. 11 and 19
 are averaged; the posterior is detached in Eq. 7 by the caller.
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from case_fast.ops import reference
-from case_fast.ops.reference import full_precision, segment_log_softmax, segment_mean, segment_sum, take
+from case_fast.ops import reference, segment_log_softmax, segment_mean, segment_sum, take
+from case_fast.ops.reference import full_precision
 from case_fast.ops.reference import segment_ids as segment_ids
 from case_fast.ops.reference import segment_positions as segment_positions
 

@@ -51,6 +51,13 @@ class PairCase(Case):
         return self.scores[0] if self.negatives is None and self.one_to_one else None
 
     @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        (pairs, rows), width = self.scores, self.x.shape[1]
+        scores = pairs * (rows if self.negatives is None else 1 + 2 * self.negatives)
+        products, moved = 2 * width * (scores + pairs * width), self.x.element_size() * width * (pairs + rows + width)
+        return (products, moved), (2 * products, 2 * moved)
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
         return self.x, self.y, self.weight

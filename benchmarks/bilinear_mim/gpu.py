@@ -25,7 +25,14 @@ def atomics() -> Iterator[None]:
     """Sums by atomics: the op's ``deterministic=False``."""
     from case_fast.ops.bilinear_mim_triton import forward
 
-    with backend("triton"), setting(TRITON, forward=lambda *given: forward(*given[:7], False)):
+    with backend("triton"), setting(TRITON, forward=lambda *given: forward(*given[:8], False)):
+        yield
+
+
+@contextmanager
+def large_blocks() -> Iterator[None]:
+    """Backward writes the scores' gradient 16 384 rows of x at once, in 256 MiB: of bfloat16 with 8 192 rows of y."""
+    with backend("triton"), setting(TRITON, BLOCK_ROWS=16384, BLOCK_BYTES=256 << 20):
         yield
 
 
@@ -34,7 +41,8 @@ WAYS = {
     "case_fast, sums by atomics": atomics,
     "case_fast, tiles 64 x 128": lambda: tiles(TRITON, 64, 128),
     "case_fast, tiles 128 x 64": lambda: tiles(TRITON, 128, 64),
-    "case_fast, tiles 128 x 256": lambda: tiles(TRITON, 128, 256),
+    "case_fast, tiles 128 x 128": lambda: tiles(TRITON, 128, 128),
+    "case_fast, blocks of 256 MiB": large_blocks,
 }
 
 

@@ -53,6 +53,16 @@ class ReplyCase(Case):
         return MODES[:1] if self.steps else MODES
 
     @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        rows, width = self.hidden.shape
+        keys = sum(s.key.shape[0] for s in self.sources)
+        pairs = sum(float((self.cu_hidden.diff() * s.cu_keys.diff()).sum()) for s in self.sources)
+        weights = 2 * len(self.sources) * width**2
+        products, size = 2 * rows * weights + 4 * pairs * width, self.hidden.element_size()
+        return ((products, size * (2 * rows * width + 2 * keys * width + weights)),
+                (2 * products, size * (3 * rows * width + 4 * keys * width + 2 * weights)))
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
         return self.hidden, *(x for s in self.sources for x in s.floats())

@@ -14,13 +14,17 @@ from benchmarks.cross_attention.cases import make_case
 from benchmarks.measure import OURS
 from benchmarks.switches import backend, setting
 from case_fast import ops
+from case_fast.ops.cross_attention import FEW_ROWS
 
 PEERS = [name for name in peers.PEERS if name != OURS]
 SIZES = ["step16", "beams16x5", "rows256", "rows1024"]
 
 
+ALL_ROWS, NO_ROWS = 65535, -1  # of few_rows: the kernels of decoding wherever they can, or never
+
+
 @contextmanager
-def kernels(few_rows: int = 256, plan: int = 0) -> Iterator[None]:
+def kernels(few_rows: int = FEW_ROWS, plan: int = 0) -> Iterator[None]:
     """Up to how many rows the kernels of decoding run, and the plan of packed_attention."""
     with backend("native"), setting("cross_attention", FEW_ROWS=few_rows), setting("packed_attention", PLAN_AUTO=plan):
         yield
@@ -28,8 +32,9 @@ def kernels(few_rows: int = 256, plan: int = 0) -> Iterator[None]:
 
 WAYS = {
     "case_fast": kernels,
-    "case_fast, torch's products around the attention": lambda: kernels(-1),
-    "case_fast, torch's products, one block a row": lambda: kernels(-1, 1),
+    "case_fast, the kernels of decoding": lambda: kernels(ALL_ROWS),
+    "case_fast, torch's products around the attention": lambda: kernels(NO_ROWS),
+    "case_fast, torch's products, one block a row": lambda: kernels(NO_ROWS, 1),
 }
 
 
@@ -40,11 +45,11 @@ def small() -> None:
         keys = [[40, 5, 7, 0], [1, 33, 0, 9]]
         case = make_case("small", "", [3, 17, 0, 1], keys, device="cuda", dtype=dtype, width=width, heads=heads)
         dropout = {"dropout_p": 0.1, "output_dropout_p": 0.1, "seed": 5}
-        for few_rows in (256, -1):
+        for few_rows in (ALL_ROWS, NO_ROWS):
             with kernels(few_rows), torch.no_grad():
                 ops.cross_attention(case.hidden, case.cu_hidden, case.sources, **dropout)
         for plan in (1, 2):
-            with kernels(-1, plan):
+            with kernels(NO_ROWS, plan):
                 leaves = [x.detach().requires_grad_() for x in case.inputs]
                 out = ops.cross_attention(leaves[0], case.cu_hidden, case.sources_of(tuple(leaves[1:])), **dropout)
                 torch.autograd.grad(out, leaves, case.grad_out)

@@ -55,6 +55,14 @@ class GraphCase(Case):
         return self.vertices if re.fullmatch(r"[\de]+", self.name) else None  # one graph
 
     @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        (rows, heads, dimension), edges = self.query.shape, self.edges
+        relations = 0 if self.relation_query is None else self.relation_query.shape[0]
+        products, tables = 2 * edges * heads * dimension, 2 * rows * relations * heads * dimension  # q . k of edges; of relations
+        row, indices = rows * heads * dimension * self.query.element_size(), 4 * (rows + (2 if relations else 1) * edges)
+        return (2 * products + 2 * tables, 4 * row + indices), (4 * products + 4 * tables, 7 * row + indices)
+
+    @property
     def relation(self) -> Tensor | None:
         return None if self.relation_query is None else self.graphs.relation
 

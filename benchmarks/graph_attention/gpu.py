@@ -9,11 +9,12 @@ import torch
 
 from benchmarks.family import DTYPES
 from benchmarks.graph_attention.cases import make_case, random_graphs
-from benchmarks.switches import backend, setting
+from benchmarks.switches import backend, native_or_triton, setting
 from case_fast import ops
 
 PEERS = ["gather/scatter, relation tables, eager", "gather/scatter, relation tables, torch.compile",
-         "dense products, edge bias, torch.compile", "FlexAttention, torch.compile"]
+         "dense products, edge bias, torch.compile", "FlexAttention, torch.compile",
+         "FlexAttention, torch.compile, mask made beforehand"]
 SIZES = ["paper", "1e5"]
 
 
@@ -25,7 +26,7 @@ def kernels(name: str, plan: int = 0) -> Iterator[None]:
 
 
 WAYS = {
-    "case_fast": lambda: kernels("native"),
+    "case_fast": lambda: kernels(native_or_triton()),
     "case_fast, plan graphs": lambda: kernels("native", 1),
     "case_fast, plan rows": lambda: kernels("native", 2),
     "case_fast, Triton": lambda: kernels("triton"),
@@ -44,8 +45,8 @@ def small() -> None:
         for dtype in ("float32", "float64", "bfloat16", "float16"):
             case = make_case("small", "", graphs, relations, dimension=dimension, device="cuda", dtype=getattr(torch, dtype))
             for name, plan in (("native", 1), ("native", 2), ("triton", 0)):
-                if name == "triton" and dtype not in DTYPES["cuda"]:
-                    continue  # each takes seconds to compile
+                if name == "native" != native_or_triton() or name == "triton" and dtype not in DTYPES["cuda"]:
+                    continue  # it was not built; each takes seconds to compile
                 with kernels(name, plan):
                     leaves = [x.detach().requires_grad_() for x in case.inputs]
                     out = ops.graph_attention(*leaves[:3], case.graphs.indptr, case.graphs.indices, case.relation, *leaves[3:],

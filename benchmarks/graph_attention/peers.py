@@ -196,8 +196,9 @@ def _dense_plain(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Ten
 # ---- libraries
 
 
-def flex_attention(case: GraphCase) -> Work:
-    """torch's FlexAttention, compiled, relation terms from tables in its score_mod. On CPU it has no backward."""
+def flex_attention(case: GraphCase, kept: bool = False) -> Work:
+    """torch's FlexAttention, compiled, relation terms from tables in its score_mod. On CPU it has no backward. ``kept``: its mask
+    is made beforehand, as for several layers over the same graphs, and not in each call."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -212,6 +213,8 @@ def flex_attention(case: GraphCase) -> Work:
     def build() -> Any:
         return make_mask(mask_mod, padded.graphs, None, padded.width, padded.width, device=case.query.device.type)
 
+    mask = build() if kept else None
+
     def attend(query: Tensor, key: Tensor, value: Tensor, *relations: Tensor) -> Tensor:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         score_mod = None
@@ -225,11 +228,12 @@ def flex_attention(case: GraphCase) -> Work:
                 r = relation[b, i, j]
                 return score + of_query[b, h, i, r] + of_key[b, h, j, r]
 
-        return flex(query, key, value, score_mod=score_mod, block_mask=build()).transpose(0, 1)
+        return flex(query, key, value, score_mod=score_mod, block_mask=mask or build()).transpose(0, 1)
 
     trains = case.query.device.type != "cpu"
     note = "" if trains else "no backward on CPU"
-    return _dense(case, padded, attend, trains, part=build, part_name="mask building", note=note)
+    part = {} if kept else {"part": build, "part_name": "mask building"}
+    return _dense(case, padded, attend, trains, note=note, **part)
 
 
 def pyg_transformer_conv(case: GraphCase) -> Work:
@@ -273,5 +277,6 @@ PEERS: dict[str, Callable[[GraphCase], Work]] = {
     "gather/scatter, relation tables, eager": gather_scatter,
     "gather/scatter, relation tables, torch.compile": lambda case: gather_scatter(case, compiled=True),
     "FlexAttention, torch.compile": flex_attention,
+    "FlexAttention, torch.compile, mask made beforehand": lambda case: flex_attention(case, kept=True),
     "PyG TransformerConv, relations per edge": pyg_transformer_conv,
 }

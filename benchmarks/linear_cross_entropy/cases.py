@@ -70,6 +70,12 @@ class WordCase(Case):
         return MODES if self.best is None else MODES[:1]
 
     @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        (rows, width), words = self.hidden.shape, self.weight.shape[0]
+        products, moved = 2 * rows * words * width, self.hidden.element_size() * width * (rows + words)
+        return (products, moved), (2 * products, 2 * moved)
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
         return self.hidden, self.weight, self.bias

@@ -20,6 +20,7 @@ WAYS = {
     "case_fast": lambda: backend("triton"),
     "case_fast, tiles 64 x 128": lambda: tiles(TRITON, 64, 128),
     "case_fast, tiles 128 x 64": lambda: tiles(TRITON, 128, 64),
+    "case_fast, tiles 128 x 128": lambda: tiles(TRITON, 128, 128),
 }
 
 

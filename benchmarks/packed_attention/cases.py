@@ -45,6 +45,13 @@ class SequenceCase(Case):
         return self.query.shape[0] if re.fullmatch(r"16x\d+", self.name) else None
 
     @property
+    def least(self) -> tuple[tuple[float, float], ...]:
+        (rows, heads, dimension), lengths = self.query.shape, self.lengths
+        pairs = sum(n * (n + 1) / 2 if self.causal else n * n for n in lengths)
+        product, row = 2 * pairs * heads * dimension, rows * heads * dimension * self.query.element_size()
+        return (2 * product, 4 * row), (4 * product, 7 * row)
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
         return self.query, self.key, self.value

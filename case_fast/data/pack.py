@@ -27,7 +27,7 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
 
     Args:
         parts: of the batch, of `PARTS`; "dialogue" is always made.
-        seed: `Batch.seed`.
+        seed: the number in `Batch.seed`.
 
     Raises:
         ValueError: no examples; ConfigError: a part that does not exist.
@@ -40,7 +40,7 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
     cls, bos, eos = (np.array([token], dtype=np.int32) for token in (CLS, BOS, EOS))
     return Batch(
         size=len(examples),
-        seed=seed,
+        seed=torch.tensor(seed),
         context=_long([part for e in examples for part in (cls, e.context)]),
         context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
         cu_context=_tensor(_cu_context(examples)),

@@ -229,7 +229,8 @@ class Store:
 
         Args:
             parts: those that a model reads, `DialogueModel.needs`; default all.
-            seed: `Batch.seed`; None draws one from torch's generator, so that every batch of a training loop has another.
+            seed: the number in `Batch.seed`; None draws one from torch's generator, so that every batch of a training loop has
+                another.
 
         Raises:
             ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part.

@@ -24,7 +24,7 @@ from case_fast import equations as eq
 from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models.layers import DecoderState, Memory
+from case_fast.models.layers import AnySeed, DecoderState, Memory
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     # ---- the decoder over whole replies
 
-    def decode(self, rows: Tensor, cu: Tensor, reading: Reading, seed: int = 0) -> Tensor:
+    def decode(self, rows: Tensor, cu: Tensor, reading: Reading, seed: AnySeed = 0) -> Tensor:
         """(M, d) hidden states of packed decoder inputs: rows (M, d) are their scaled words, cu (B + 1,)."""
         if reading.start is not None:
             rows = rows.index_copy(0, cu[:-1], reading.start.to(rows.dtype))

@@ -15,7 +15,7 @@ from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading, Why, no_autocast
-from case_fast.models.layers import Decoder, Encoder, GraphEncoder, Memory, seed_at
+from case_fast.models.layers import Decoder, Encoder, GraphEncoder, Memory, drawn, seed_at
 
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
 
@@ -342,11 +342,11 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         if k is not None:
             negatives = tuple((count > 0) * k for count in negatives)
         knowledge, reactions = eq.take(reading.knowledge, case.paired), eq.take(reading.reaction, case.with_reaction)
-        seed = seed_at(batch.seed, "negatives")
+        seed = 0 if k is None else drawn(seed_at(batch.seed, "negatives"))
         return self._mim("fine", knowledge, reactions, self.w_fine, case.positive, negatives, diagnostics, k, seed)
 
     def _mim(self, name: str, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, negatives: tuple[Tensor, ...],
-             diagnostics: dict[str, Tensor], num_negatives: int | None = None, seed: int = 0) -> Tensor:
+             diagnostics: dict[str, Tensor], num_negatives: int | None = None, seed: int | Tensor = 0) -> Tensor:
         """``negatives``: how many each pair has over rows of y (affection) and over rows of x (cognition)."""
         score = self.config.mim_score
         x, y = eq.full_precision(x), eq.full_precision(y)

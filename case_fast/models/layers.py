@@ -26,13 +26,44 @@ def _number(place: str) -> int:
     return zlib.crc32(place.encode())
 
 
-def seed_at(seed: int, place: str | int) -> int:
-    """The seed of one place in a model, in [0, 2^63), from the seed of the step: apart from those of all other places.
+@dataclass
+class Seed:
+    """The seed of one place in a model, factor * step + shift modulo 2^63, from the seed of the step, as of `Batch.seed`.
+
+    It stays in these parts until an op draws by it (`drawn`): one launch on the device, and none where nothing is drawn.
+    """
+
+    step: int | Tensor
+    factor: int = 1
+    shift: int = 0
+
+
+AnySeed = Seed | Tensor | int
+
+
+def _wrapped(number: int) -> int:
+    """Modulo 2^64, as int64 holds it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def seed_at(seed: AnySeed, place: str | int) -> Seed:
+    """The seed of a place in what ``seed`` is for: apart from those of all other places.
 
     Odd factors (those of Knuth's MMIX), so that steps and places permute the seeds and none meets another of its kind.
     """
+    outer = seed if isinstance(seed, Seed) else Seed(seed)
     number = _number(place) if isinstance(place, str) else place
-    return (seed * 6364136223846793005 + number * 1442695040888963407 + 1) % 2**63
+    shift = outer.shift * 6364136223846793005 + number * 1442695040888963407 + 1
+    return Seed(outer.step, _wrapped(outer.factor * 6364136223846793005), _wrapped(shift))
+
+
+def drawn(seed: AnySeed) -> int | Tensor:
+    """The seed as the ops take it: an int in [0, 2^63), or a tensor that they take modulo 2^63, never read on the host."""
+    if not isinstance(seed, Seed):
+        return seed
+    if isinstance(seed.step, Tensor):
+        return torch.rsub(seed.step, seed.shift, alpha=-seed.factor)  # shift + factor * step in one launch; int64 wraps
+    return (seed.factor * seed.step + seed.shift) % 2**63
 
 
 class Dropping(nn.Module):
@@ -42,10 +73,10 @@ class Dropping(nn.Module):
         super().__init__()
         self.dropout_p = dropout_p
 
-    def drop(self, seed: int) -> tuple[float, int]:
+    def drop(self, seed: AnySeed) -> tuple[float, int | Tensor]:
         """Probability and seed for an op's dropout; none outside training."""
         p = self.dropout_p if self.training else 0.0
-        return p, seed if p else 0
+        return p, drawn(seed) if p else 0
 
 
 class Attention(Dropping):
@@ -61,12 +92,12 @@ class Attention(Dropping):
         """(..., d) to (..., H, D)."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False, seed: int = 0
-                ) -> Tensor:
+    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False,
+                seed: AnySeed = 0) -> Tensor:
         """rows (Tq, d) attend to memory (Tk, d) of the same sequence; returns (Tq, d). ``seed``: of dropout."""
         q, k, v = self.split(self.query(rows)), self.split(self.key(memory)), self.split(self.value(memory))
-        dropout_p, seed = self.drop(seed)
-        attended = packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=dropout_p, seed=seed)
+        dropout_p, own_seed = self.drop(seed)
+        attended = packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=dropout_p, seed=own_seed)
         return self.output(attended.flatten(-2))
 
 
@@ -85,7 +116,7 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(d_model, ffn)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: AnySeed = 0) -> Tensor:
         """x (T, d) -> (T, d), or with ``first_only`` the first row of each sequence alone, (s, d)."""
         normed = self.attention_norm(x)
         rows, cu_rows = normed, cu
@@ -103,7 +134,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn, dropout, width) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: AnySeed = 0) -> Tensor:
         """x (T, d) -> (T, d). ``first_only``: only the [CLS] rows (s, d), for which the last layer computes nothing else."""
         for place, layer in enumerate(self.layers):
             x = layer(x, cu, first_only and place == len(self.layers) - 1, seed_at(seed, place))
@@ -123,7 +154,7 @@ class GraphEncoderLayer(Dropping):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_embedding: Tensor | None,
-                intensity: Tensor | None = None, seed: int = 0) -> Tensor:
+                intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
         """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm."""
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
         relation_query = relation_key = None
@@ -132,10 +163,10 @@ class GraphEncoderLayer(Dropping):
             relation_query, relation_key = (
                 half.unflatten(-1, (self.heads, -1)) for half in self.relation(relation_embedding).chunk(2, dim=-1)
             )
-        dropout_p, seed = self.drop(seed)
+        dropout_p, own_seed = self.drop(seed)
         attended = graph_attention(
             q, k, v, indptr, indices, relation if relation_query is not None else None, relation_query, relation_key,
-            dropout_p=dropout_p, seed=seed,
+            dropout_p=dropout_p, seed=own_seed,
         )
         x = self.attention_norm(x + self.dropout(self.output(attended.flatten(-2))))
         x = x + self.dropout(self.ffn(x))
@@ -153,7 +184,7 @@ class GraphEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None = None,
-                intensity: Tensor | None = None, seed: int = 0) -> Tensor:
+                intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
         """x (V, d) -> (V, d). ``intensity`` (V,) enters the last layer."""
         for place, layer in enumerate(self.layers):
             last = place == len(self.layers) - 1
@@ -253,12 +284,13 @@ class DecoderLayer(Dropping):
         self.ffn_norm, self.ffn = nn.LayerNorm(d_model), FeedForward(d_model, ffn)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: AnySeed = 0
+                ) -> Tensor:
         """x (M, d) -> (M, d). ``added`` (B, d): a row for each dialogue, added to all of its rows after the sources."""
         normed = self.self_norm(x)
         x = x + self.dropout(self.self_attention(normed, normed, cu, cu, causal=True, seed=seed_at(seed, "self")))
-        p, seed = self.drop(seed_at(seed, "cross"))
-        x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=seed)
+        p, of_cross = self.drop(seed_at(seed, "cross"))
+        x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=of_cross)
         if added is not None:
             x = x + take(added, segment_ids(cu, x.shape[0]))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -296,7 +328,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(d_model, heads, ffn, dropout, sources, width) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: AnySeed = 0
+                ) -> Tensor:
         """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d). ``added`` (B, d): see `DecoderLayer`."""
         for place, layer in enumerate(self.layers):
             x = layer(x, cu, memories, added, seed_at(seed, place))

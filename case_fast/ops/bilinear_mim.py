@@ -20,7 +20,7 @@ MOST_ROWS = 2**31  # a draw is a 32-bit word times the number of rows, in 64 bit
 
 
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-                 seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid", validate: bool | None = None,
+                 seed: int | Tensor = 0, reduction: str = "mean", score: str = "bilinear_sigmoid", validate: bool | None = None,
                  deterministic: bool = True) -> Tensor:
     """loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] )
 
@@ -38,7 +38,8 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
             and y_p belong together, P == Q.
         num_negatives: each sum holds the positive and so many draws with replacement from its other rows, in place of all of
             them. Which ones is a function of (seed, p, side, draw) alone, the same on every backend
-            (`case_fast.ops.reference.draw_negatives`); 0 <= seed < 2^63, to be changed every step.
+            (`case_fast.ops.reference.draw_negatives`). seed, to be changed every step: in [0, 2^63), or an int64 tensor of
+            one element on the device of x, whose value, modulo 2^63, is read when the kernels run.
         reduction: "mean" (0 without pairs), "sum" or "none".
         score: "bilinear_sigmoid", S = sigmoid(x_p^T W y_q); or "dot", S = x_p . y_q, whose sums are taken from their maximum.
         validate: whether the contents of positive are checked. Default: on CPU always, elsewhere never, since reading the
@@ -65,7 +66,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
 
 
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-              seed: int = 0, score: str = "bilinear_sigmoid", validate: bool | None = None, deterministic: bool = True
+              seed: int | Tensor = 0, score: str = "bilinear_sigmoid", validate: bool | None = None, deterministic: bool = True
               ) -> tuple[Tensor, Tensor, Tensor]:
     """The two halves of `bilinear_mim`'s loss, log(sum over a set of exp S) - S[p, c] each, whose InfoNCE bounds Eq. 20 gives.
 
@@ -79,7 +80,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
     if differs:
         x, y, weight = common.cast(compute, x, y, weight)
     _check(x, y, weight, positive, num_negatives, score)
-    common.check_seed(seed)
+    number, seed_at = common.seed_pair(seed, x.device)
     runs = backend.choose(FAMILY, device)
     if positive is not None and common.reads(validate, runs, device):
         common.check_within("positive", positive, y.shape[0])
@@ -88,7 +89,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
         with torch.autocast(device, enabled=False):
             side_y, side_x, logit = reference.mim_sides(x, y, weight, positive, num_negatives, seed, score)
         return side_y, side_x, logit.detach()
-    numbers = (num_negatives, seed, score, deterministic or torch.are_deterministic_algorithms_enabled())
+    numbers = (num_negatives, number, seed_at, score, deterministic or torch.are_deterministic_algorithms_enabled())
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (weight is not None and weight.requires_grad)):
         return _BilinearMIM.apply(runs, x, y, weight, positive, *numbers)
     return common.call(_forward_op, _forward, runs, x, y, weight, positive, *numbers)[:3]
@@ -145,7 +146,7 @@ def _outputs(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, num_negativ
 
         saved = saved_elements(pairs, rows, num_negatives)
     elif isinstance(pairs, int) and isinstance(rows, int) and isinstance(dim, int):
-        saved = backend.native.bilinear_mim_saved(_problem(x, y, None, num_negatives, 0, score))
+        saved = backend.native.bilinear_mim_saved(_problem(x, y, None, num_negatives, 0, None, score))
     else:
         saved = _saved_elements(pairs, rows, dim, num_negatives, score)
     return tuple(torch.empty(size, dtype=common.sum_dtype(x), device=x.device) for size in (pairs, pairs, pairs, saved))
@@ -159,12 +160,14 @@ def _saved_elements(pairs: int, rows: int, dim: int, num_negatives: int | None, 
     return projected + 5 * pairs + (2 * pairs * num_negatives if num_negatives <= dim else 0)
 
 
-def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int | None, seed: int, score: str) -> tuple:
+def _problem(x: Tensor, y: Tensor, positive: Tensor | None, num_negatives: int | None, seed: int, seed_at: Tensor | None,
+             score: str) -> tuple:
     """The fields of struct case_fast_mim."""
     pairs, dim = x.shape
     negatives = -1 if num_negatives is None else num_negatives
-    address = 0 if positive is None else positive.data_ptr()
-    return pairs, y.shape[0], dim, common.DTYPES[x.dtype], SCORES.index(score), negatives, address, seed, PLAN_AUTO
+    positive_at, seed_address = common.pointers(positive, seed_at)
+    kinds = common.DTYPES[x.dtype], SCORES.index(score)
+    return pairs, y.shape[0], dim, *kinds, negatives, positive_at, seed, seed_address, PLAN_AUTO
 
 
 @functools.lru_cache(maxsize=8)
@@ -179,40 +182,40 @@ def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
-             seed: int, score: str, deterministic: bool) -> tuple[Tensor, ...]:
+             seed: int, seed_at: Tensor | None, score: str, deterministic: bool) -> tuple[Tensor, ...]:
     x, y, weight, positive = common.contiguous(x, y, weight, positive)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
-        return triton.forward(x, y, weight, positive, num_negatives, seed, score, deterministic)
+        return triton.forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic)
     found = _outputs(runs, x, y, weight, num_negatives, score)
-    _run("forward", x, y, weight, positive, num_negatives, seed, score, found)
+    _run("forward", x, y, weight, positive, num_negatives, seed, seed_at, score, found)
     return found
 
 
 def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None,
-              positive: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool
-              ) -> list[Tensor]:
+              positive: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str,
+              deterministic: bool) -> list[Tensor]:
     x, y, weight, positive = common.contiguous(x, y, weight, positive)
     grad_side_y, grad_side_x, saved = common.contiguous(grad_side_y, grad_side_x, saved)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
         found = triton.backward(
-            grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score, deterministic
+            grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score, deterministic
         )
         return [gradient for gradient in found if gradient is not None]
     found = common.empty_like(x, y, weight)
     others = (saved, grad_side_y, grad_side_x, *found, *[None] * (3 - len(found)))
-    _run("backward", x, y, weight, positive, num_negatives, seed, score, others)
+    _run("backward", x, y, weight, positive, num_negatives, seed, seed_at, score, others)
     return found
 
 
 def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
-         seed: int, score: str, others: tuple[Tensor | None, ...]) -> None:
+         seed: int, seed_at: Tensor | None, score: str, others: tuple[Tensor | None, ...]) -> None:
     """Runs the native kernel. others: what its arguments are beside the inputs."""
     positive = _int64(positive, x)
-    problem = _problem(x, y, positive, num_negatives, seed, score)
+    problem = _problem(x, y, positive, num_negatives, seed, seed_at, score)
     status = common.run_native(f"{FAMILY}_{direction}", x, problem, common.pointers(x, y, weight, *others))
     if status:
         rows = y.shape[0]
@@ -220,11 +223,14 @@ def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: 
 
 
 _INPUTS = "Tensor x, Tensor y, Tensor? weight, Tensor? positive"
-_NUMBERS = "int? num_negatives, SymInt seed, str score, bool deterministic"  # SymInt: a new seed does not compile again
+# SymInt: a new seed does not compile again
+_NUMBERS = "int? num_negatives, SymInt seed, Tensor? seed_at, str score, bool deterministic"
 # side_y, side_x, logit, (P,) each, and what backward needs beside the inputs: in the dtype of sums.
 _forward_op = common.register(
     f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
-    lambda runs, x, y, weight, positive, num_negatives, seed, score, *rest: _outputs(runs, x, y, weight, num_negatives, score),
+    lambda runs, x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic: _outputs(
+        runs, x, y, weight, num_negatives, score
+    ),
 )
 # Gradients of x and y, and of weight where it is given.
 _backward_op = common.register(
@@ -240,18 +246,20 @@ class _BilinearMIM(torch.autograd.Function):
     """Keeps the inputs and O((P + Q) d) numbers; the scores are computed again."""
 
     @staticmethod
-    def forward(ctx, runs, x, y, weight, positive, *numbers):
+    def forward(ctx, runs, x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic):
+        numbers = (num_negatives, seed, seed_at, score, deterministic)
         side_y, side_x, logit, saved = common.call(_forward_op, _forward, runs, x, y, weight, positive, *numbers)
-        ctx.save_for_backward(x, y, weight, positive, saved)
-        ctx.runs, ctx.numbers = runs, numbers
+        ctx.save_for_backward(x, y, weight, positive, saved, seed_at)
+        ctx.runs, ctx.seed, ctx.settings = runs, (num_negatives, seed), (score, deterministic)
         ctx.mark_non_differentiable(logit)
         return side_y, side_x, logit
 
     @staticmethod
     def backward(ctx, grad_side_y, grad_side_x, _):
         def call(*tensors):
-            return common.call(_backward_op, _backward, ctx.runs, *tensors, *ctx.numbers)
+            *tensors, seed_at = tensors
+            return common.call(_backward_op, _backward, ctx.runs, *tensors, *ctx.seed, seed_at, *ctx.settings)
 
         found = common.gradients(FAMILY, call, (grad_side_y, grad_side_x, *ctx.saved_tensors))
         grad_x, grad_y, grad_weight = *found, *[None] * (3 - len(found))
-        return None, grad_x, grad_y, grad_weight, *[None] * 5
+        return None, grad_x, grad_y, grad_weight, *[None] * 6

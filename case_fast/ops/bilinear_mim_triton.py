@@ -22,11 +22,15 @@ from torch.nn import functional as F
 
 from case_fast.ops import device_flag as flags
 from case_fast.ops.device_flag import device_flag, raise_pending
-from case_fast.ops.triton_tiles import block_sizes, finite, product, products, row_options, row_products, sum_dtype, tile_options
+from case_fast.ops.triton_launch import drawing_seed, on_device
+from case_fast.ops.triton_tiles import finite, product, products, row_options, row_products, sum_dtype, tile_of, tile_options
 
 BLOCK_ROWS = 4096  # rows of x at once: bounds the parts of the sums
 BLOCK_BYTES = 32 << 20  # of the scores' gradient at once
-TILES = {torch.float16: (128, 128), torch.bfloat16: (128, 128), torch.float32: (64, 64), torch.float64: (32, 32)}  # largest
+_HALF_TILES = (64, 128), (32, 32)
+TILES = {  # (rows of x, rows of y), the largest first: none spills, and of the largest two blocks or more fit an SM of sm_90
+    torch.float16: _HALF_TILES, torch.bfloat16: _HALF_TILES, torch.float32: ((64, 64), (32, 32)), torch.float64: ((32, 32),),
+}
 BAD_POSITIVE = tl.constexpr(flags.BAD_POSITIVE)
 
 
@@ -45,7 +49,7 @@ def _positives(positive, p, here, rows, flag):
 # ----------------------------------------------------------------------------------------------------------------- in-batch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows"])
 def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak, flag, pairs, rows,
               DOT: tl.constexpr, ATOMIC: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
               BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
@@ -81,11 +85,12 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
         tl.store(column_sum + tile_p.to(tl.int64) * rows + q, sum_q, mask=here_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows", "first", "all_rows"])
 def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_peak, own_gradient, out, flag, pairs, rows,
-                   first, all_rows, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
+                   first, all_rows, stride, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
                    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """out (pairs, rows): the loss's gradient of the scores of these rows of x with rows [first, first + rows) of y.
+    """out (pairs, stride): the loss's gradient of the scores of these rows of x with rows [first, first + rows) of y. Columns
+    from ``rows`` on are undefined: stride, a multiple of BLOCK_Q, has room for whole tiles, which are stored without a mask.
 
     e^S S (1 - S) (row_weight_p + column_weight_q), for "dot" row_weight_p e^(S - row_peak_p) + column_weight_q e^(S -
     column_peak_q); own_gradient_p for the positive.
@@ -106,11 +111,10 @@ def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_
     c = _positives(positive, p, here_p, all_rows, flag)
     own = tl.load(own_gradient + p, mask=here_p, other=0.0)[:, None]
     gradient = tl.where(c[:, None] == (q + first)[None, :], own, gradient)
-    at = p.to(tl.int64)[:, None] * rows + q[None, :]
-    tl.store(out + at, gradient.to(out.dtype.element_ty), mask=here_p[:, None] & here_q[None, :])
+    tl.store(out + p.to(tl.int64)[:, None] * stride + q[None, :], gradient.to(out.dtype.element_ty), mask=here_p[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "rows"])
 def group_sums(value, positive, out, pairs, rows, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """out_q: the sum of value_p over the pairs p of row q of y, in ascending order of blocks of p."""
     q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -127,17 +131,16 @@ def group_sums(value, positive, out, pairs, rows, BLOCK: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def _draw(slot, p, n, seed, SIDE: tl.constexpr):
+def _draw(slot, p, n, key, SIDE: tl.constexpr):
     """(Philox(slot, p, SIDE, 0) * n) >> 32, as `reference.draw_negatives`."""
     zero = slot * 0
-    key = seed.to(tl.uint64)
     word, _, _, _ = tl.philox_impl(slot.to(tl.uint32), (zero + p).to(tl.uint32), (zero + SIDE).to(tl.uint32),
                                    zero.to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32))
     return ((word.to(tl.uint64) * n.to(tl.uint64)) >> 32).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["seed"])
-def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negatives, steps, seed: tl.uint64,
+@triton.jit(do_not_specialize=["pairs", "rows", "negatives", "steps", "seed", "seed_at"])
+def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negatives, steps, seed: tl.uint64, seed_at,
               BLOCK: tl.constexpr):
     """over_y, over_x (pairs, negatives): the rows drawn; -1 where there is none to draw.
 
@@ -150,14 +153,15 @@ def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negat
     begin = tl.load(start + c, mask=good, other=0)
     size = tl.load(start + c + 1, mask=good, other=0) - begin
     others_y, others_x = size * 0 + (rows - 1), pairs - size
+    key = drawing_seed(seed, seed_at)
     for first in range(0, negatives, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         here = slot < negatives
         at = p.to(tl.int64) * negatives + slot
-        r = _draw(slot, p, others_y, seed, 0)
+        r = _draw(slot, p, others_y, key, 0)
         tl.store(over_y + at, tl.where(good & (others_y > 0), r + (r >= c), -1), mask=here)
         # The r-th pair outside the group is r + the number of members m_i of the group with m_i - i <= r, which ascends in i.
-        r = _draw(slot, p, others_x, seed, 1)
+        r = _draw(slot, p, others_x, key, 1)
         low = r * 0
         high = low + size
         for _ in range(steps):
@@ -170,7 +174,7 @@ def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negat
         tl.store(over_x + at, tl.where(good & (others_x > 0), r + low, -1), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "negatives"])
 def sampled_scores(xw, y, positive, over_y, over_x, out, rows, negatives, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
                    BLOCK_K: tl.constexpr, ACC: tl.constexpr):
     """out (pairs, 1 + 2 negatives): x_p W y of the positive, of the rows of y drawn, and of its own y with the rows of x drawn.
@@ -224,7 +228,7 @@ def collect_rows(order, start, other, gradient, source, out, DIM: tl.constexpr, 
 
 def tiles(pairs: int, rows: int, dim: int, dtype: torch.dtype) -> dict:
     """The compile-time arguments that the kernels over tiles share. A function of shapes alone: so is the order of sums."""
-    block_p, block_q = block_sizes(pairs, rows, TILES[dtype])
+    block_p, block_q = tile_of(pairs, rows, TILES[dtype])
     options = tile_options(block_p, block_q, dim, dtype)
     depth = options["BLOCK_K"] * triton.cdiv(dim, options["BLOCK_K"])
     return {"DEPTH": depth, "BLOCK_P": block_p, "BLOCK_Q": block_q} | options
@@ -232,16 +236,33 @@ def tiles(pairs: int, rows: int, dim: int, dtype: torch.dtype) -> dict:
 
 def saved_elements(pairs: int, rows: int, num_negatives: int | None) -> int:
     """Of `forward`'s ``saved``: sums or scores that backward needs."""
-    return 3 * pairs + 2 * rows if num_negatives is None else pairs * (1 + 2 * num_negatives)
+    return sum(map(_aligned, _sections(pairs, rows))) if num_negatives is None else pairs * (1 + 2 * num_negatives)
 
 
+def _sections(pairs: int, rows: int) -> tuple[int, ...]:
+    """In-batch: sum_y, peak_y and logit of each pair, the sum and the peak of each row of y."""
+    return pairs, pairs, pairs, rows, rows
+
+
+def _aligned(size: int) -> int:
+    """So many numbers that what lies behind them begins at 16 bytes, which spares Triton a variant for each way not to."""
+    return -(-size // 4) * 4
+
+
+def _split(saved: Tensor, pairs: int, rows: int) -> list[Tensor]:
+    sizes = _sections(pairs, rows)
+    return [part[:size] for part, size in zip(saved.split([*map(_aligned, sizes)]), sizes, strict=True)]
+
+
+@on_device
 def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, seed: int,
-            score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            seed_at: Tensor | None, score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """side_y, side_x and the positives' logits, (P,) each, and what backward needs, (saved_elements,); float32 or float64.
 
     Args:
         x (P, d), y (Q, d), weight (d, d), None for score "dot": contiguous, of one dtype and device, checked.
         positive: (P,) int32 or int64; None: x_p belongs to y_p.
+        seed_at: one int64 on the device, XORed to ``seed`` when a kernel draws; None: nothing is.
         deterministic: False adds the sums of "bilinear_sigmoid" in-batch by atomics.
 
     Raises:
@@ -253,17 +274,18 @@ def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None
         sides = x.new_zeros((3, x.shape[0]), dtype=sum_dtype(x.dtype)).unbind()
         return *(side.clone() for side in sides), sides[0].new_zeros(saved_elements(x.shape[0], y.shape[0], num_negatives))
     run = _in_batch_forward if num_negatives is None else _sampled_forward
-    return run(x, y, weight, positive, num_negatives, seed, score, deterministic)
+    return run(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic)
 
 
+@on_device
 def backward(grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
-             saved: Tensor, num_negatives: int | None, seed: int, score: str, deterministic: bool = True
+             saved: Tensor, num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str, deterministic: bool = True
              ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, y and weight (None without it), in their dtypes; the same bits every time. As `forward`."""
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(y), None if weight is None else torch.zeros_like(weight)
     run = _in_batch_backward if num_negatives is None else _sampled_backward
-    return run(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score)
+    return run(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score)
 
 
 def _pair_of(x: Tensor, positive: Tensor | None) -> Tensor:
@@ -316,7 +338,7 @@ def _to_inputs(grad_xw: Tensor, x: Tensor, weight: Tensor | None, grad_weight: T
 # ---- in-batch
 
 
-def _in_batch_forward(x, y, weight, positive, num_negatives, seed, score, deterministic):
+def _in_batch_forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     shared = tiles(pairs, rows, dim, x.dtype)
     xw, padded = _projected(x, weight, shared["DEPTH"]), _padded(y, shared["DEPTH"])
@@ -324,7 +346,7 @@ def _in_batch_forward(x, y, weight, positive, num_negatives, seed, score, determ
     atomic = not (deterministic or dot)
     full = sum_dtype(x.dtype)
     saved = torch.zeros(saved_elements(pairs, rows, None), dtype=full, device=x.device)
-    sum_y, peak_y, logit, by_column, peaks = saved.split([pairs, pairs, pairs, rows, rows])
+    sum_y, peak_y, logit, by_column, peaks = _split(saved, pairs, rows)
     logit.fill_(float("nan"))  # of a positive that is no row of y
     for first in range(0, pairs, BLOCK_ROWS):
         chunk = slice(first, min(first + BLOCK_ROWS, pairs))
@@ -365,12 +387,12 @@ def _of_pairs(positive: Tensor | None, *by_column: Tensor) -> tuple[Tensor, ...]
     return tuple(x[c] for x in by_column)
 
 
-def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score):
+def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     shared = tiles(pairs, rows, dim, x.dtype)
     xw, padded = _projected(x, weight, shared["DEPTH"]), _padded(y, shared["DEPTH"])
     pair = _pair_of(x, positive)
-    sum_y, peak_y, logit, by_column, peaks = saved.split([pairs, pairs, pairs, rows, rows])
+    sum_y, peak_y, logit, by_column, peaks = _split(saved, pairs, rows)
     sum_x, peak_x = _of_pairs(positive, by_column, peaks)
     row_weight, own_y = _pair_weights(sum_y, peak_y, logit, grad_side_y, dot)
     of_pair, own_x = _pair_weights(sum_x, peak_x, logit, grad_side_x, dot)
@@ -383,8 +405,9 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
     grad_x, grad_y = torch.empty_like(x), saved.new_zeros(y.shape)
     grad_weight = None if weight is None else saved.new_zeros(weight.shape)
     at_once = min(BLOCK_ROWS, pairs)
-    width = max(1, min(rows, BLOCK_BYTES // (at_once * x.element_size())))
-    block = x.new_empty(at_once * width)
+    wide_tile = shared["BLOCK_Q"]
+    width = min(rows, max(1, BLOCK_BYTES // (at_once * x.element_size() * wide_tile)) * wide_tile)
+    block = x.new_empty((at_once, triton.cdiv(width, wide_tile) * wide_tile))
     for first in range(0, pairs, at_once):
         chunk = slice(first, min(first + at_once, pairs))
         size = chunk.stop - first
@@ -392,11 +415,11 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
         for left in range(0, rows, width):
             columns = slice(left, min(left + width, rows))
             wide = columns.stop - left
-            gradient = block[: size * wide].view(size, wide)
-            grid = (triton.cdiv(size, shared["BLOCK_P"]), triton.cdiv(wide, shared["BLOCK_Q"]))
+            grid = (triton.cdiv(size, shared["BLOCK_P"]), triton.cdiv(wide, wide_tile))
             gradient_tiles[grid](xw[chunk], padded[columns], pair[chunk], row_weight[chunk], peak_y[chunk],
-                                 column_weight[columns], peaks[columns], own[chunk], gradient, device_flag(), size, wide, left,
-                                 rows, DOT=dot, **shared)
+                                 column_weight[columns], peaks[columns], own[chunk], block, device_flag(), size, wide, left,
+                                 rows, block.shape[1], DOT=dot, **shared)
+            gradient = block[:size, :wide]
             grad_xw += product(gradient, y[columns], saved.dtype)
             grad_y[columns] += product(gradient.T, xw[chunk, :dim], saved.dtype)
         grad_x[chunk] = _to_inputs(grad_xw, x[chunk], weight, grad_weight)
@@ -406,7 +429,8 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
 # ---- sampled
 
 
-def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, seed: int, seed_at: Tensor | None
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs' rows of y (P,), and the rows drawn of y and of x (P, k); -1 where there are none to draw."""
     pairs, pair = x.shape[0], _pair_of(x, positive)
     if positive is None:
@@ -414,10 +438,10 @@ def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, se
     else:
         ordered, members = torch.sort(pair, stable=True)
         start = torch.searchsorted(ordered, torch.arange(rows + 1, device=x.device, dtype=pair.dtype))
-    over_y, over_x = torch.empty((2, pairs, num_negatives), dtype=torch.int64, device=x.device)
+    over_y, over_x = (torch.empty((pairs, num_negatives), dtype=torch.int64, device=x.device) for _ in range(2))
     draw_rows[pairs,](
         pair, members, start, over_y, over_x, device_flag(), pairs, rows, num_negatives, pairs.bit_length(),
-        seed & (2**64 - 1), BLOCK=min(128, triton.next_power_of_2(num_negatives)),
+        seed, seed_at, BLOCK=min(128, triton.next_power_of_2(num_negatives)),
     )
     return pair, over_y, over_x
 
@@ -430,10 +454,10 @@ def _sampled_sums(z: Tensor, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
     return weight, weight.sum(1), peak
 
 
-def _sampled_forward(x, y, weight, positive, num_negatives, seed, score, deterministic):
+def _sampled_forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     xw = _projected(x, weight, dim)
-    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed)
+    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at)
     z = torch.empty((pairs, 1 + 2 * num_negatives), dtype=sum_dtype(x.dtype), device=x.device)
     sampled_scores[pairs,](xw, y, pair, over_y, over_x, z, rows, num_negatives,
                            BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **row_options(dim, x.dtype))
@@ -442,10 +466,10 @@ def _sampled_forward(x, y, weight, positive, num_negatives, seed, score, determi
     return *sides, logit.clone(), z.view(-1)
 
 
-def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, score):
+def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     xw = _projected(x, weight, dim)
-    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed)
+    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at)
     z = saved.view(pairs, 1 + 2 * num_negatives)
     logit = z[:, 0]
     gradients, own = [], 0.0

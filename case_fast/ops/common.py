@@ -84,12 +84,26 @@ def check_whole(name: str, number: int, what: str = "a whole number") -> None:
         raise TypeError(f"{name} must be {what}, not {number!r}")
 
 
-def check_seed(seed: int) -> None:
+def seed_pair(seed: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
+    """A checked seed as the ops take it: a number, and the tensor whose value is XORed to it when a kernel runs (modulo 2^63).
+
+    An int is the number alone. A tensor is XORed to 0, so that its value need not be known to the host: a captured or queued call
+    draws by what the tensor holds when the call runs.
+    """
     if type(seed) is int and 0 <= seed < 2**63:  # before every call: the short way
-        return
-    check_whole("seed", seed)
+        return seed, None
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be a whole number or an int64 tensor, not one of {seed.dtype}")
+        if seed.dim() > 1 or seed.numel() != 1:
+            raise ValueError(f"seed must be one number, a tensor of shape () or (1,), not {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"seed must be on {device} as the other arguments, not on {seed.device}")
+        return 0, seed
+    check_whole("seed", seed, "a whole number or an int64 tensor")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
+    return seed, None
 
 
 def check_dropout(name: str, p: float) -> None:

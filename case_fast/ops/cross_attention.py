@@ -20,7 +20,12 @@ from case_fast.ops import backend, common, reference
 from case_fast.ops.packed_attention import attend, attend_backward
 
 FAMILY = "cross_attention"
-FEW_ROWS, MAX_WIDTH = 256, 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
+MAX_WIDTH = 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
+# Up to so many rows these kernels run. By counts, not measured: the first has a block a (row, head), of 512 threads, so that one
+# multiprocessor holds one; each reads its head's part of the query weights, 180 KB of two heads of 150 and a width of 300, for its
+# row alone. 66 rows fill the 132 multiprocessors of an H100 once; as many more take as long again and read 24 MB more a source,
+# where torch's products read the weights once, by five launches a source in place of two.
+FEW_ROWS = 64
 FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
 
 
@@ -50,8 +55,8 @@ class Source:
 
 
 def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source] | PreparedSources, eps: float = 1e-5,
-                    dropout_p: float = 0.0, output_dropout_p: float = 0.0, seed: int = 0, validate: bool | None = None
-                    ) -> Tensor:
+                    dropout_p: float = 0.0, output_dropout_p: float = 0.0, seed: int | Tensor = 0,
+                    validate: bool | None = None) -> Tensor:
     """In order, for every source: hidden <- hidden + attention( layer_norm(hidden) W_query^T, key, value ) W_output^T.
 
     Replaces, for every source, with sequences padded and a mask of what is padding,
@@ -67,7 +72,8 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
         eps: of the layer norms.
         dropout_p, output_dropout_p, seed: probabilities in [0, 1) that an attention weight, and that an element of what a
             source adds, is dropped; the others are divided by 1 - p. By counter, the same on every backend
-            (`case_fast.ops.reference.cross_attention`); 0 <= seed < 2^63.
+            (`case_fast.ops.reference.cross_attention`). seed: in [0, 2^63), or an int64 tensor of one element on the device of
+            hidden, whose value, modulo 2^63, is read when the kernels run.
         validate: as in `packed_attention`.
 
     Returns:
@@ -96,7 +102,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     common.check_finite("eps", eps)
     common.check_dropout("dropout_p", dropout_p)
     common.check_dropout("output_dropout_p", output_dropout_p)
-    common.check_seed(seed)
+    number, seed_at = common.seed_pair(seed, hidden.device)
     indices = common.like_indices(cu_hidden, *[x for s in sources for x in (s.cu_keys, s.key_of)])
     cu_hidden, cu_keys, key_of = indices[0], list(indices[1::2]), list(indices[2::2])
 
@@ -104,10 +110,10 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     compiling = torch.compiler.is_compiling()
     if common.reads(validate, runs, device_type):
         _check_contents(hidden, cu_hidden, [s.key for s in sources], cu_keys, key_of)
-    floats, numbers = [x for s in sources for x in s.floats()], (eps, dropout_p, output_dropout_p, seed)
+    floats, numbers = [x for s in sources for x in s.floats()], (eps, dropout_p, output_dropout_p, number, seed_at)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
-            out = reference.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers)
+            out = reference.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers[:3], seed)
     elif torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in floats)):
         tensors = (hidden, cu_hidden, *floats, *cu_keys, *key_of)
         hidden, cu_hidden, *tensors = common.distinct(tensors) if compiling else tensors
@@ -166,7 +172,7 @@ class PreparedSources:
         if [x.data_ptr() for x in self._tensors] != self._addresses:
             raise RuntimeError("a tensor of the prepared sources has moved since; call prepare_sources again")
         out = torch.empty_like(hidden)
-        call = _call_members(hidden, cu_hidden, self._heads, (eps, 0.0, 0.0), len(self._members))
+        call = _call_members(hidden, cu_hidden, self._heads, (eps, 0.0, 0.0), len(self._members), None)
         arguments = (hidden.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
         bad = backend.native.cross_attention_forward(call, self._members, *arguments)
         return None if bad else out
@@ -275,10 +281,15 @@ def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], c
 
 def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
     """Elements of saved. On CPU, for each source the normalised rows (T, d), 1 / deviation (T), query and attended (T, H, D),
-    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it."""
+    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it, with room for what it skips."""
     rows, width = hidden.shape
     lse = 2 if hidden.dtype in common.HALF else 1  # it is in float32
-    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + lse)) for key in floats[:: len(FLOATS)])
+    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + lse)) + 4 * _skip(hidden) for key in floats[:: len(FLOATS)])
+
+
+def _skip(x: Tensor) -> int:
+    """Elements of 16 bytes, at whole multiples of which a GPU's matrix products are at their best."""
+    return 16 // x.element_size()
 
 
 def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
@@ -294,16 +305,16 @@ def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
-             key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int, keep: bool
-             ) -> tuple[Tensor, Tensor]:
+             key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int,
+             seed_at: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     out, saved = _outputs(hidden, floats, keep)
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)
-        sources = _sources(floats, cu_keys, key_of)
+        sources, seed = _sources(floats, cu_keys, key_of), reference.seed_of(seed, seed_at)
         return reference.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed), saved.zero_()
     hidden, cu_hidden = hidden.contiguous(), cu_hidden.contiguous()
     floats, cu_keys, key_of = _laid_out(floats, cu_keys, key_of)
-    numbers = (eps, dropout_p, output_dropout_p, seed)
+    numbers = (eps, dropout_p, output_dropout_p, seed, seed_at)
     if not hidden.is_cpu and (keep or hidden.shape[0] > FEW_ROWS or hidden.shape[1] > MAX_WIDTH):
         return _forward_composed(hidden, cu_hidden, floats, cu_keys, key_of, *numbers, out, saved if keep else None), saved
     _run("forward", hidden, cu_hidden, floats, cu_keys, key_of, numbers, (hidden, out, saved if keep else None), ())
@@ -311,18 +322,18 @@ def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor],
 
 
 def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
-              key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float, seed: int
-              ) -> list[Tensor]:
+              key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float, seed: int,
+              seed_at: Tensor | None) -> list[Tensor]:
     if runs == "reference":
         def plain(hidden: Tensor, *floats: Tensor) -> Tensor:
-            sources = _sources(floats, cu_keys, key_of)
-            return reference.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed)
+            numbers = (eps, dropout_p, output_dropout_p, reference.seed_of(seed, seed_at))
+            return reference.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers)
 
         return list(common.plain_gradients(plain, (hidden, *floats), grad_out))
     grad_out, saved = grad_out.contiguous(), saved.contiguous()
     hidden, cu_hidden = hidden.contiguous(), cu_hidden.contiguous()
     floats, cu_keys, key_of = _laid_out(floats, cu_keys, key_of)
-    found, numbers = _gradients(hidden, floats), (eps, dropout_p, output_dropout_p, seed)
+    found, numbers = _gradients(hidden, floats), (eps, dropout_p, output_dropout_p, seed, seed_at)
     if not hidden.is_cpu:
         _backward_composed(grad_out, hidden, cu_hidden, floats, cu_keys, key_of, saved, *numbers, found)
         return found
@@ -342,17 +353,19 @@ class _Kept(NamedTuple):
 
 
 def _kept(saved: Tensor, rows: int, width: int, heads: int, dimension: int, sources: int) -> list[_Kept]:
-    """Views of saved: lse of all sources first, so that float32 is aligned in it; then the others, source by source."""
-    wide = saved.view(torch.float32) if saved.dtype in common.HALF else saved
-    logs = wide[: sources * rows * heads].view(sources, rows, heads)
-    inner = heads * dimension
-    rest = saved[logs.numel() * wide.element_size() // saved.element_size() :]
-    parts = rest[: sources * rows * (width + 2 * inner)].view(sources, -1).split([rows * width, rows * inner, rows * inner], 1)
-    shapes = ((rows, width), (rows, heads, dimension), (rows, heads, dimension))
-    return [
-        _Kept(*[part[place].view(shape) for part, shape in zip(parts, shapes, strict=True)], logs[place])
-        for place in range(sources)
-    ]
+    """Views of saved, source by source, each from whole 16 bytes on."""
+    end = 0
+
+    def part(*shape: int, elements: int = 1) -> Tensor:
+        nonlocal end
+        begin = -(-end // _skip(saved)) * _skip(saved)
+        end = begin + math.prod(shape) * elements
+        taken = saved[begin:end]
+        return (taken.view(torch.float32) if elements > 1 else taken).view(shape)
+
+    lse = 2 if saved.dtype in common.HALF else 1
+    each = (rows, heads, dimension)
+    return [_Kept(part(rows, width), part(*each), part(*each), part(rows, heads, elements=lse)) for _ in range(sources)]
 
 
 def _plain(device_type: str) -> ExitStack:
@@ -366,7 +379,7 @@ def _plain(device_type: str) -> ExitStack:
 
 def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
                       key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int,
-                      out: Tensor, saved: Tensor | None) -> Tensor:
+                      seed_at: Tensor | None, out: Tensor, saved: Tensor | None) -> Tensor:
     """Many rows on a GPU: torch's layer norm and products around our attention. The last source writes out."""
     rows, width = hidden.shape
     heads, dimension = floats[0].shape[1:]
@@ -383,17 +396,17 @@ def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], c
             state, query, attended, lse = kept[place]
             normed = F.layer_norm(state, (width,), norm_weight, norm_bias, eps)
             torch.mm(normed, query_weight.t(), out=query.view(rows, inner))
-            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0))
+            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0), seed_at)
             attend(query, key, value, (cu_hidden, cu, of, None), numbers, attended, lse)
             added = torch.mm(attended.view(rows, inner), output_weight.t())
             following = kept[place + 1].hidden if place + 1 < count else out
-            _drop(added, state, following, output_dropout_p, reference.source_seed(seed, place, 1))
+            _drop(added, state, following, output_dropout_p, reference.source_seed(seed, place, 1), seed_at)
     return out
 
 
 def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
                        key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float,
-                       seed: int, found: list[Tensor]) -> None:
+                       seed: int, seed_at: Tensor | None, found: list[Tensor]) -> None:
     """Of `_forward_composed`, into found: the gradients of hidden and of floats."""
     rows, width = hidden.shape
     heads, dimension = floats[0].shape[1:]
@@ -407,11 +420,11 @@ def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floa
             grads = found[1 + place * each :][:each]
             state, query, attended, lse = kept[place]
             if output_dropout_p > 0:
-                _drop(grad, None, added, output_dropout_p, reference.source_seed(seed, place, 1))
+                _drop(grad, None, added, output_dropout_p, reference.source_seed(seed, place, 1), seed_at)
             grad_added = added if output_dropout_p > 0 else grad
             torch.mm(grad_added.t(), attended.view(flat), out=grads[5])
             grad_attended = torch.mm(grad_added, output_weight)
-            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0))
+            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0), seed_at)
             offsets = (cu_hidden, cu_keys[place], key_of[place], None)
             attend_backward(grad_attended, query, key, value, offsets, attended, lse, numbers, (grad_query, *grads[:2]))
             normed, mean, inverse = torch.native_layer_norm(state, (width,), norm_weight, norm_bias, eps)
@@ -424,17 +437,17 @@ def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floa
                 to.copy_(norm)
 
 
-def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: int) -> None:
+def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: int, seed_at: Tensor | None) -> None:
     """to = base + dropout(x), as the equation drops what a source adds."""
     if dropout_p == 0:
         torch.add(x, 0 if base is None else base, out=to)
     elif x.is_cpu:
-        keep = reference.dropout_keep(x.numel(), 1, dropout_p, seed).view(x.shape)
+        keep = reference.dropout_keep(x.numel(), 1, dropout_p, reference.seed_of(seed, seed_at)).view(x.shape)
         torch.add(x * keep / (1 - dropout_p), 0 if base is None else base, out=to)
     else:
         with torch.cuda.device(x.device):
             status = backend.native.cross_attention_drop_cuda(
-                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, *common.pointers(x, base, to),
+                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, *common.pointers(seed_at, x, base, to),
                 torch.cuda.current_stream().cuda_stream,
             )
         if status:
@@ -452,12 +465,12 @@ def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Ten
          key_of: Sequence[Tensor | None], numbers: tuple, others: tuple[Tensor | None, ...], more: tuple) -> None:
     """Runs the native kernel on what is laid out. others, more: what its arguments are beside the sources; without the last of
     others on CUDA, where forward keeps nothing for backward."""
-    *scales, seed = numbers
+    *scales, seed, seed_at = numbers
     each, sources = len(FLOATS), []
     for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
         seeds = reference.source_seed(seed, place, 0), reference.source_seed(seed, place, 1)
         sources.append(_source_members(floats[place * each : place * each + each], cu, of, *seeds))
-    call = _call_members(hidden, cu_hidden, floats[0].shape[1:], scales, len(sources))
+    call = _call_members(hidden, cu_hidden, floats[0].shape[1:], scales, len(sources), seed_at)
     pointers = common.pointers(*(others if hidden.is_cpu else others[:-1]))
     status = common.run_native(f"{FAMILY}_{direction}", hidden, call, (sources, *pointers, *more))
     if status:
@@ -467,11 +480,12 @@ def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Ten
                                lambda: _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of))
 
 
-def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], scales: Sequence[float], sources: int) -> tuple:
+def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], scales: Sequence[float], sources: int,
+                  seed_at: Tensor | None) -> tuple:
     """Of struct case_fast_cross_attention. scales: eps, dropout_p, output_dropout_p."""
     return (
         cu_hidden.shape[0] - 1, hidden.shape[0], sources, hidden.shape[1], *heads, common.DTYPES[hidden.dtype],
-        common.INDEX_BITS[cu_hidden.dtype], cu_hidden.data_ptr(), *scales,
+        common.INDEX_BITS[cu_hidden.dtype], cu_hidden.data_ptr(), *scales, 0 if seed_at is None else seed_at.data_ptr(),
     )
 
 
@@ -486,7 +500,8 @@ def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | 
 
 # floats: for each source key, value, norm_weight, norm_bias, query_weight, output_weight, end to end.
 _INPUTS = "Tensor hidden, Tensor cu_hidden, Tensor[] floats, Tensor[] cu_keys, Tensor?[] key_of"
-_NUMBERS = "float eps, float dropout_p, float output_dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
+# SymInt: a new seed does not compile again
+_NUMBERS = "float eps, float dropout_p, float output_dropout_p, SymInt seed, Tensor? seed_at"
 # out, and what backward needs of it, as the kernel lays it out; empty unless it is to be kept.
 _forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}, bool keep) -> (Tensor, Tensor)", _forward,
                               lambda runs, hidden, cu, floats, *rest: _outputs(hidden, floats, rest[-1]))
@@ -504,24 +519,23 @@ class _CrossAttention(torch.autograd.Function):
     """Keeps, for each source, what its block made of the rows; computes the attention weights again."""
 
     @staticmethod
-    def forward(ctx, runs, hidden, cu_hidden, eps, dropout_p, output_dropout_p, seed, sources, *tensors):
-        floats, cu_keys, key_of = _parted(tensors, sources)
+    def forward(ctx, runs, hidden, cu_hidden, eps, dropout_p, output_dropout_p, seed, seed_at, sources, *tensors):
         ctx.runs, ctx.numbers, ctx.sources = runs, (eps, dropout_p, output_dropout_p, seed), sources
-        out, saved = common.call(_forward_op, _forward, runs, hidden, cu_hidden, floats, cu_keys, key_of, *ctx.numbers, True)
-        ctx.save_for_backward(saved, hidden, cu_hidden, *tensors)
+        parted = _parted(tensors, sources)
+        out, saved = common.call(_forward_op, _forward, runs, hidden, cu_hidden, *parted, *ctx.numbers, seed_at, True)
+        ctx.save_for_backward(saved, seed_at, hidden, cu_hidden, *tensors)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         runs, numbers, sources = ctx.runs, ctx.numbers, ctx.sources
 
-        def backward(grad_out, saved, hidden, cu_hidden, *tensors):
-            return common.call(
-                _backward_op, _backward, runs, grad_out, hidden, cu_hidden, *_parted(tensors, sources), saved, *numbers
-            )
+        def backward(grad_out, saved, seed_at, hidden, cu_hidden, *tensors):
+            inputs = (hidden, cu_hidden, *_parted(tensors, sources))
+            return common.call(_backward_op, _backward, runs, grad_out, *inputs, saved, *numbers, seed_at)
 
         grad_hidden, *grads = common.gradients(FAMILY, backward, (grad_out, *ctx.saved_tensors))
-        return None, grad_hidden, *[None] * 6, *grads, *[None] * (2 * sources)
+        return None, grad_hidden, *[None] * 7, *grads, *[None] * (2 * sources)
 
 
 def _parted(tensors: tuple[Tensor | None, ...], sources: int) -> tuple[list, list, list]:

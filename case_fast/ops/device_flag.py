@@ -1,9 +1,9 @@
-"""The flag that kernels on a GPU set when the contents of `indptr`, `indices`, `relation`, `positive`, `target` or `cu_target`,
-or of the offsets of packed sequences and what belongs to them, were out of range.
+"""The flag that kernels on a GPU set when the contents of `indptr`, `indices`, `relation`, `positive`, `target`, `cu_target`
+or `segment`, or of the offsets of packed sequences and what belongs to them, were out of range.
 
-A kernel never follows such an index: it skips the read, makes the row NaN and sets the flag. The flag lies in pinned host
-memory, which the GPU can write and the host can read without waiting for it; like CUDA's own errors, it is seen at the next
-call or at `torch.cuda.synchronize()` followed by `raise_pending()`.
+A kernel never follows such an index: it skips the read, makes the row NaN (`segment_sum` leaves it out) and sets the flag. The
+flag lies in pinned host memory, which the GPU can write and the host can read without waiting for it; like CUDA's own errors, it
+is seen at the next call or at `torch.cuda.synchronize()` followed by `raise_pending()`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 BAD_INDPTR, BAD_INDICES, BAD_RELATION = 1, 2, 3  # below 64: enum case_fast_status of csrc/common/types.h
 BAD_CU_QUERY, BAD_CU_KEY, BAD_KEY_OF, BAD_KEY_LENGTH = 7, 8, 9, 10
-BAD_TARGET, BAD_CU_TARGET, BAD_POSITIVE = 11, 12, 64
+BAD_TARGET, BAD_CU_TARGET, BAD_SEGMENT, BAD_POSITIVE = 11, 12, 13, 64
 _SAID = {
     BAD_INDPTR: "graph_attention: indptr must start with 0, never fall, and end with the number of indices",
     BAD_INDICES: "graph_attention: indices holds a vertex outside [0, vertices)",
@@ -26,6 +26,7 @@ _SAID = {
     BAD_KEY_LENGTH: "packed_attention's key_length holds a number outside [0, rows of that sequence of keys]",
     BAD_TARGET: "linear_cross_entropy: target holds a word outside [0, V)",
     BAD_CU_TARGET: "linear_cross_entropy: cu_target must start with 0, never fall, and end with the number of targets",
+    BAD_SEGMENT: "segment_sum: segment names a segment, or take's index a row, that does not exist",
     BAD_POSITIVE: "bilinear_mim: positive names a row outside [0, rows of y)",
 }
 

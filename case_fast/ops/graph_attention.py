@@ -18,7 +18,7 @@ PLAN_AUTO = 0  # enum case_fast_plan
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
                     relation_key: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
-                    seed: int = 0, validate: bool | None = None) -> Tensor:
+                    seed: int | Tensor = 0, validate: bool | None = None) -> Tensor:
     """out_i = sum_k softmax_k( scale * (q_i + relation_query[r]) . (k_k + relation_key[r]) ) v_k over the neighbours k of i.
 
     Replaces, with r the (V, V) relations and m a mask of the edges (CASE, Eq. 1-2; "ihd" and so on per head),
@@ -33,7 +33,8 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
         relation: (E,) int32 or int64 in [0, R); relation_query, relation_key: (R, H, D). All three or none.
         scale: default D ** -0.5.
         dropout_p, seed: probability in [0, 1) that an attention weight is dropped; the others are divided by 1 - p. Which
-            ones is a function of (seed, edge, head) alone, the same on every backend; 0 <= seed < 2^63.
+            ones is a function of (seed, edge, head) alone, the same on every backend. seed: in [0, 2^63), or an int64 tensor
+            of one element on the device of query, whose value, modulo 2^63, is read when the kernels run.
         validate: whether the contents of indptr, indices and relation are checked. Default: on CPU always, elsewhere
             never, since reading the answer would stop the device's queue. The native CPU kernels always check.
 
@@ -59,23 +60,23 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     scale = dimension**-0.5 if scale is None else scale
     common.check_finite("scale", scale)
     common.check_dropout("dropout_p", dropout_p)
-    common.check_seed(seed)
+    number, seed_at = common.seed_pair(seed, query.device)
     indptr, indices, relation = common.like_indices(indptr, indices, relation)
 
     runs = backend.choose(FAMILY, device_type, common.beyond_gpu(dimension, device_type))
     if common.reads(validate, runs, device_type):
         _check_contents(indptr, indices, relation, vertices, relation_query)
-    arguments = (query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed)
+    tensors, numbers = (query, key, value, indptr, indices, relation, relation_query, relation_key), (scale, dropout_p)
     if runs == "reference":
         with torch.autocast(device_type, enabled=False):
-            out = reference.graph_attention(*arguments)
+            out = reference.graph_attention(*tensors, *numbers, seed)
     elif torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
         or (relation is not None and (relation_query.requires_grad or relation_key.requires_grad))
     ):
-        out = _GraphAttention.apply(runs, *arguments)
+        out = _GraphAttention.apply(runs, *tensors, *numbers, number, seed_at)
     else:
-        out = common.call(_forward_op, _forward, runs, *arguments)[0]
+        out = common.call(_forward_op, _forward, runs, *tensors, *numbers, number, seed_at)[0]
     return common.restored(out, given)
 
 
@@ -141,40 +142,42 @@ def _outputs(query: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
-             relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float, seed: int
-             ) -> tuple[Tensor, Tensor]:
+             relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float, seed: int,
+             seed_at: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs = common.contiguous(query, key, value, indptr, indices, relation, relation_query, relation_key)
     if runs == "triton":
         from case_fast.ops import graph_attention_triton as triton
 
-        return triton.forward(*inputs, scale, dropout_p, seed)
+        return triton.forward(*inputs, scale, dropout_p, seed, seed_at)
     out, weights = _outputs(query, indices)
-    _run("forward", inputs, (scale, dropout_p, seed), (out, weights))
+    _run("forward", inputs, (scale, dropout_p, seed, seed_at), (out, weights))
     return out, weights
 
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
               relation: Tensor | None, relation_query: Tensor | None, relation_key: Tensor | None, weights: Tensor,
-              scale: float, dropout_p: float, seed: int) -> list[Tensor]:
+              scale: float, dropout_p: float, seed: int, seed_at: Tensor | None) -> list[Tensor]:
     inputs = common.contiguous(query, key, value, indptr, indices, relation, relation_query, relation_key)
     grad_out, weights = grad_out.contiguous(), weights.contiguous()
     if runs == "triton":
         from case_fast.ops import graph_attention_triton as triton
 
-        return [x for x in triton.backward(grad_out, *inputs, weights, scale, dropout_p, seed) if x is not None]
+        found = triton.backward(grad_out, *inputs, weights, scale, dropout_p, seed, seed_at)
+        return [x for x in found if x is not None]
     found = common.empty_like(query, key, value, relation_query, relation_key)
-    _run("backward", inputs, (scale, dropout_p, seed), (weights, grad_out, *found, *[None] * (5 - len(found))))
+    _run("backward", inputs, (scale, dropout_p, seed, seed_at), (weights, grad_out, *found, *[None] * (5 - len(found))))
     return found
 
 
 def _run(direction: str, inputs: list[Tensor | None], numbers: tuple, others: tuple[Tensor | None, ...]) -> None:
-    """Runs the native kernel. others: what its arguments are beside the inputs."""
+    """Runs the native kernel. numbers: scale to seed_at; others: what its arguments are beside the inputs."""
     query, key, value, indptr, indices, relation, relation_query, relation_key = inputs
     vertices, heads, dimension = query.shape
     relations = 0 if relation_query is None else relation_query.shape[0]
     graph = (  # struct case_fast_graph
         vertices, indices.shape[0], relations, heads, dimension, common.DTYPES[query.dtype], common.INDEX_BITS[indices.dtype],
-        indptr.data_ptr(), indices.data_ptr(), 0 if relation is None else relation.data_ptr(), *numbers,
+        indptr.data_ptr(), indices.data_ptr(), 0 if relation is None else relation.data_ptr(), *numbers[:-1],
+        *common.pointers(numbers[-1]),
     )
     arguments = common.pointers(query, key, value, relation_query, relation_key, *others)
     of_workspace = (direction == "backward", PLAN_AUTO)
@@ -190,7 +193,7 @@ def _backward_fake(runs, grad_out, query, key, value, indptr, indices, relation,
 
 _INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor indptr, Tensor indices, Tensor? relation, Tensor? relation_query, "
            "Tensor? relation_key")
-_NUMBERS = "float scale, float dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
+_NUMBERS = "float scale, float dropout_p, SymInt seed, Tensor? seed_at"  # SymInt: a new seed does not compile again
 # out and weights (E, H): after the softmax, before dropout; in the dtype of sums, kept for backward.
 _forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", _forward,
                               lambda runs, query, key, value, indptr, indices, *rest: _outputs(query, indices))
@@ -208,18 +211,20 @@ class _GraphAttention(torch.autograd.Function):
     """Keeps the weights (E, H): cheaper than computing the scores again."""
 
     @staticmethod
-    def forward(ctx, runs, query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed):
+    def forward(ctx, runs, query, key, value, indptr, indices, relation, relation_query, relation_key, scale, dropout_p, seed,
+                seed_at):
         tensors = (query, key, value, indptr, indices, relation, relation_query, relation_key)
-        out, weights = common.call(_forward_op, _forward, runs, *tensors, scale, dropout_p, seed)
-        ctx.save_for_backward(*tensors, weights)
+        out, weights = common.call(_forward_op, _forward, runs, *tensors, scale, dropout_p, seed, seed_at)
+        ctx.save_for_backward(*tensors, weights, seed_at)
         ctx.runs, ctx.numbers = runs, (scale, dropout_p, seed)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         def call(*tensors):
-            return common.call(_backward_op, _backward, ctx.runs, *tensors, *ctx.numbers)
+            *tensors, seed_at = tensors
+            return common.call(_backward_op, _backward, ctx.runs, *tensors, *ctx.numbers, seed_at)
 
         found = common.gradients(FAMILY, call, (grad_out, *ctx.saved_tensors))
         query, key, value, relation_query, relation_key = *found, *[None] * (5 - len(found))
-        return None, query, key, value, None, None, None, relation_query, relation_key, None, None, None
+        return None, query, key, value, None, None, None, relation_query, relation_key, *[None] * 4

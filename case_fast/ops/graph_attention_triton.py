@@ -18,6 +18,7 @@ from torch import Tensor
 
 from case_fast.ops import device_flag as flags
 from case_fast.ops.device_flag import device_flag, raise_pending
+from case_fast.ops.triton_launch import drawing_seed, on_device
 
 MAX_DIM = 256
 BAD_INDPTR = tl.constexpr(flags.BAD_INDPTR)
@@ -61,11 +62,10 @@ def _rows(base, index, head, d, here, HEADS: tl.constexpr, DIM: tl.constexpr, AC
 
 
 @triton.jit
-def _dropped(weight, edge, head, seed, drop_below, kept_scale):
+def _dropped(weight, edge, head, key, drop_below, kept_scale):
     """``weight`` after dropout; the same edges as `reference.dropout_keep`."""
     low = edge.to(tl.uint32)
     zero = low * 0
-    key = seed.to(tl.uint64)
     word, _, _, _ = tl.philox_impl(low, (edge >> 32).to(tl.uint32), zero + head.to(tl.uint32), zero,
                                    key.to(tl.uint32), (key >> 32).to(tl.uint32))
     return tl.where(word.to(tl.int64) >= drop_below, weight * tl.full((), kept_scale, weight.dtype), 0.0)
@@ -92,16 +92,17 @@ def _relation_sums(table, at, score, order, relation, head, begin, end, edges, r
 # ------------------------------------------------------------------------------------------------------------------ kernels
 
 
-@triton.jit(do_not_specialize=["seed", "drop_below"])
+@triton.jit(do_not_specialize=["vertices", "edges", "seed", "seed_at", "drop_below"])
 def forward_rows(query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, flag,
-                 vertices, edges, relations, scale: tl.float64, seed: tl.uint64, drop_below: tl.int64, kept_scale: tl.float64,
-                 HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+                 vertices, edges, relations, scale: tl.float64, seed: tl.uint64, seed_at, drop_below: tl.int64,
+                 kept_scale: tl.float64, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
                  RELATION: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr):
     """out (V, H, D) and the softmax weights before dropout (E, H)."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     begin, end = _span(indptr, row, edges, flag)
+    drawn_by = drawing_seed(seed, seed_at)
     q = _row(query, row, head, d, HEADS, DIM, ACC)
     total_out = tl.zeros((BLOCK_D,), ACC)
     peak = tl.full((), -float("inf"), ACC)
@@ -127,7 +128,7 @@ def forward_rows(query, key, value, indptr, indices, relation, relation_query, r
         shrink = tl.exp(peak - new_peak)
         total = total * shrink + tl.sum(weight, axis=0)
         if DROPOUT:
-            weight = _dropped(weight, edge, head, seed, drop_below, kept_scale)
+            weight = _dropped(weight, edge, head, drawn_by, drop_below, kept_scale)
         v = _rows(value, neighbour, head, d, good, HEADS, DIM, ACC)
         total_out = total_out * shrink + tl.sum(weight[:, None] * v, axis=0)
         peak = new_peak
@@ -141,10 +142,10 @@ def forward_rows(query, key, value, indptr, indices, relation, relation_query, r
         tl.store(weights + edge * HEADS + head, tl.exp(score - peak) / total, mask=here)
 
 
-@triton.jit(do_not_specialize=["seed", "drop_below"])
+@triton.jit(do_not_specialize=["vertices", "edges", "seed", "seed_at", "drop_below"])
 def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key, weights, dscore, grad_query, table, flag,
-                  vertices, edges, relations, scale: tl.float64, seed: tl.uint64, drop_below: tl.int64, kept_scale: tl.float64,
-                  HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+                  vertices, edges, relations, scale: tl.float64, seed: tl.uint64, seed_at, drop_below: tl.int64,
+                  kept_scale: tl.float64, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
                   BLOCK_R: tl.constexpr, RELATION: tl.constexpr, DROPOUT: tl.constexpr,
                   ACC: tl.constexpr):
     """dscore = scale p (dp - sum p dp) (E, H), grad_query (V, H, D), and dscore summed by relation (V, H, R)."""
@@ -152,6 +153,7 @@ def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key,
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     begin, end = _span(indptr, row, edges, flag)
+    drawn_by = drawing_seed(seed, seed_at)
     g = _row(grad_out, row, head, d, HEADS, DIM, ACC)
     mean = tl.zeros((), ACC)
     for start in range(begin, end, BLOCK_E):
@@ -160,7 +162,7 @@ def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key,
         neighbour, good = _bounded(indices, edge, here, vertices, flag, BAD_INDICES)
         dp = tl.sum(g[None, :] * _rows(value, neighbour, head, d, good, HEADS, DIM, ACC), axis=1)
         if DROPOUT:
-            dp = _dropped(dp, edge, head, seed, drop_below, kept_scale)
+            dp = _dropped(dp, edge, head, drawn_by, drop_below, kept_scale)
         p = tl.load(weights + edge * HEADS + head, mask=here, other=0.0)
         mean += tl.sum(p * dp, axis=0)
         tl.store(dscore + edge * HEADS + head, dp, mask=here)  # not yet dscore: the mean is not known
@@ -187,17 +189,18 @@ def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key,
                        False, ACC)
 
 
-@triton.jit(do_not_specialize=["seed", "drop_below"])
+@triton.jit(do_not_specialize=["vertices", "edges", "seed", "seed_at", "drop_below"])
 def backward_columns(query, grad_out, column_start, column_edge, column_row, relation, relation_query, weights, dscore,
-                     grad_key, grad_value, table, flag, vertices, edges, relations, seed: tl.uint64, drop_below: tl.int64,
-                     kept_scale: tl.float64, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RELATION: tl.constexpr, DROPOUT: tl.constexpr,
-                     ACC: tl.constexpr):
+                     grad_key, grad_value, table, flag, vertices, edges, relations, seed: tl.uint64, seed_at,
+                     drop_below: tl.int64, kept_scale: tl.float64, HEADS: tl.constexpr, DIM: tl.constexpr,
+                     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, RELATION: tl.constexpr,
+                     DROPOUT: tl.constexpr, ACC: tl.constexpr):
     """grad_key, grad_value (V, H, D) of the vertex that the edges of a column lead to, and dscore summed by relation."""
     column = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     begin, end = _span(column_start, column, edges, flag)
+    drawn_by = drawing_seed(seed, seed_at)
     total_key = tl.zeros((BLOCK_D,), ACC)
     total_value = tl.zeros((BLOCK_D,), ACC)
     for start in range(begin, end, BLOCK_E):
@@ -213,7 +216,7 @@ def backward_columns(query, grad_out, column_start, column_edge, column_row, rel
         total_key += tl.sum(ds[:, None] * left, axis=0)
         p = tl.load(weights + edge * HEADS + head, mask=here, other=0.0)
         if DROPOUT:
-            p = _dropped(p, edge, head, seed, drop_below, kept_scale)
+            p = _dropped(p, edge, head, drawn_by, drop_below, kept_scale)
         total_value += tl.sum(p[:, None] * _rows(grad_out, row, head, d, good, HEADS, DIM, ACC), axis=0)
     at = (column * HEADS + head) * DIM + d
     tl.store(grad_key + at, total_key.to(grad_key.dtype.element_ty), mask=d < DIM)
@@ -223,7 +226,7 @@ def backward_columns(query, grad_out, column_start, column_edge, column_row, rel
                        BLOCK_R, True, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vertices", "chunk"])
 def relation_part(table, x, relation_x, part, vertices, relations, chunk, HEADS: tl.constexpr, DIM: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
     """part[c, r, h] = sum of table[i, h, r] (x[i, h] + relation_x[r, h]) over the vertices i of chunk c."""
@@ -259,29 +262,33 @@ def shapes(query: Tensor, edges: int, relations: int) -> dict:
         "HEADS": heads,
         "DIM": dim,
         "BLOCK_D": triton.next_power_of_2(max(dim, 1)),
-        "BLOCK_E": min(16, max(4, triton.next_power_of_2(max(degree, 1)))),
+        # of float64, what spills no register
+        "BLOCK_E": 8 if query.dtype == torch.float64 else min(16, max(4, triton.next_power_of_2(max(degree, 1)))),
         "BLOCK_R": min(16, triton.next_power_of_2(max(relations, 1))),
         "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32,
         "num_warps": 4 if dim > 64 else 1,
     }
 
 
-def _dropout(dropout_p: float, seed: int) -> dict:
+def _dropout(dropout_p: float, seed: int, seed_at: Tensor | None) -> dict:
     kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
     return {
-        "seed": seed & (2**64 - 1),
+        "seed": seed,
+        "seed_at": seed_at if dropout_p > 0 else None,
         "drop_below": int(dropout_p * 2**32),  # 2^32 for p = 1, which no 32-bit word reaches
         "kept_scale": kept_scale,
         "DROPOUT": dropout_p > 0,
     }
 
 
+@on_device
 def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
             relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float,
-            seed: int) -> tuple[Tensor, Tensor]:
+            seed: int, seed_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out (V, H, D), and the softmax weights before dropout (E, H) that backward needs.
 
-    All tensors contiguous, of one device and checked; indptr, indices and relation of one integer dtype.
+    All tensors contiguous, of one device and checked; indptr, indices and relation of one integer dtype. seed_at: one int64 on
+    the device, XORed to ``seed`` when a kernel draws; None: nothing is.
 
     Raises:
         ValueError: the head dimension is above 256.
@@ -298,7 +305,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: 
     if out.numel():
         forward_rows[vertices, heads](
             query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, device_flag(),
-            vertices, edges, relations, scale, RELATION=relation is not None, **_dropout(dropout_p, seed), **sizes,
+            vertices, edges, relations, scale, RELATION=relation is not None, **_dropout(dropout_p, seed, seed_at), **sizes,
         )
     return out, weights
 
@@ -315,9 +322,11 @@ def by_column(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return start, edge, row
 
 
+@on_device
 def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
              relation: Tensor | None, relation_query: Tensor | None, relation_key: Tensor | None, weights: Tensor,
-             scale: float, dropout_p: float, seed: int, columns: tuple[Tensor, Tensor, Tensor] | None = None
+             scale: float, dropout_p: float, seed: int, seed_at: Tensor | None = None,
+             columns: tuple[Tensor, Tensor, Tensor] | None = None
              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, relation_query, relation_key (the last two None without relations).
 
@@ -330,9 +339,9 @@ def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr
     if not query.numel():
         return *grads, *(None if x is None else torch.zeros_like(x) for x in (relation_query, relation_key))
     shared = {"flag": device_flag(), "vertices": vertices, "edges": edges, "relations": relations}
-    shared |= {"RELATION": relation is not None, **_dropout(dropout_p, seed), **sizes}
+    shared |= {"RELATION": relation is not None, **_dropout(dropout_p, seed, seed_at), **sizes}
     dscore = torch.empty_like(weights)
-    by_row_table, by_column_table = weights.new_empty((2, vertices, heads, relations))
+    by_row_table, by_column_table = (weights.new_empty((vertices, heads, relations)) for _ in range(2))
     grid = (vertices, heads)
     backward_rows[grid](grad_out, key, value, indptr, indices, relation, relation_key, weights, dscore, grads[0],
                         by_row_table, scale=scale, **shared)

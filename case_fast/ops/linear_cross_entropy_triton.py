@@ -22,14 +22,18 @@ from torch import Tensor
 
 from case_fast.ops import device_flag as flags
 from case_fast.ops.device_flag import device_flag, raise_pending
-from case_fast.ops.triton_tiles import block_sizes, finite, product, products, row_options, row_products, sum_dtype, tile_options
+from case_fast.ops.triton_launch import on_device
+from case_fast.ops.triton_tiles import finite, product, products, row_options, row_products, sum_dtype, tile_of, tile_options
 
 BLOCK_ROWS = 4096  # rows at once in backward
 BLOCK_BYTES = 16 << 20  # of the gradient of z at once, and of what forward's tiles give
 SPREAD = 8  # programs that share the targets of a row
-TILES = {torch.float16: (128, 128), torch.bfloat16: (128, 128), torch.float32: (64, 64), torch.float64: (32, 32)}  # largest
-KEPT_TILE = (16, 128)  # where z is read
-BEST_TILE = (32, 64)  # of top_words: few rows
+_HALF_TILES = (64, 128), (16, 128)
+TILES = {  # (rows, words), the largest first: none spills, and of the largest two blocks or more fit an SM of sm_90
+    torch.float16: _HALF_TILES, torch.bfloat16: _HALF_TILES, torch.float32: ((64, 64), (16, 128)), torch.float64: ((32, 32),),
+}
+KEPT_TILES = ((16, 128),)  # where z is read
+BEST_TILES = (32, 64), (16, 64)  # of top_words: few rows
 BAD_TARGET, BAD_CU_TARGET = tl.constexpr(flags.BAD_TARGET), tl.constexpr(flags.BAD_CU_TARGET)
 NO_WORD = tl.constexpr(2**31 - 1)
 
@@ -86,7 +90,7 @@ def _peak(z):
 # ------------------------------------------------------------------------------------------------------------------ forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_tiles(hidden, weight, bias, target, score, peak, total, word, kept, flag, rows, words, ONE: tl.constexpr,
               KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
               PRECISION: tl.constexpr, ACC: tl.constexpr):
@@ -118,7 +122,7 @@ def sum_tiles(hidden, weight, bias, target, score, peak, total, word, kept, flag
     tl.store(word + at, found, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def join_tiles(peak, total, word, target, nll, prediction, state, rows, words, tiles, ONE: tl.constexpr, BLOCK_T: tl.constexpr,
                BLOCK_C: tl.constexpr, ACC: tl.constexpr):
     """prediction (rows,), state (rows, 2): the greatest z of a row, and lse less that; nll from the targets' z, ONE a row."""
@@ -155,7 +159,7 @@ def join_tiles(peak, total, word, target, nll, prediction, state, rows, words, t
         tl.store(nll + t, tl.where(good, (top - z) + log_sum, float("nan")), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "targets"])
 def target_losses(hidden, weight, bias, target, cu_target, state, nll, flag, rows, words, targets, DIM: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr, ACC: tl.constexpr):
     """nll of the targets of one row; of those that are no word it stays as it was."""
@@ -174,7 +178,7 @@ def target_losses(hidden, weight, bias, target, cu_target, state, nll, flag, row
 # ----------------------------------------------------------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets"])
 def row_gradients(hidden, weight, bias, target, cu_target, state, grad_nll, scale, active, own, flag, words, targets,
                   DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPREAD: tl.constexpr,
                   ACC: tl.constexpr):
@@ -207,18 +211,18 @@ def row_gradients(hidden, weight, bias, target, cu_target, state, grad_nll, scal
         tl.store(own + m, tl.where(any_of_row, gradient, 0.0), mask=y >= 0)
 
 
-@triton.jit
-def gradient_tiles(hidden, weight, bias, target, state, scale, active, kept, out, flag, rows, words, left, wide, stride,
+@triton.jit(do_not_specialize=["rows"])
+def gradient_tiles(hidden, weight, bias, target, state, scale, active, kept, out, flag, rows, words, left, stride,
                    ONE: tl.constexpr, KEPT: tl.constexpr, DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
                    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """out (rows, stride): the gradient of z at words [left, left + wide), of which ``words`` are in all; 0 in rows not active.
+    """out (rows, stride): the gradient of z at words from ``left`` on, of which ``words`` are in all; 0 in rows not active.
 
     scale_t exp(z - lse), less scale_t at the target where it is ONE a row. kept (rows, words): z less bias, else z is made again.
+    stride, a multiple of BLOCK_V, has room for whole tiles: their columns are stored without a mask.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     v = left + column
-    here = (t < rows)[:, None] & (column < wide)[None, :]
     row = t.to(tl.int64)
     z = _scores(hidden, weight, bias, kept, t, v, rows, words, KEPT, DIM, BLOCK_T, BLOCK_V, BLOCK_K, PRECISION, ACC)
     top = tl.load(state + 2 * row, mask=t < rows, other=0.0)
@@ -230,10 +234,10 @@ def gradient_tiles(hidden, weight, bias, target, state, scale, active, kept, out
         gradient = tl.where(y[:, None] == v[None, :], gradient - amount, gradient)
     takes_part = tl.load(active + t, mask=t < rows, other=0) != 0
     gradient = tl.where(takes_part[:, None], gradient, 0.0)
-    tl.store(out + row[:, None] * stride + column[None, :], gradient.to(out.dtype.element_ty), mask=here)
+    tl.store(out + row[:, None] * stride + column[None, :], gradient.to(out.dtype.element_ty), mask=(t < rows)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["targets", "wide"])
 def place_targets(target, cu_target, own, out, flag, words, targets, left, wide, stride, BLOCK_M: tl.constexpr,
                   SPREAD: tl.constexpr):
     """out_t,y = own_m for the targets of one row among words [left, left + wide)."""
@@ -283,7 +287,7 @@ def _numbered(number):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "k"])
 def best_of_tiles(hidden, weight, bias, peak, total, number, word, rows, words, tiles, k, DIM: tl.constexpr,
                   BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
                   ACC: tl.constexpr):
@@ -309,7 +313,7 @@ def best_of_tiles(hidden, weight, bias, peak, total, number, word, rows, words, 
         tl.store(word + at * k + i, chosen, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "k"])
 def best_of_rows(peak, total, number, word, out, out_word, tiles, k, BLOCK: tl.constexpr):
     """Of one row: its k greatest log-probabilities and their words, merged from the heads of its tiles, which are in order."""
     t = tl.program_id(0).to(tl.int64)
@@ -341,9 +345,9 @@ def best_of_rows(peak, total, number, word, out, out_word, tiles, k, BLOCK: tl.c
 # ------------------------------------------------------------------------------------------------------------------ launches
 
 
-def tiles(rows: int, words: int, dim: int, dtype: torch.dtype, largest: tuple[int, int] | None = None) -> dict:
+def tiles(rows: int, words: int, dim: int, dtype: torch.dtype, choices: tuple[tuple[int, int], ...] | None = None) -> dict:
     """The compile-time arguments that the kernels over tiles share. A function of shapes alone: so is the order of sums."""
-    block_t, block_v = block_sizes(rows, words, largest or TILES[dtype])
+    block_t, block_v = tile_of(rows, words, choices or TILES[dtype])
     return {"DIM": dim, "BLOCK_T": block_t, "BLOCK_V": block_v} | tile_options(block_t, block_v, dim, dtype)
 
 
@@ -352,6 +356,7 @@ def of_targets(dim: int, dtype: torch.dtype) -> dict:
     return row_options(dim, dtype) | {"BLOCK_M": 16, "SPREAD": SPREAD}
 
 
+@on_device
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None, keep: bool
             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll (M,), prediction (T,), state (T, 2): the greatest z of a row and lse less that, kept (T * V,): z less bias, or empty.
@@ -377,10 +382,10 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_tar
         return nll, prediction, state, kept
     if keep:
         kept = product(hidden, weight.T, full["dtype"])
-    shared = tiles(rows, words, dim, hidden.dtype, KEPT_TILE if keep else None)
+    shared = tiles(rows, words, dim, hidden.dtype, KEPT_TILES if keep else None)
     count = triton.cdiv(words, shared["BLOCK_V"])
     at_once = min(rows, max(64, BLOCK_BYTES // (count * (2 * state.element_size() + 4)) // 64 * 64))
-    peak, total = torch.empty((2, count * at_once), **full)
+    peak, total = (torch.empty(count * at_once, **full) for _ in range(2))
     word = torch.empty(count * at_once, dtype=torch.int32, device=hidden.device)
     for first in range(0, rows, at_once):
         chunk = slice(first, min(first + at_once, rows))
@@ -390,8 +395,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_tar
         sum_tiles[grid](hidden[chunk], weight, bias, target[own], nll[own], peak, total, word, kept[chunk] if keep else hidden,
                         device_flag(), size, words, ONE=one, KEPT=keep, **shared)
         join_tiles[triton.cdiv(size, 16),](peak, total, word, target[own], nll[own], prediction[chunk], state[chunk], size, words,
-                                           count, ONE=one, BLOCK_T=16, BLOCK_C=min(64, triton.next_power_of_2(count)),
-                                           ACC=shared["ACC"])
+                                           count, ONE=one, BLOCK_T=16, BLOCK_C=64, ACC=shared["ACC"])
     if not one:
         target_losses[rows, SPREAD](hidden, weight, bias, target, cu_target, state, nll, device_flag(), rows, words, targets,
                                     **of_targets(dim, hidden.dtype))
@@ -399,6 +403,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_tar
     return nll, prediction, state, kept
 
 
+@on_device
 def backward(grad_nll: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, cu_target: Tensor | None,
              state: Tensor, kept: Tensor, wanted: list[bool]) -> list[Tensor]:
     """Those gradients of hidden, weight and bias that are wanted, in their dtypes; the same bits every time. As `forward`."""
@@ -432,8 +437,8 @@ def _backward(grad_nll, hidden, weight, bias, target, cu_target, state, kept, gr
     at_once = min(BLOCK_ROWS, rows)
     several = rows > at_once
     wide = _width(at_once, words, hidden.element_size())
-    shared = tiles(at_once, wide, dim, hidden.dtype, None if kept is None else KEPT_TILE)
-    block = hidden.new_empty((at_once, wide))
+    shared = tiles(at_once, wide, dim, hidden.dtype, None if kept is None else KEPT_TILES)
+    block = hidden.new_empty((at_once, triton.cdiv(wide, shared["BLOCK_V"]) * shared["BLOCK_V"]))
     hidden_sum = None if grad_hidden is None else torch.empty(hidden.shape, **full)
     for left in range(0, words, wide):
         columns = slice(left, min(left + wide, words))
@@ -446,10 +451,10 @@ def _backward(grad_nll, hidden, weight, bias, target, cu_target, state, kept, gr
             grid = (triton.cdiv(size, shared["BLOCK_T"]), triton.cdiv(count, shared["BLOCK_V"]))
             gradient_tiles[grid](hidden[chunk], weight, bias, target[chunk] if one else target, state[chunk], scale[chunk],
                                  active[chunk], hidden if kept is None else kept[chunk], block, device_flag(), size, words, left,
-                                 count, wide, ONE=one, KEPT=kept is not None, **shared)
+                                 block.shape[1], ONE=one, KEPT=kept is not None, **shared)
             if not one:
                 place_targets[size, SPREAD](target, cu_target[first:], own, block, device_flag(), words, targets, left, count,
-                                            wide, BLOCK_M=16, SPREAD=SPREAD)
+                                            block.shape[1], BLOCK_M=16, SPREAD=SPREAD)
             gradient = block[:size, :count]
             if grad_hidden is not None:
                 _add_product(hidden_sum[chunk], gradient, weight[columns], first_time=left == 0)
@@ -485,6 +490,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first_time: bool) -> None:
         total += product(a, b, sum_dtype(a.dtype))
 
 
+@on_device
 def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k greatest log-probabilities of each row (T, k), the greatest first, and their words, int64. As `forward`."""
     (rows, dim), words = hidden.shape, weight.shape[0]
@@ -492,9 +498,9 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
     out, out_word = torch.empty((rows, k), **full), torch.empty((rows, k), dtype=torch.int64, device=hidden.device)
     if not rows:
         return out, out_word
-    shared = tiles(rows, words, dim, hidden.dtype, BEST_TILE)
+    shared = tiles(rows, words, dim, hidden.dtype, BEST_TILES)
     count = triton.cdiv(words, shared["BLOCK_V"])
-    peak, total = torch.empty((2, rows, count), **full)
+    peak, total = (torch.empty((rows, count), **full) for _ in range(2))
     of_number = torch.int64 if full["dtype"] == torch.float64 else torch.int32
     number = torch.empty((rows, count, k), dtype=of_number, device=hidden.device)
     word = torch.empty((rows, count, k), dtype=torch.int32, device=hidden.device)

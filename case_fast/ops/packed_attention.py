@@ -17,7 +17,7 @@ PLAN_AUTO = 0  # enum case_fast_attention_plan
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
-                     scale: float | None = None, dropout_p: float = 0.0, seed: int = 0, key_of: Tensor | None = None,
+                     scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor = 0, key_of: Tensor | None = None,
                      key_length: Tensor | None = None, validate: bool | None = None) -> Tensor:
     """out_i = sum_j softmax_j( scale * q_i . k_j ) v_j over the keys j of i's own sequence, per head.
 
@@ -35,7 +35,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
         scale: default D ** -0.5.
         dropout_p, seed: probability in [0, 1) that an attention weight is dropped; the others are divided by 1 - p. Which
             ones is a function of (seed, head, e) alone, the same on every backend, with e = query row * (the longest key
-            sequence by cu_key) + the key's place in its sequence; 0 <= seed < 2^63.
+            sequence by cu_key) + the key's place in its sequence. seed: in [0, 2^63), or an int64 tensor of one element on the
+            device of query, whose value, modulo 2^63, is read when the kernels run.
         key_of: (B,) int32 or int64 in [0, S): the sequence of keys that each sequence of queries attends to. Several may
             share one, without a copy.
         key_length: (S,) int32 or int64: how many rows of each sequence of keys are keys, from its first; the others, room
@@ -64,17 +65,18 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     scale = dimension**-0.5 if scale is None else scale
     common.check_finite("scale", scale)
     common.check_dropout("dropout_p", dropout_p)
-    common.check_seed(seed)
+    number, seed_at = common.seed_pair(seed, query.device)
     cu_query, cu_key, key_of, key_length = common.like_indices(cu_query, cu_key, key_of, key_length)
 
     runs = backend.choose(FAMILY, device_type, common.beyond_gpu(dimension, device_type))
     compiling = torch.compiler.is_compiling()
     if common.reads(validate, runs, device_type):
         _check_contents(query, key, cu_query, cu_key, key_of, key_length)
-    tensors, numbers = (query, key, value, cu_query, cu_key, key_of, key_length), (causal, scale, dropout_p, seed)
+    tensors = (query, key, value, cu_query, cu_key, key_of, key_length)
+    numbers = (causal, scale, dropout_p, number, seed_at)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
-            out = reference.packed_attention(*tensors[:5], *numbers, key_of, key_length)
+            out = reference.packed_attention(*tensors[:5], causal, scale, dropout_p, seed, key_of, key_length)
     elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out = _PackedAttention.apply(runs, *(common.distinct(tensors) if compiling else tensors), *numbers)
     else:
@@ -136,35 +138,35 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
-             key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int
+             key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int, seed_at: Tensor | None
              ) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(query)
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         _check_contents(query, key, cu_query, cu_key, key_of, key_length)
-        numbers = (causal, scale, dropout_p, seed, key_of, key_length)
+        numbers = (causal, scale, dropout_p, reference.seed_of(seed, seed_at), key_of, key_length)
         return reference.packed_attention(query, key, value, cu_query, cu_key, *numbers), lse.zero_()
-    attend(query, key, value, (cu_query, cu_key, key_of, key_length), (causal, scale, dropout_p, seed), out, lse)
+    attend(query, key, value, (cu_query, cu_key, key_of, key_length), (causal, scale, dropout_p, seed, seed_at), out, lse)
     return out, lse
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, offsets: tuple, numbers: tuple, out: Tensor, lse: Tensor) -> None:
-    """Forward by the native module, into contiguous out and lse. offsets: cu_query to key_length; numbers: causal to seed."""
+    """Forward by the native module, into contiguous out and lse. offsets: cu_query to key_length; numbers: causal to seed_at."""
     query, key, value = rows_apart(query), rows_apart(key), rows_apart(value)
     _run("forward", query, key, value, offsets, numbers, (out.data_ptr(), lse.data_ptr()), (PLAN_AUTO,))
 
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor,
               key_of: Tensor | None, key_length: Tensor | None, out: Tensor, lse: Tensor, causal: bool, scale: float,
-              dropout_p: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+              dropout_p: float, seed: int, seed_at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if runs == "reference":
-        numbers = (causal, scale, dropout_p, seed, key_of, key_length)
+        numbers = (causal, scale, dropout_p, reference.seed_of(seed, seed_at), key_of, key_length)
         return common.plain_gradients(
             lambda *leaves: reference.packed_attention(*leaves, cu_query, cu_key, *numbers), (query, key, value), grad_out
         )
     query, key, value = rows_apart(query), rows_apart(key), rows_apart(value)
     found = _gradients(query, key, value)
     attend_backward(grad_out.contiguous(), query, key, value, (cu_query, cu_key, key_of, key_length), out.contiguous(),
-                    lse.contiguous(), (causal, scale, dropout_p, seed), found)
+                    lse.contiguous(), (causal, scale, dropout_p, seed, seed_at), found)
     return found
 
 
@@ -180,11 +182,12 @@ def _run(direction: str, query: Tensor, key: Tensor, value: Tensor, offsets: tup
     """Runs the native kernel. others: what its arguments are beside query, key and value."""
     cu_query, cu_key, key_of, key_length = offsets = common.contiguous(*offsets)
     rows, heads, dimension = query.shape
-    causal, *rest = numbers
+    causal, *rest, seed_at = numbers
     call = (  # struct case_fast_packed_attention
         cu_query.shape[0] - 1, rows, cu_key.shape[0] - 1, key.shape[0], heads, dimension, common.DTYPES[query.dtype],
         common.INDEX_BITS[cu_query.dtype], causal, cu_query.data_ptr(), cu_key.data_ptr(), common.pointer_of(key_of, cu_query),
         0 if key_length is None else key_length.data_ptr(), row_stride(query), row_stride(key), row_stride(value), *rest,
+        *common.pointers(seed_at),
     )
     arguments = (query.data_ptr(), key.data_ptr(), value.data_ptr(), *others)
     status = common.run_native(f"{FAMILY}_{direction}", query, call, arguments, (direction == "backward",), on_cuda)
@@ -194,7 +197,7 @@ def _run(direction: str, query: Tensor, key: Tensor, value: Tensor, offsets: tup
 
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_query, Tensor cu_key, Tensor? key_of, Tensor? key_length"
-_NUMBERS = "bool causal, float scale, float dropout_p, SymInt seed"  # SymInt: a new seed does not compile again
+_NUMBERS = "bool causal, float scale, float dropout_p, SymInt seed, Tensor? seed_at"  # SymInt: a new seed does not compile again
 # out, and the log of the softmax' divisor (Tq, H) in the dtype of sums, kept for backward.
 _forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", _forward,
                               lambda runs, query, *rest: _outputs(query))
@@ -212,17 +215,19 @@ class _PackedAttention(torch.autograd.Function):
     """Keeps one number a query row and head, and computes the weights again."""
 
     @staticmethod
-    def forward(ctx, runs, query, key, value, cu_query, cu_key, key_of, key_length, causal, scale, dropout_p, seed):
+    def forward(ctx, runs, query, key, value, cu_query, cu_key, key_of, key_length, causal, scale, dropout_p, seed, seed_at):
         tensors, numbers = (query, key, value, cu_query, cu_key, key_of, key_length), (causal, scale, dropout_p, seed)
-        out, lse = common.call(_forward_op, _forward, runs, *tensors, *numbers)
-        ctx.save_for_backward(*tensors, out, lse)
+        out, lse = common.call(_forward_op, _forward, runs, *tensors, *numbers, seed_at)
+        ctx.save_for_backward(*tensors, out, lse, seed_at)
         ctx.runs, ctx.numbers = runs, numbers
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         runs, numbers = ctx.runs, ctx.numbers
-        found = common.gradients(
-            FAMILY, lambda *x: common.call(_backward_op, _backward, runs, *x, *numbers), (grad_out, *ctx.saved_tensors)
-        )
-        return None, *found, *[None] * 8
+
+        def call(*tensors):
+            *tensors, seed_at = tensors
+            return common.call(_backward_op, _backward, runs, *tensors, *numbers, seed_at)
+
+        return None, *common.gradients(FAMILY, call, (grad_out, *ctx.saved_tensors)), *[None] * 9

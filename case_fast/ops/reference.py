@@ -8,7 +8,7 @@ give zeros; nothing here divides by a count that can be 0. Half-precision inputs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,18 +42,19 @@ def segment_positions(cu: Tensor, total: int) -> Tensor:
 def segment_sum(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """(size, ...): rows of ``x`` (n, ...) summed by segment; an empty segment gives zeros."""
     full = full_precision(x)
-    return full.new_zeros((size, *x.shape[1:])).index_add(0, segment, full).to(x.dtype)
+    return full.new_zeros((size, *x.shape[1:])).index_add_(0, segment, full).to(x.dtype)
 
 
-def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
-    """(size, ...): rows averaged by segment; an empty segment gives zeros."""
+def segment_mean(x: Tensor, segment: Tensor, size: int, segment_sum: Callable = segment_sum) -> Tensor:
+    """(size, ...): rows averaged by segment; an empty segment gives zeros. segment_sum: what sums them."""
     full = full_precision(x)
     count = segment_sum(full.new_ones(x.shape[0]), segment, size).clamp(min=1)
     return (segment_sum(full, segment, size) / count.view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
 
-def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
-    """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
+def segment_log_softmax(score: Tensor, segment: Tensor, size: int, segment_sum: Callable = segment_sum, take: Callable = take
+                        ) -> Tensor:
+    """Log-softmax of ``score`` (n, ...) over the rows of each segment. segment_sum, take: what sums and what takes rows."""
     score = full_precision(score)
     index = segment.view(-1, *[1] * (score.dim() - 1)).expand_as(score)
     peak = score.new_full((size, *score.shape[1:]), -math.inf).scatter_reduce(0, index, score.detach(), "amax")
@@ -65,7 +66,7 @@ def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------- random words
 
 
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def philox4x32(counter: Tensor, key: tuple[int | Tensor, int | Tensor]) -> Tensor:
     """Philox4x32-10 (Salmon et al., 2011): (n, 4) words from ``counter`` (n, 4) and a key of two; 32-bit values in int64."""
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = (counter[:, i] & mask for i in range(4))
@@ -85,24 +86,37 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=1)
 
 
-def dropout_keep(edges: int | Tensor, heads: int, dropout_p: float, seed: int, device: torch.device | None = None) -> Tensor:
+def seed_of(seed: int, seed_at: Tensor | None) -> int | Tensor:
+    """What an op's pair of a number and a tensor stands for; see `case_fast.ops.common.seed_pair`."""
+    return seed if seed_at is None else seed_at ^ seed
+
+
+def _key(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
+    """Both halves of a seed as the key of Philox. A tensor's value is taken modulo 2^63, and is not known here."""
+    seed = seed & 2**63 - 1 if isinstance(seed, Tensor) else seed
+    return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+
+
+def dropout_keep(edges: int | Tensor, heads: int, dropout_p: float, seed: int | Tensor, device: torch.device | None = None
+                 ) -> Tensor:
     """(..., H) bool: the attention weights that dropout keeps; a function of (seed, edge, head) alone, on every backend.
 
     keep(e, h): word 0 of Philox(counter = (e low, e high, h, 0), key = seed) >= floor(p 2^32).
 
     Args:
         edges: the numbers e (...) of the weights, or how many there are from 0.
+        seed: in [0, 2^63), or an int64 tensor of one element on ``device``, taken modulo 2^63.
         device: of the answer; that of ``edges`` where they are a tensor.
     """
     number = torch.arange(edges, device=device) if isinstance(edges, int) else edges
     edge = number.reshape(-1).repeat_interleave(heads)
     head = torch.arange(heads, device=edge.device).repeat(number.numel())
     counter = torch.stack([edge & 0xFFFFFFFF, edge >> 32, head, torch.zeros_like(head)], dim=1)
-    word = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))[:, 0]
+    word = philox4x32(counter, _key(seed))[:, 0]
     return (word >= math.floor(dropout_p * 2**32)).view(*number.shape, heads)
 
 
-def source_seed(seed: int, place: int, part: int) -> int:
+def source_seed(seed: int | Tensor, place: int, part: int) -> int | Tensor:
     """The seed of dropout on the attention weights (part 0) or on the output (part 1) of the source at ``place``: apart in
     the highest of 63 bits, so that a caller who counts seeds up meets none of them again."""
     return seed ^ (2 * place + part) << 47
@@ -114,7 +128,7 @@ def source_seed(seed: int, place: int, part: int) -> int:
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
                     relation_key: Tensor | None = None, scale: float | None = None,
-                    dropout_p: float = 0.0, seed: int = 0) -> Tensor:
+                    dropout_p: float = 0.0, seed: int | Tensor = 0) -> Tensor:
     """Eq. 1-2: relation-enhanced multi-head attention of each vertex over its neighbours.
 
     score(i, k) = scale * (q_i + relation_query[r]) . (k_k + relation_key[r]), softmax over the neighbours of i. Without
@@ -151,7 +165,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
-                     scale: float | None = None, dropout_p: float = 0.0, seed: int = 0, key_of: Tensor | None = None,
+                     scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor = 0, key_of: Tensor | None = None,
                      key_length: Tensor | None = None) -> Tensor:
     """Multi-head attention of packed sequences: each query of sequence s attends to the keys of s (Vaswani et al., 2017).
 
@@ -229,7 +243,7 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 
 def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], eps: float = 1e-5, dropout_p: float = 0.0,
-                    output_dropout_p: float = 0.0, seed: int = 0) -> Tensor:
+                    output_dropout_p: float = 0.0, seed: int | Tensor = 0) -> Tensor:
     """The decoder's attention to its sources in turn, pre-LN, without biases: for each source
 
     hidden <- hidden + dropout( attention( layer_norm(hidden) W_query^T, key, value ) W_output^T )
@@ -264,7 +278,7 @@ SCORES = ("bilinear_sigmoid", "dot")  # f of Eq. 10 and 12 as the paper prints i
 
 
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-                 seed: int = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:
+                 seed: int | Tensor = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:
     """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12) or a dot product.
 
     loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] ), c = positive[p].
@@ -287,8 +301,8 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
     return reduced(side_y + side_x, reduction)
 
 
-def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num_negatives: int | None = None, seed: int = 0,
-              score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:
+def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num_negatives: int | None = None,
+              seed: int | Tensor = 0, score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:
     """Both bracketed sums of Eq. 9 / 11 with a score S, each as log(sum over its set of exp S) - S(positive).
 
     "bilinear_sigmoid": S = sigmoid(z) with z = x^T W y; as 0 < S < 1, its sums need no maximum. "dot": S = z = x . y.
@@ -358,7 +372,8 @@ def mim_negatives(positive: Tensor, rows_of_y: int, num_negatives: int | None = 
     return (over_y > 0) * num_negatives, (over_x > 0) * num_negatives
 
 
-def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: int | Tensor
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sampled sets of Eq. 9 / 11: k uniform draws with replacement for each pair and side, by counter.
 
     Draw ``slot`` of pair p on side s: u = word 0 of Philox(counter = (slot, p, s, 0), key = seed), r = (u * n) >> 32.
@@ -375,7 +390,7 @@ def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: i
 
     def draw(side: int, eligible: Tensor) -> Tensor:
         counter = torch.stack([slot, pair, torch.full_like(pair, side), torch.zeros_like(pair)], dim=1)
-        word = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))[:, 0].view(pairs, num_negatives)
+        word = philox4x32(counter, _key(seed))[:, 0].view(pairs, num_negatives)
         n = eligible.view(-1, 1)
         return ((word >> 16) * n + (((word & 0xFFFF) * n) >> 16)) >> 16  # (word * n) >> 32 for n < 2^31
 

@@ -1,4 +1,9 @@
-"""What Triton kernels over tiles of scores share: products of rows, the sizes of tiles, and torch's own products in full."""
+"""What Triton kernels over tiles of scores share: products of rows, the sizes of tiles, and torch's own products in full.
+
+Triton compiles a kernel again for each way in which its arguments are multiples of 16 or not, which takes a third of a second.
+So sizes that change from batch to batch are not specialised, and views begin at 16 bytes; what is read or written as a matrix
+has rows of a length that is.
+"""
 # Triton reads annotations as they stand, so this file has no `from __future__ import annotations`.
 
 import torch
@@ -6,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ENOUGH = 128  # programs below which tiles are made smaller
+ENOUGH = 128  # programs below which a smaller tile is taken
 
 
 @triton.jit
@@ -53,12 +58,13 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def block_sizes(rows: int, columns: int, largest: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a tile: halved from the largest until there are programs enough."""
-    i, j = (min(most, max(16, triton.next_power_of_2(n))) for n, most in zip((rows, columns), largest, strict=True))
-    while triton.cdiv(rows, i) * triton.cdiv(columns, j) < ENOUGH and max(i, j) > 32:
-        i, j = (i // 2, j) if i >= j else (i, j // 2)
-    return i, j
+def tile_of(rows: int, columns: int, choices: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Rows and columns of a tile: the first of ``choices``, from the largest to the least, of whose sides no half would be empty
+    and that makes programs enough; else the last. Few choices: Triton compiles for each."""
+    for i, j in choices[:-1]:
+        if i < 2 * rows and j < 2 * columns and triton.cdiv(rows, i) * triton.cdiv(columns, j) >= ENOUGH:
+            return i, j
+    return choices[-1]
 
 
 def tile_options(block_i: int, block_j: int, dim: int, dtype: torch.dtype) -> dict:

@@ -24,7 +24,8 @@ typedef struct case_fast_mim {
     int32_t dim, dtype, score;  // score: a case_fast_mim_score
     int64_t negatives;          // draws for each pair and side, with replacement; -1: all negatives
     const int64_t *positive;    // (P): the row of y that belongs to each row of x
-    uint64_t seed;              // of the draws, see case_fast_draw in common/philox.h
+    uint64_t seed;              // of the draws, see case_fast_seed and case_fast_draw in common/philox.h
+    const uint64_t *seed_at;    // or NULL
     int32_t plan;               // a case_fast_mim_plan
 } case_fast_mim;
 

@@ -9,6 +9,7 @@
 #include "bilinear_mim/cpu_all.h"
 #include "bilinear_mim/cpu_sampled.h"
 #include "common/calls.h"
+#include "common/philox.h"
 
 namespace {
 
@@ -132,7 +133,7 @@ int forward(const case_fast_mim &m, const void *x, const void *y, const void *we
         (s.by_x ? a : b) = saved.projected;
     }
     if (s.sampled)
-        sampled_forward(s, m.positive, m.seed, a, b, saved, workspace, threads);
+        sampled_forward(s, m.positive, case_fast_seed(m.seed, m.seed_at), a, b, saved, workspace, threads);
     else
         all_forward(s, m.positive, a, b, saved, workspace, threads);
     const Chunks pairs(s.pairs, 1024);
@@ -165,7 +166,8 @@ int backward(const case_fast_mim &m, const void *x, const void *y, const void *w
         std::fill_n(grad_b, s.rows * s.dim, T(0));
     } else if (s.sampled) {
         Workspace workspace;
-        sampled_backward(s, m.positive, m.seed, a, b, saved, by_y, by_x, grad_a, grad_b, workspace, threads);
+        sampled_backward(s, m.positive, case_fast_seed(m.seed, m.seed_at), a, b, saved, by_y, by_x, grad_a, grad_b, workspace,
+                         threads);
     } else {
         Workspace workspace;
         all_backward(s, m.positive, a, b, saved, by_y, by_x, grad_a, grad_b, workspace, threads);

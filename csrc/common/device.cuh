@@ -39,6 +39,16 @@ template <class T> __device__ inline T narrowed(Sum<T> x) { return x; }
 template <> __device__ inline __half narrowed<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ inline __nv_bfloat16 narrowed<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
+// 16 bytes at once, to wherever; the compiler makes four stores of the plain assignment.
+__device__ __forceinline__ void store_16(void *to, const void *from) {
+#ifdef CASE_FAST_EMULATE
+    std::memcpy(to, from, 16);
+#else
+    const uint4 x = *static_cast<const uint4 *>(from);
+    asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#endif
+}
+
 template <class A> __device__ inline A not_a_number() { return static_cast<A>(__int_as_float(0x7FC00000)); }
 template <class A> __device__ inline A minus_infinity() { return static_cast<A>(__int_as_float(0xFF800000)); }
 __device__ inline float exponential(float x) { return expf(x); }
@@ -99,7 +109,10 @@ template <class T_, int VEC_, int CHUNKS_> struct Held {
             Pack pack;
 #pragma unroll
             for (int i = 0; i < VEC; ++i) pack.x[i] = narrowed<T>(x[c * VEC + i]);
-            *reinterpret_cast<Pack *>(row + d) = pack;
+            if constexpr (sizeof(Pack) == 16)
+                store_16(row + d, &pack);
+            else
+                *reinterpret_cast<Pack *>(row + d) = pack;
         }
     }
     __device__ __forceinline__ void add(const Held &other) {

@@ -44,6 +44,27 @@ inline bool aligned(std::initializer_list<const void *> arrays, size_t bytes) {
     return true;
 }
 
+// ---- how rows are read
+
+// How many numbers, 4 at most, can be read at once everywhere in arrays whose rows have these lengths and lie so far apart.
+inline int at_once(size_t number_bytes, std::initializer_list<int64_t> lengths, std::initializer_list<const void *> arrays) {
+    int numbers = 4;
+    for (const int64_t length : lengths)
+        while (length % numbers) numbers /= 2;
+    while (!aligned(arrays, numbers * number_bytes)) numbers /= 2;
+    return numbers;
+}
+
+// run(H()) for the way H that a warp holds rows of `dim` numbers of which `numbers` can be read at once: up to 128 by fours, which
+// are 16 bytes of float32, up to 192 by pairs (a head of 150 float32 is 600 bytes, no multiple of 16), else one by one.
+template <class T, class Run> int with_rows(int dim, int numbers, Run run) {
+    if constexpr (sizeof(T) < 8) {
+        if (numbers == 4 && dim <= 128) return run(Held<T, 4, 1>());
+        if (numbers >= 2 && dim <= 192) return run(Held<T, 2, 3>());
+    }
+    return run(Held<T, 1, 8>());
+}
+
 // ---- attention of packed sequences: what the host can check
 
 constexpr int64_t MOST = INT32_MAX - 4096;  // rows and sequences, so that a tile may count a little beyond the end

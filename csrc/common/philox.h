@@ -24,6 +24,12 @@ CASE_FAST_BOTH static inline uint32_t case_fast_philox(uint32_t c0, uint32_t c1,
     return c0;
 }
 
+// The key of a call, from a number and, where it is not NULL, the place of another that is read when the kernel runs: what a
+// captured or queued call drops then follows what stands there by then.
+CASE_FAST_BOTH static inline uint64_t case_fast_seed(uint64_t seed, const uint64_t *seed_at) {
+    return seed_at ? (seed ^ *seed_at) & 0x7FFFFFFFFFFFFFFFu : seed;
+}
+
 // floor(p * 2^32): a word below it is dropped. 64 bits, for p = 1 drops every word.
 CASE_FAST_BOTH static inline uint64_t case_fast_drop_below(double p) { return (uint64_t)(p * 4294967296.0); }
 

@@ -116,13 +116,18 @@ __device__ __forceinline__ Tile tile_at(const Sequences &x, const void *cu, int 
 struct Dropout {
     uint64_t seed, drop_below;  // drop_below 0: none
     double kept_scale;
+    const uint64_t *seed_at;
 
+    // First in every kernel that drops.
+    __device__ __forceinline__ void read_seed() {
+        if (drop_below) seed = case_fast_seed(seed, seed_at);
+    }
     template <class A> __device__ __forceinline__ A factor(int64_t number, int head) const {
         return case_fast_keep(seed, number, head, drop_below) ? static_cast<A>(kept_scale) : A(0);
     }
 };
-inline Dropout dropout_of(double p, uint64_t seed) {
-    return {seed, p > 0 ? case_fast_drop_below(p) : 0, p > 0 && p < 1 ? 1 / (1 - p) : 1};
+inline Dropout dropout_of(double p, uint64_t seed, const uint64_t *seed_at) {
+    return {seed, p > 0 ? case_fast_drop_below(p) : 0, p > 0 && p < 1 ? 1 / (1 - p) : 1, seed_at};
 }
 
 constexpr int FIND_THREADS = 256;

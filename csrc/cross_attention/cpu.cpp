@@ -53,12 +53,12 @@ Attention<T> describe(const case_fast_cross_attention &c, const case_fast_source
     a.scale = T(1 / std::sqrt(double(c.dim)));
     a.key = static_cast<const T *>(s.key);
     a.value = static_cast<const T *>(s.value);
-    set_dropout(a, c.dropout_p, s.seed);
+    set_dropout(a, c.dropout_p, case_fast_seed(s.seed, c.seed_at));
     return a;
 }
 ElementDropout output_dropout(const case_fast_cross_attention &c, const case_fast_source &s) {
     const uint64_t below = case_fast_drop_below(c.output_dropout_p);
-    return {s.output_seed, below, below && c.output_dropout_p < 1 ? 1 / (1 - c.output_dropout_p) : 1};
+    return {case_fast_seed(s.output_seed, c.seed_at), below, below && c.output_dropout_p < 1 ? 1 / (1 - c.output_dropout_p) : 1};
 }
 
 template <class T>

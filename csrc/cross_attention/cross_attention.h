@@ -34,6 +34,7 @@ typedef struct case_fast_cross_attention {
     int32_t sources, width, heads, dim, dtype, index_bits;
     const void *cu_hidden;                                 // (batch + 1)
     double eps, dropout_p, output_dropout_p;
+    const uint64_t *seed_at;                               // of case_fast_seed, with each seed of the sources; or NULL
 } case_fast_cross_attention;
 
 // Elements of the dtype that backward needs from forward: for each source, end to end, the normalised rows (T, width) before
@@ -66,9 +67,10 @@ int case_fast_cross_attention_forward_cuda(const case_fast_cross_attention *call
                                            const void *hidden, void *out, void *workspace, size_t workspace_bytes, int32_t *flag,
                                            void *stream);
 
-// to = base + dropout(from), element by element, with case_fast_keep of (output_seed, e, 0); base NULL: 0. base may be to.
-int case_fast_cross_attention_drop_cuda(int64_t count, int dtype, double output_dropout_p, uint64_t output_seed, const void *from,
-                                        const void *base, void *to, void *stream);
+// to = base + dropout(from), element by element, with case_fast_keep of (case_fast_seed(output_seed, seed_at), e, 0); base NULL: 0.
+// base may be to.
+int case_fast_cross_attention_drop_cuda(int64_t count, int dtype, double output_dropout_p, uint64_t output_seed,
+                                        const uint64_t *seed_at, const void *from, const void *base, void *to, void *stream);
 
 #ifdef __cplusplus
 }

@@ -49,12 +49,13 @@ extern "C" int case_fast_cross_attention_forward_cuda(const case_fast_cross_atte
 }
 
 extern "C" int case_fast_cross_attention_drop_cuda(int64_t count, int dtype, double output_dropout_p, uint64_t output_seed,
-                                                   const void *from, const void *base, void *to, void *stream) {
+                                                   const uint64_t *seed_at, const void *from, const void *base, void *to,
+                                                   void *stream) {
     using namespace case_fast::cross_attention;
     if (count < 0 || count >= int64_t(INT32_MAX) * 256 || dtype < CASE_FAST_F32 || dtype > CASE_FAST_BF16)
         return CASE_FAST_BAD_ARGUMENT;
     if (!(output_dropout_p >= 0 && output_dropout_p <= 1) || (count && missing({from, to}))) return CASE_FAST_BAD_ARGUMENT;
     if (!count) return CASE_FAST_OK;
-    const DropCall call{count, output_dropout_p, output_seed, from, base, to, stream};
+    const DropCall call{count, output_dropout_p, output_seed, seed_at, from, base, to, stream};
     return case_fast::with_storage(dtype, [&](auto like) { return launch_as<decltype(like)>(call); });
 }

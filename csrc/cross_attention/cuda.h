@@ -27,6 +27,7 @@ struct DropCall {
     int64_t count;
     double p;
     uint64_t seed;
+    const uint64_t *seed_at;
     const void *from, *base;
     void *to, *stream;
 };

@@ -1,11 +1,22 @@
 // A decoder's block for few rows: what stands before the attention of a row (layer norm, projection of one head) in one kernel with
 // it, and what stands after (output projection); and how they are launched. Compiled once per storage type, CASE_FAST_STORAGE.
 #include <cmath>
+#include <type_traits>
 
 #include "common/attend_row.cuh"
 #include "cross_attention/cuda.h"
 
 namespace case_fast::cross_attention {
+
+// Rows of weights, by fours where heads are read by more than one number: `width` and `inner` are then multiples of 4.
+template <class H> constexpr int AT_ONCE = H::VEC > 1 ? 4 : 1;
+template <class N> struct alignas(sizeof(N) * 4) Four {
+    N x[4];
+};
+template <class N> struct One {
+    N x[1];
+};
+template <class H, class N> using Some = std::conditional_t<(AT_ONCE<H> > 1), Four<N>, One<N>>;
 
 template <class H> struct Projected {  // of one source
     using T = typename H::T;
@@ -21,11 +32,13 @@ template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBl
     block_attend(Sequences sequences, Numbers numbers, Projected<H> arrays) {
     using T = typename H::T;
     using A = typename H::A;
-    using Pack = typename H::Pack;
-    constexpr int WARPS = RowBlock<H>::WARPS, THREADS = RowBlock<H>::THREADS, VEC = H::VEC, AHEAD = H::AHEAD;
+    using Weights = Some<H, T>;
+    using Sums = Some<H, A>;
+    constexpr int WARPS = RowBlock<H>::WARPS, THREADS = RowBlock<H>::THREADS, VEC = H::VEC, AHEAD = H::AHEAD, EACH = AT_ONCE<H>;
     CASE_FAST_DYNAMIC_SHARED(memory);
     __shared__ RowBlock<H> block;
     __shared__ A projected[WARP * H::SIZE];
+    numbers.dropout.read_seed();
     A *const normed = reinterpret_cast<A *>(memory);  // (width)
     const int lane = static_cast<int>(threadIdx.x) & (WARP - 1), warp = static_cast<int>(threadIdx.x) / WARP,
               row = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y), dim = numbers.dim, width = arrays.width;
@@ -54,18 +67,18 @@ template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBl
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) dot[u] = 0;
 #pragma unroll 2
-        for (int k = lane * VEC; k < width; k += WARP * VEC) {
-            Pack pack[AHEAD];
+        for (int k = lane * EACH; k < width; k += WARP * EACH) {
+            Weights rows[AHEAD];
 #pragma unroll
-            for (int u = 0; u < AHEAD; ++u)
-                pack[u] = *reinterpret_cast<const Pack *>(weight +
-                                                          static_cast<int64_t>(first + u < dim ? first + u : first) * width + k);
-#pragma unroll
-            for (int i = 0; i < VEC; ++i) {
-                const A x = normed[k + i];
-#pragma unroll
-                for (int u = 0; u < AHEAD; ++u) dot[u] += x * widened(pack[u].x[i]);
+            for (int u = 0; u < AHEAD; ++u) {
+                const int64_t row = first + u < dim ? first + u : first;
+                rows[u] = *reinterpret_cast<const Weights *>(weight + row * width + k);
             }
+            const Sums x = *reinterpret_cast<const Sums *>(normed + k);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+#pragma unroll
+                for (int u = 0; u < AHEAD; ++u) dot[u] += x.x[i] * widened(rows[u].x[i]);
         }
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
@@ -93,27 +106,26 @@ template <class H> __global__ void __launch_bounds__(PROJECT_WARPS *WARP, 2)
                   const typename H::T *hidden, typename H::T *out) {
     using T = typename H::T;
     using A = typename H::A;
-    using Pack = typename H::Pack;
-    constexpr int VEC = H::VEC;
-    struct alignas(sizeof(A) * VEC) Wide {
-        A x[VEC];
-    };
+    using Weights = Some<H, T>;
+    using Sums = Some<H, A>;
+    constexpr int EACH = AT_ONCE<H>;
     const int lane = static_cast<int>(threadIdx.x) & (WARP - 1);
     const int column = static_cast<int>(blockIdx.x) * PROJECT_WARPS + static_cast<int>(threadIdx.x) / WARP;
     const int first = static_cast<int>(blockIdx.y) * PROJECT_ROWS;
     if (column >= width) return;
+    dropout.read_seed();
     A dot[PROJECT_ROWS];
 #pragma unroll
     for (int r = 0; r < PROJECT_ROWS; ++r) dot[r] = 0;
 #pragma unroll 2
-    for (int k = lane * VEC; k < inner; k += WARP * VEC) {
-        const Pack pack = *reinterpret_cast<const Pack *>(weight + static_cast<int64_t>(column) * inner + k);
+    for (int k = lane * EACH; k < inner; k += WARP * EACH) {
+        const Weights weights = *reinterpret_cast<const Weights *>(weight + static_cast<int64_t>(column) * inner + k);
 #pragma unroll
         for (int r = 0; r < PROJECT_ROWS; ++r) {
             const int row = first + r < rows ? first + r : first;
-            const Wide x = *reinterpret_cast<const Wide *>(attended + static_cast<int64_t>(row) * inner + k);
+            const Sums x = *reinterpret_cast<const Sums *>(attended + static_cast<int64_t>(row) * inner + k);
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) dot[r] += x.x[i] * widened(pack.x[i]);
+            for (int i = 0; i < EACH; ++i) dot[r] += x.x[i] * widened(weights.x[i]);
         }
     }
     A mine = 0;  // of lane r, row first + r
@@ -134,6 +146,7 @@ template <class T> __global__ void __launch_bounds__(DROP_THREADS)
     drop_elements(int64_t count, Dropout dropout, const T *from, const T *base, T *to) {
     const int64_t e = static_cast<int64_t>(blockIdx.x) * DROP_THREADS + threadIdx.x;
     if (e >= count) return;
+    dropout.read_seed();
     Sum<T> x = widened(from[e]);
     if (dropout.drop_below) x *= dropout.template factor<Sum<T>>(e, 0);
     if (base) x += widened(base[e]);
@@ -166,8 +179,8 @@ template <class H> int launch_block(const BlockCall &call) {
                                   s.key_of,
                                   s.key_length,
                                   call.flag};
-        const Numbers numbers{c.heads, c.dim, 1 / std::sqrt(static_cast<double>(c.dim)), dropout_of(c.dropout_p, s.seed),
-                              longest};
+        const Numbers numbers{c.heads, c.dim, 1 / std::sqrt(static_cast<double>(c.dim)),
+                              dropout_of(c.dropout_p, s.seed, c.seed_at), longest};
         const Projected<H> arrays{hidden,
                                   in(s.norm_weight),
                                   in(s.norm_bias),
@@ -183,31 +196,29 @@ template <class H> int launch_block(const BlockCall &call) {
                          arrays);
         const dim3 grid((c.width + PROJECT_WARPS - 1) / PROJECT_WARPS, (rows + PROJECT_ROWS - 1) / PROJECT_ROWS);
         CASE_FAST_LAUNCH((block_project<H>), grid, PROJECT_WARPS * WARP, 0, stream, rows, c.width, inner,
-                         dropout_of(c.output_dropout_p, s.output_seed), attended, in(s.output_weight), hidden, out);
+                         dropout_of(c.output_dropout_p, s.output_seed, c.seed_at), attended, in(s.output_weight), hidden, out);
         hidden = out;
     }
     return launch_status();
 }
 
-// Pairs of numbers where every row starts at a pair and fits three of them a lane; else one by one.
 template <class T> int launch_as(const BlockCall &call) {
     const case_fast_cross_attention &c = *call.c;
-    bool pairs = c.dim % 2 == 0 && c.dim <= 192 && c.width % 2 == 0;
+    int numbers = 4;
     for (int i = 0; i < c.sources; ++i) {
         const case_fast_source &s = call.sources[i];
-        pairs = pairs && s.key_stride % 2 == 0 && s.value_stride % 2 == 0 &&
-                aligned({s.key, s.value, s.query_weight, s.output_weight}, 2 * sizeof(T));
+        const int of_keys = at_once(sizeof(T), {c.dim, s.key_stride, s.value_stride}, {s.key, s.value});
+        const int of_weights = at_once(sizeof(T), {c.width, c.heads * c.dim}, {s.query_weight, s.output_weight});
+        const int both = of_weights == 4 ? of_keys : 1;  // see AT_ONCE
+        numbers = both < numbers ? both : numbers;
     }
-    if constexpr (sizeof(T) < 8) {
-        if (pairs) return launch_block<Held<T, 2, 3>>(call);
-    }
-    return launch_block<Held<T, 1, 8>>(call);
+    return with_rows<T>(c.dim, numbers, [&](auto held) { return launch_block<decltype(held)>(call); });
 }
 
 template <class T> int launch_as(const DropCall &call) {
     const unsigned grid = static_cast<unsigned>((call.count + DROP_THREADS - 1) / DROP_THREADS);
     CASE_FAST_LAUNCH((drop_elements<T>), grid, DROP_THREADS, 0, static_cast<cudaStream_t>(call.stream), call.count,
-                     dropout_of(call.p, call.seed), static_cast<const T *>(call.from), static_cast<const T *>(call.base),
+                     dropout_of(call.p, call.seed, call.seed_at), static_cast<const T *>(call.from), static_cast<const T *>(call.base),
                      static_cast<T *>(call.to));
     return launch_status();
 }

@@ -70,7 +70,7 @@ GraphAttention<T> describe(const case_fast_graph &g, const void *query, const vo
     a.scale = T(g.scale);
     a.drop_below = case_fast_drop_below(g.dropout_p);
     a.kept_scale = a.drop_below && g.dropout_p < 1 ? T(1 / (1 - g.dropout_p)) : T(1);
-    a.seed = g.seed;
+    a.seed = case_fast_seed(g.seed, g.seed_at);
     a.query = static_cast<const T *>(query);
     a.key = static_cast<const T *>(key);
     a.value = static_cast<const T *>(value);

@@ -42,6 +42,7 @@ template <class H> struct Arrays {
 
 template <class H, Pass PASS>
 __global__ void __launch_bounds__(ROW_WARPS *WARP, H::BLOCKS) all_rows(Graph graph, Arrays<H> arrays) {
+    graph.read_seed();
     using A = typename H::A;
     using Block = WholeBlock<ROW_WARPS, A>;
     __shared__ A shared[Block::SHARED];
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(ROW_WARPS *WARP, H::BLOCKS) all_rows(Graph gra
 template <class H>
 __global__ void __launch_bounds__(ROW_WARPS *WARP, H::BLOCKS)
     all_columns(Graph graph, Arrays<H> arrays, const int *start, const int64_t *list) {
+    graph.read_seed();
     using A = typename H::A;
     using Block = WholeBlock<ROW_WARPS, A>;
     __shared__ A shared[Block::SHARED];
@@ -110,6 +112,7 @@ __device__ void hold(char *shared, const typename H::T *x, const Graph &graph, i
 
 template <class H, Pass PASS>
 __global__ void __launch_bounds__(GRAPH_WARPS *WARP, 1) all_graphs(Graph graph, Arrays<H> arrays, const Groups *groups) {
+    graph.read_seed();
     using T = typename H::T;
     CASE_FAST_DYNAMIC_SHARED(shared);
     __shared__ int queues[PASS == BACKWARD ? GRAPH_WARPS * QUEUE : 1];
@@ -166,6 +169,7 @@ __global__ void __launch_bounds__(ROW_WARPS *WARP, H::BLOCKS)
     searched_columns(Graph graph, Arrays<H> arrays, const Groups *groups) {
     __shared__ int queues[ROW_WARPS * QUEUE];
     if (groups->fits) return;
+    graph.read_seed();
     const int lane = threadIdx.x & (WARP - 1), warp = threadIdx.x / WARP;
     const int64_t items = static_cast<int64_t>(graph.vertices) * graph.heads;
     for (int64_t item = static_cast<int64_t>(blockIdx.x) * ROW_WARPS + warp; item < items;
@@ -297,6 +301,7 @@ template <class H> int launch(const Call &call) {
                       p < 1 ? 1 / (1 - p) : 0,
                       g->seed,
                       p > 0 ? case_fast_drop_below(p) : 0,
+                      g->seed_at,
                       call.flag};
     auto in = [](const void *x) { return static_cast<const T *>(x); };
     auto to = [](void *x) { return static_cast<T *>(x); };
@@ -330,17 +335,11 @@ template <class H> int launch(const Call &call) {
     return launch_status();
 }
 
-// Pairs of numbers where every row starts at a pair and fits three of them a lane; else one by one.
 template <class T> int launch_as(const Call &call) {
-    bool pairs = call.g->dim % 2 == 0 && call.g->dim <= 192;
-    for (const void *x : {call.query, call.key, call.value, call.relation_query, call.relation_key, call.grad_out,
-                          static_cast<const void *>(call.out), static_cast<const void *>(call.grad_query),
-                          static_cast<const void *>(call.grad_key), static_cast<const void *>(call.grad_value)})
-        pairs = pairs && reinterpret_cast<uintptr_t>(x) % (2 * sizeof(T)) == 0;
-    if constexpr (sizeof(T) < 8) {
-        if (pairs) return launch<Held<T, 2, 3>>(call);
-    }
-    return launch<Held<T, 1, 8>>(call);
+    const int numbers = at_once(sizeof(T), {call.g->dim},
+                                {call.query, call.key, call.value, call.relation_query, call.relation_key, call.grad_out, call.out,
+                                 call.grad_query, call.grad_key, call.grad_value});
+    return with_rows<T>(call.g->dim, numbers, [&](auto held) { return launch<decltype(held)>(call); });
 }
 
 #ifdef CASE_FAST_STORAGE  // not where all are emulated at once

@@ -18,7 +18,13 @@ struct Graph {  // passed to kernels by value
     const void *indptr, *indices, *relation;
     double scale, kept_scale;
     uint64_t seed, drop_below;  // drop_below 0: no dropout
+    const uint64_t *seed_at;
     int32_t *flag;
+
+    // First in every kernel that drops.
+    __device__ __forceinline__ void read_seed() {
+        if (drop_below) seed = case_fast_seed(seed, seed_at);
+    }
 
     __device__ __forceinline__ int64_t read(const void *array, int64_t at) const {
         return wide ? static_cast<const int64_t *>(array)[at] : static_cast<const int32_t *>(array)[at];

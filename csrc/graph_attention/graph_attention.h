@@ -18,7 +18,8 @@ typedef struct case_fast_graph {
     int32_t heads, dim, dtype, index_bits;        // index_bits 32 or 64: indptr, indices and relation alike
     const void *indptr, *indices, *relation;      // (vertices + 1), (edges), (edges)
     double scale, dropout_p;                      // dropout_p in [0, 1], on the softmax weights
-    uint64_t seed;                                // see case_fast_keep in common/philox.h
+    uint64_t seed;                                // see case_fast_seed and case_fast_keep in common/philox.h
+    const uint64_t *seed_at;                      // where the kernels run, or NULL
 } case_fast_graph;
 
 // query, key, value, out: (V, H, D) contiguous. relation_query, relation_key: (R, H, D), NULL where relations is 0.

@@ -24,7 +24,7 @@ Attention<T> describe(const case_fast_packed_attention &c, const Keys &keys, con
     a.query = static_cast<const T *>(query);
     a.key = static_cast<const T *>(key);
     a.value = static_cast<const T *>(value);
-    set_dropout(a, c.dropout_p, c.seed);
+    set_dropout(a, c.dropout_p, case_fast_seed(c.seed, c.seed_at));
     return a;
 }
 

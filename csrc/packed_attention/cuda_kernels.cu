@@ -9,6 +9,7 @@ template <class H> __global__ void __launch_bounds__(RowBlock<H>::THREADS, RowBl
     row_forward(Sequences sequences, Numbers numbers, Forward<H> arrays) {
     using A = typename H::A;
     __shared__ RowBlock<H> block;
+    numbers.dropout.read_seed();
     const int lane = static_cast<int>(threadIdx.x) & (WARP - 1), row = static_cast<int>(blockIdx.x),
               head = static_cast<int>(blockIdx.y), dim = numbers.dim;
     sequences.check();
@@ -41,7 +42,7 @@ template <class H> int launch_attention(const Call &call) {
                               c.key_length,
                               call.flag};
     const auto *const longest = reinterpret_cast<int64_t *>(memory + space.longest);
-    const Numbers numbers{c.heads, c.dim, c.scale, dropout_of(c.dropout_p, c.seed), longest};
+    const Numbers numbers{c.heads, c.dim, c.scale, dropout_of(c.dropout_p, c.seed, c.seed_at), longest};
     const auto in = [](const void *x, int64_t stride) { return Strided<const T>{static_cast<const T *>(x), stride}; };
     const auto to = [](void *x, int64_t stride) { return Strided<T>{static_cast<T *>(x), stride}; };
     const int64_t inner = static_cast<int64_t>(c.heads) * c.dim;
@@ -87,21 +88,14 @@ template <class H> int launch_attention(const Call &call) {
     return launch_status();
 }
 
-// Pairs of numbers where every row starts at a pair and fits three of them a lane; else one by one.
 template <class T> int launch_as(const Call &call) {
     const case_fast_packed_attention &c = *call.c;
-    bool pairs = c.dim % 2 == 0 && c.dim <= 192;
-    for (const int64_t stride : {c.query_stride, c.key_stride, c.value_stride}) pairs = pairs && stride % 2 == 0;
-    if (call.backward)
-        for (const int64_t stride : {call.grad_query_stride, call.grad_key_stride, call.grad_value_stride})
-            pairs = pairs && stride % 2 == 0;
-    pairs = pairs &&
-            aligned({call.query, call.key, call.value, call.out, call.grad_out, call.grad_query, call.grad_key, call.grad_value},
-                    2 * sizeof(T));
-    if constexpr (sizeof(T) < 8) {
-        if (pairs) return launch_attention<Held<T, 2, 3>>(call);
-    }
-    return launch_attention<Held<T, 1, 8>>(call);
+    const int numbers =  // strides of gradients are 0 in forward
+        at_once(sizeof(T),
+                {c.dim, c.query_stride, c.key_stride, c.value_stride, call.grad_query_stride, call.grad_key_stride,
+                 call.grad_value_stride},
+                {call.query, call.key, call.value, call.out, call.grad_out, call.grad_query, call.grad_key, call.grad_value});
+    return with_rows<T>(c.dim, numbers, [&](auto held) { return launch_attention<decltype(held)>(call); });
 }
 
 #ifdef CASE_FAST_STORAGE  // not where all are emulated at once

@@ -144,6 +144,7 @@ template <class H> __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>
     using K = Tiles<H>;
     using A = typename H::A;
     CASE_FAST_DYNAMIC_SHARED(memory);
+    numbers.dropout.read_seed();
     const K tiles(numbers.dim);
     const int lane = tiles.lane, warp = tiles.warp, head = tiles.head, dim = numbers.dim;
     sequences.check();
@@ -207,6 +208,7 @@ template <class H> __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>
     using K = Tiles<H>;
     using A = typename H::A;
     CASE_FAST_DYNAMIC_SHARED(memory);
+    numbers.dropout.read_seed();
     const K tiles(numbers.dim);
     const int lane = tiles.lane, warp = tiles.warp, head = tiles.head, dim = numbers.dim;
     sequences.check();
@@ -274,6 +276,7 @@ template <class H> __global__ void __launch_bounds__(Tiles<H>::THREADS, Tiles<H>
     using K = Tiles<H>;
     using A = typename H::A;
     CASE_FAST_DYNAMIC_SHARED(memory);
+    numbers.dropout.read_seed();
     const K tiles(numbers.dim);
     const int lane = tiles.lane, warp = tiles.warp, head = tiles.head, dim = numbers.dim;
     sequences.check();

@@ -30,7 +30,8 @@ typedef struct case_fast_packed_attention {
     const void *key_length;                           // (key_sequences), or NULL: only the first so many of its rows are keys
     int64_t query_stride, key_stride, value_stride;   // elements from one row of all heads to the next, at least heads * dim
     double scale, dropout_p;                          // dropout_p in [0, 1], on the softmax weights
-    uint64_t seed;
+    uint64_t seed;                                    // see case_fast_seed in common/philox.h
+    const uint64_t *seed_at;                          // where the kernels run, or NULL
 } case_fast_packed_attention;
 
 // query (Tq, H, D), key and value (Tk, H, D) with the strides above; out (Tq, H, D) contiguous; lse (Tq, H), kept for backward

@@ -19,6 +19,8 @@ void expect(bool good, const std::string &what) {
 }
 
 constexpr uint64_t SEED = 0x123456789ABCDEF0u;
+const uint64_t ELSEWHERE = 0xF0E1D2C3B4A59687u;  // what a kernel finds at seed_at, and the number that makes SEED of it
+constexpr uint64_t OTHER = 0x62D584BB2E194877u;
 using Lengths = std::vector<int>;
 
 template <class T> constexpr int dtype() {

@@ -31,7 +31,7 @@ void bench(const char *name, int64_t pairs, int64_t rows, int64_t dim, int64_t n
     for (int64_t p = 0; p < pairs; ++p) positive[size_t(p)] = p * rows / pairs;
     const auto x = noise(pairs * dim, 1), y = noise(rows * dim, 1), weight = noise(dim * dim, 3.0 / double(dim)), grad = noise(pairs, 1);
     auto grad_x = x, grad_y = y, grad_weight = weight, side_y = grad, side_x = grad, logit = grad;
-    const case_fast_mim mim = {pairs, rows, int32_t(dim), CASE_FAST_F32, score, negatives, positive.data(), 1, plan};
+    const case_fast_mim mim = {pairs, rows, int32_t(dim), CASE_FAST_F32, score, negatives, positive.data(), 1, nullptr, plan};
     std::vector<float> saved(size_t(case_fast_bilinear_mim_saved(&mim)));
     double least[4] = {1e9, 1e9, 1e9, 1e9};
     int status = 0;

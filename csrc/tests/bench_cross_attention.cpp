@@ -35,7 +35,8 @@ void bench_block(const char *name, int64_t batch, int64_t queries, int64_t keys,
         auto &g = gradients[i];
         into.push_back({g[0].data(), g[1].data(), g[2].data(), g[3].data(), g[4].data(), g[5].data()});
     }
-    const case_fast_cross_attention call = {batch * beams, rows, count, width, heads, dim, CASE_FAST_F32, 64, cu.data(), 1e-5, dropout_p, dropout_p};
+    const case_fast_cross_attention call = {batch * beams, rows, count, width, heads, dim, CASE_FAST_F32, 64, cu.data(), 1e-5, dropout_p, dropout_p,
+                                            nullptr};
     const auto hidden = noise(rows * width), grad_out = noise(rows * width);
     auto out = hidden, grad_hidden = hidden;
     std::vector<float> saved(training ? size_t(case_fast_cross_attention_saved(&call)) : 0);

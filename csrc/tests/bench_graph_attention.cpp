@@ -50,7 +50,7 @@ void bench(const char *name, int graphs, int64_t size, int degree, int64_t reach
     auto grad_relation_query = relation_query, grad_relation_key = relation_query;
     std::vector<float> weights(size_t(edges * heads));
     const case_fast_graph graph = {vertices, edges, relations, heads, dim, CASE_FAST_F32, 64,
-                                   indptr.data(), indices.data(), relation.data(), 0.08, 0.0, 0};
+                                   indptr.data(), indices.data(), relation.data(), 0.08, 0.0, 0, nullptr};
     Timing forward, backward, both;
     int status = 0;
     for (int i = 0; i < repetitions; ++i) {

@@ -16,7 +16,7 @@ void bench_packed(const char *name, int64_t batch, int64_t queries, int64_t keys
     auto out = query, grad_query = query, grad_key = key, grad_value = key;
     std::vector<float> lse(static_cast<size_t>(rows * heads));
     const case_fast_packed_attention call = {batch, rows, batch, key_rows, heads, dim, CASE_FAST_F32, 64, causal, cu_query.data(), cu_key.data(),
-                                      nullptr, nullptr, row, row, row, 1 / std::sqrt(double(dim)), dropout_p, 1};
+                                      nullptr, nullptr, row, row, row, 1 / std::sqrt(double(dim)), dropout_p, 1, nullptr};
     int status = 0;
     const double forward = least(threads, repetitions, [&] {
         status |= case_fast_packed_attention_forward_cpu(&call, query.data(), key.data(), value.data(), out.data(), lse.data(), threads);

@@ -151,8 +151,9 @@ struct Call {
     const Inputs<T> &in;
     case_fast_mim mim;
     Call(const Setting &s, const Inputs<T> &inputs) : in(inputs) {
+        const SeedParts seed = parts_of(s.seed);
         mim = {s.pairs, s.rows, int32_t(s.dim), std::is_same_v<T, float> ? CASE_FAST_F32 : CASE_FAST_F64,
-               s.dot ? CASE_FAST_DOT : CASE_FAST_BILINEAR_SIGMOID, s.negatives, s.positive.data(), s.seed, s.plan};
+               s.dot ? CASE_FAST_DOT : CASE_FAST_BILINEAR_SIGMOID, s.negatives, s.positive.data(), seed.number, seed.at, s.plan};
     }
     int forward(Outputs<T> &o, int threads) const {
         return case_fast_bilinear_mim_forward_cpu(&mim, in.x.data(), in.y.data(), in.weight.data(), o.side_y.data(), o.side_x.data(),
@@ -362,7 +363,7 @@ void test_bad_inputs() {
 // AUTO gathers few draws and multiplies for many; a NaN in one row leaves the gradients of rows that have no part in it alone.
 void test_plan() {
     const auto plan_of = [](int64_t pairs, int64_t negatives) {
-        const case_fast_mim mim = {pairs, pairs, 300, CASE_FAST_F32, 0, negatives, nullptr, 0, CASE_FAST_MIM_AUTO};
+        const case_fast_mim mim = {pairs, pairs, 300, CASE_FAST_F32, 0, negatives, nullptr, 0, nullptr, CASE_FAST_MIM_AUTO};
         return case_fast_bilinear_mim_plan(&mim);
     };
     CHECK(plan_of(1280, -1) == CASE_FAST_MIM_AUTO && plan_of(1280, 0) == CASE_FAST_MIM_AUTO);

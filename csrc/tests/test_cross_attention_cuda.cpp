@@ -43,9 +43,9 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
                          key_of.empty() ? nullptr : key_of.data(), nullptr, a.key.data(), a.value.data(), a.norm_weight.data(),
                          a.norm_bias.data(), a.query_weight.data(), a.output_weight.data(), SEED + i, SEED + 100 + i});
     }
-    const case_fast_cross_attention call = {
+    case_fast_cross_attention call = {
         int64_t(b.rows.size()), rows, sources,   b.width,         b.heads, b.dim, dtype<T>(), 8 * sizeof(I),
-        cu_hidden.data(),       1e-5, b.dropout, b.output_dropout};
+        cu_hidden.data(),       1e-5, b.dropout, b.output_dropout, nullptr};
     auto state = wide(hidden);
     for (int i = 0; i < sources; ++i) {
         const Arrays &a = arrays[i];
@@ -84,6 +84,10 @@ template <class T, class I> void check_block(const Block &b, double tolerance) {
     for (int again = 0; again < (dtype<T>() == CASE_FAST_F32 ? 2 : 1); ++again) {
         auto out = poisoned(hidden.size() * sizeof(T)), space = poisoned(case_fast_cross_attention_workspace_cuda(&call));
         int32_t flag = 0;
+        if (again) {  // the same seeds by a pointer
+            call.seed_at = &ELSEWHERE;
+            for (case_fast_source &s : given) s.seed ^= SEED ^ OTHER, s.output_seed ^= SEED ^ OTHER;
+        }
         const int launches = emulated_launches;
         const int status = case_fast_cross_attention_forward_cuda(&call, given.data(), hidden.data(), out.data(), space.data(),
                                                                   space.size(), &flag, nullptr);
@@ -105,7 +109,7 @@ void damaged_block() {
     const std::vector<float> x(64, 0.5f);
     const case_fast_source source = {2,        5,        4,        4,        cu_key,   nullptr, nullptr, x.data(),
                                      x.data(), x.data(), x.data(), x.data(), x.data(), 0,       0};
-    const case_fast_cross_attention call = {2, 2, 1, 6, 2, 2, CASE_FAST_F32, 32, cu_hidden, 1e-5, 0, 0};
+    const case_fast_cross_attention call = {2, 2, 1, 6, 2, 2, CASE_FAST_F32, 32, cu_hidden, 1e-5, 0, 0, nullptr};
     std::vector<char> space(case_fast_cross_attention_workspace_cuda(&call));
     float out[12];
     int32_t flag = 0;
@@ -122,8 +126,9 @@ template <class T> void check_drop() {
     for (const double p : {0.0, 0.3, 1.0})
         for (const bool add : {false, true}) {
             std::vector<T> to = base;
-            expect(case_fast_cross_attention_drop_cuda(1000, dtype<T>(), p, SEED, from.data(), add ? to.data() : nullptr,
-                                                       to.data(), nullptr) == CASE_FAST_OK,
+            expect(case_fast_cross_attention_drop_cuda(1000, dtype<T>(), p, add ? OTHER : SEED, add ? &ELSEWHERE : nullptr,
+                                                       from.data(), add ? to.data() : nullptr, to.data(),
+                                                       nullptr) == CASE_FAST_OK,
                    "drop: status");
             for (int e = 0; e < 1000; ++e) {
                 const Sum<T> kept = p == 0                                                ? 1
@@ -146,6 +151,8 @@ int main() {
         {"beams", {3, 0, 2}, {{5, 6, 7}}, {}, 12, 2, 4, 0.0, 0.1},
         {"shared keys", {1, 2, 1}, {{9, 3}, {2, 0}}, {1, 0, 1}, 13, 3, 5, 0.3, 0.3},
         {"primes", {11}, {{37}}, {}, 31, 1, 13, 0.0, 0.0},
+        {"pairs in weights of no fours", {3}, {{12}}, {}, 22, 1, 10, 0.1, 0.0},
+        {"heads of 64", {2, 1}, {{9, 30}}, {}, 128, 2, 64, 0.1, 0.1},
         {"wide", {2}, {{5}}, {}, 700, 1, 256, 0.0, 0.0},
         {"no rows", {0, 0}, {{1, 2}}, {}, 6, 1, 2, 0.1, 0.1},
         {"no keys", {2, 1}, {{0, 0}}, {}, 6, 1, 2, 0.0, 0.0},

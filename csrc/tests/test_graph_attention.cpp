@@ -158,8 +158,10 @@ struct Call {
             narrow[i].assign(wide[i]->begin(), wide[i]->end());
             lists[i] = index_bits == 64 ? static_cast<const void *>(wide[i]->data()) : narrow[i].data();
         }
+        const SeedParts seed = parts_of(s.seed);
         graph = {g.vertices, g.edges(), g.relations, s.heads, s.dim, std::is_same_v<T, float> ? CASE_FAST_F32 : CASE_FAST_F64,
-                 index_bits, lists[0], lists[1], g.relations ? lists[2] : nullptr, s.scale, s.dropout_p, s.seed};
+                 index_bits, lists[0], lists[1], g.relations ? lists[2] : nullptr, s.scale, s.dropout_p, seed.number,
+                 seed.at};
     }
     int forward(Outputs<T> &o, int threads) const {
         return case_fast_graph_attention_forward_cpu(&graph, in.query.data(), in.key.data(), in.value.data(),

@@ -16,8 +16,9 @@ struct Packed {
         : cu_query(x.cu_query, bits), cu_key(x.cu_key, bits), key_of(x.key_of, bits), key_length(x.key_length, bits),
           query(noise<T>(x.rows() * s.row())), key(noise<T>(x.keys() * s.row())), value(noise<T>(x.keys() * s.row())),
           grad_out(noise<T>(x.rows() * s.row())), row(s.row()), gap(spare) {
+        const SeedParts seed = parts_of(s.seed);
         call = {x.batch(), x.rows(), x.sequences(), x.keys(), s.heads, s.dim, dtype_of<T>, bits, x.causal, cu_query.data(), cu_key.data(),
-                key_of.data(), key_length.data(), row + gap, row + 2 * gap, row + 3 * gap, s.scale, s.dropout_p, s.seed};
+                key_of.data(), key_length.data(), row + gap, row + 2 * gap, row + 3 * gap, s.scale, s.dropout_p, seed.number, seed.at};
     }
     struct Results {
         List<T> out, lse, grad_query, grad_key, grad_value;

@@ -208,7 +208,8 @@ def test_an_example_may_have_reactions_alone_or_one_relation():
 def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
     examples, texts = random_examples(3, seed=4)
     whole, words = make_batch(examples, texts), make_batch(examples, texts, ["dialogue"], seed=7)
-    assert words.case is None and words.concept is None and words.seed == 7 and whole.seed == 0
+    assert words.case is None and words.concept is None and words.seed.item() == 7 and whole.seed.item() == 0
+    assert words.seed.dtype == torch.int64 and words.seed.shape == () and words.to("meta").seed.is_meta
     assert all(torch.equal(tensor, dict(tensors(whole))[name]) for name, tensor in tensors(words))
     assert whole.require(PARTS) is whole and make_batch(examples, texts, ["concept"]).case is None
     with pytest.raises(ConfigError, match="lacks what the model reads: case, concept; make it with store.batch"):

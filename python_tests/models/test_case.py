@@ -11,6 +11,9 @@ import json
 import random
 import re
 import socket
+import zlib
+from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from helpers import (
     inferences,
     random_batch,
     same,
+    seeded,
     speakers_prompts,
     tensors,
     tiny_config,
@@ -44,7 +48,8 @@ from case_fast.data.pack import make_batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.knowledge.source import RELATIONS
 from case_fast.models import CASE, CASEConfig, CASEOutput, build, load
-from case_fast.models.layers import seed_at
+from case_fast.models.layers import drawn, seed_at
+from case_fast.training.sampler import step_seed
 
 # The parameters that each row of Table 2 leaves without use, by the start of their names.
 SWITCHED_OFF = {
@@ -357,12 +362,12 @@ def test_sampled_negatives_follow_the_seed_of_the_batch():
     model = ablated_model(None, num_negatives=3).eval()
     quiet = [model(batch).losses["fine"] for _ in range(2)]
     assert quiet[0].equal(quiet[1])
-    losses = [model(replace(batch, seed=seed)).losses["fine"].item() for seed in range(4)]
+    losses = [model(seeded(batch, seed)).losses["fine"].item() for seed in range(4)]
     assert len(set(losses)) == 4 and losses[0] == quiet[0].item()
     assert model.train()(batch).losses["fine"].equal(quiet[0])
     case, reading = batch.case, model.eval().read(batch)
     knowledge, reaction = reading.knowledge[case.paired], reading.reaction[case.with_reaction]
-    loss = eq.bilinear_mim(knowledge, reaction, model.w_fine, case.positive, 3, seed_at(0, "negatives"))
+    loss = eq.bilinear_mim(knowledge, reaction, model.w_fine, case.positive, 3, drawn(seed_at(0, "negatives")))
     same(loss, quiet[0], 1e-6)
     full = ablated_model(None).eval()(batch)
     assert full.losses["coarse"].equal(model(batch).losses["coarse"])  # only L_fine is sampled
@@ -370,14 +375,20 @@ def test_sampled_negatives_follow_the_seed_of_the_batch():
 
 def test_forward_asks_the_device_for_no_size_and_draws_no_seed(monkeypatch):
     """What a captured step forbids: `nonzero`, `.item()`, `.tolist()`, and random numbers of the host for kernels' dropout."""
-    model, batch = tiny_model(graph_dropout=0.3, num_negatives=3).train(), random_batch(6)
+    dropout = {"graph_dropout": 0.3, "encoder_dropout": 0.2, "decoder_dropout": 0.1}
+    model, batch = tiny_model(num_negatives=3, **dropout).train(), random_batch(6)
     model.decoder.requires_grad_()
     for phase in CASE.phases:
         model.set_phase(phase)
         with Seen() as seen:
-            model(replace(batch, seed=5)).loss.backward()
+            model(seeded(batch, 5)).loss.backward()
         asked = {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::randint", "aten::masked_select"}
-        assert len(seen.names) > 50 and not seen.names & asked
+        assert len(seen.names) > 50 and not set(seen.names) & asked
+        attentions = sum(count for name, count in seen.names.items() if name.endswith("attention_forward"))
+        assert seen.numbers["aten::rsub"] == attentions + (phase == "all") > 4  # a launch for each seed, negatives' too
+    with Seen() as seen, torch.no_grad():
+        model.eval().read(batch)
+    assert seen.names and not seen.numbers["aten::rsub"]
     source = "".join(path.read_text() for path in Path(inspect.getfile(CASE)).parent.glob("*.py"))
     # a decoder's state chooses among hypotheses, in decoding
     forward = re.sub(r"class DecoderState.*?(?=^class )", "", source, flags=re.S | re.M)
@@ -385,15 +396,19 @@ def test_forward_asks_the_device_for_no_size_and_draws_no_seed(monkeypatch):
 
 
 class Seen(TorchDispatchMode):
-    """The names of the operators that ran."""
+    """How often each operator ran, and how often it gave one whole number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.names: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.name().partition(".")[0])
-        return function(*args, **(kwargs or {}))
+        name = function.name().partition(".")[0]
+        found = function(*args, **(kwargs or {}))
+        self.names[name] += 1
+        self.numbers[name] += isinstance(found, torch.Tensor) and found.dtype == torch.int64 and found.dim() == 0
+        return found
 
 
 def test_dropout_follows_the_seed_of_the_batch():
@@ -401,8 +416,35 @@ def test_dropout_follows_the_seed_of_the_batch():
     found = []
     for seed in (1, 2, 1):
         torch.manual_seed(0)  # of nn.Dropout
-        found.append(model(replace(batch, seed=seed)).losses["bow"].item())
+        found.append(model(seeded(batch, seed)).losses["bow"].item())
     assert found[0] == found[2] != found[1]
+
+
+def test_the_seed_of_a_batch_may_change_in_place():
+    """As that of a captured step does: the same batch, another dropout and other negatives."""
+    model, batch = tiny_model(graph_dropout=0.5, num_negatives=3).train(), random_batch(6)
+
+    def losses(batch: Batch) -> dict[str, float]:
+        torch.manual_seed(0)  # of nn.Dropout
+        return {name: value.item() for name, value in deepcopy(model)(batch).losses.items()}  # a copy: forward counts words
+
+    found = []
+    for seed in (1, 2**62 + 3, 1):
+        batch.seed.fill_(seed)
+        found.append(losses(batch))
+        assert found[-1] == losses(seeded(random_batch(6), seed))
+    assert found[0] == found[2] and all(found[0][name] != found[1][name] for name in ("bow", "fine", "generation"))
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 2**31, 2**40 + 3, 2**62, 2**63 - 1, *[step_seed(3, step) for step in range(60)]])
+def test_the_seed_of_a_place_is_the_same_number_in_a_tensor(step):
+    """Of a place, of one within it, and so on: as whole numbers count, modulo 2^63."""
+    of_number, of_tensor, expected = step, torch.tensor(step), step
+    for place in ("texts", 0, "cross", 5, 2**40):
+        number = zlib.crc32(place.encode()) if isinstance(place, str) else place
+        expected = (expected * 6364136223846793005 + number * 1442695040888963407 + 1) % 2**63
+        of_number, of_tensor = seed_at(of_number, place), seed_at(of_tensor, place)
+        assert drawn(of_number) == expected == int(drawn(of_tensor)) % 2**63
 
 
 def test_dot_product_scores_leave_the_bilinear_weights_out():

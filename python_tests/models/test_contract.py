@@ -7,7 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_batch, random_examples, same, split_rows, tensors, tiny_vocabulary
+from helpers import (
+    as_double,
+    close,
+    handmade_examples,
+    random_batch,
+    random_examples,
+    same,
+    seeded,
+    split_rows,
+    tensors,
+    tiny_vocabulary,
+)
 from torch import Tensor
 from training_helpers import MemoryStore, outcome, records, run, tiny_run
 
@@ -148,6 +159,25 @@ def test_a_compiler_sees_the_forward_pass_whole(name):
     model, batch = tiny(name, encoder_dropout=0.1).eval(), random_batch(4)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     same(compiled(batch).loss, model(batch).loss, 1e-6)
+
+
+def test_a_new_seed_does_not_compile_a_model_again(name):
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, batch = tiny(name, encoder_dropout=0.2, decoder_dropout=0.2).train(), random_batch(4)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for seed in (3, 4, 2**62):
+        losses = []
+        for function in (compiled, model):
+            torch.manual_seed(0)  # of nn.Dropout
+            losses.append(function(seeded(batch, seed)).loss)
+        same(losses[0], losses[1], 1e-5)
+    assert len(graphs) == 1
 
 
 def test_bf16_autocast_stays_near_float32(name):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ import torch
 from PIL import Image
 
 import case_fast
-from benchmarks import command, families, gpu, measure, memory, report
+from benchmarks import command, families, gpu_steps, measure, memory, report
 from benchmarks import run as running
 from benchmarks.clock import CpuClock, CudaClock, Prepared
-from benchmarks.family import DTYPES, family_of
+from benchmarks.family import DTYPES, Family, family_of
 from benchmarks.graph_attention.cases import GraphCase, case_of, truth
 from benchmarks.graph_attention.peers import PEERS
-from benchmarks.measure import BACKWARD, MODES, OURS, Timing, Truth, Unfit, Work, WrongResult, Yardstick, is_ours
+from benchmarks.measure import BACKWARD, LAUNCHED, MODES, OURS, Timing, Truth, Unfit, Work, WrongResult, Yardstick, is_ours
 from benchmarks.run import run
+from benchmarks.switches import native_or_triton
 from case_fast import cli
 from case_fast.errors import CaseFastError, ConfigError
 
@@ -259,35 +261,106 @@ def test_a_run_on_a_gpu_takes_the_same_way(monkeypatch, tmp_path):
     assert "plain torch is in float32 or bfloat16" in table and "All float32" not in table
 
 
-def test_the_benchmarks_of_gpu_sh_measure_ours_first_and_peers_beside_ours(monkeypatch, tmp_path, capsys):
-    def family_on_gpu(name, device):
-        assert device == "cuda"
-        peers = {OURS: PEERS[OURS], "case_fast, again": PEERS[OURS], "right": PEERS["equations.py, eager"]}
-        if name == "broken":
-            peers[OURS] = broken(OURS, lambda out: out * 1.01)
-        return replace(FAMILY, peers=peers, quick_sizes=["8"], device="cuda",
-                       case_of=lambda size, device="cpu", dtype=torch.float32: case_of(size, dtype=dtype))
+class OneThread(CpuClock):
+    def thread_counts(self):
+        return [1]
 
-    monkeypatch.setattr(gpu, "device", lambda: "a GPU")
-    monkeypatch.setattr(gpu, "copy_rate", lambda: 3.0)
-    monkeypatch.setattr(gpu, "families", lambda: ["broken", "graph_attention"])
-    monkeypatch.setattr(gpu, "family_of", family_on_gpu)
-    monkeypatch.setattr(gpu, "run", partial(run, quick=True))
-    monkeypatch.setattr(running, "clock_of", lambda device: CpuClock())
+
+def on_cpu_as_on_gpu(monkeypatch, clock: type[CpuClock] = OneThread, **changes) -> Family:
+    """A family that is measured as on a GPU, all but the GPU, in two rounds."""
+    monkeypatch.setattr(running, "clock_of", lambda device: clock())
+    monkeypatch.setattr(gpu_steps, "run", lambda *given, **more: run(*given, **more | {"rounds": 2}))
     monkeypatch.setattr(memory, "extra_bytes_on_gpu", lambda call: 7)
-    assert not gpu.bench(tmp_path / "bench.json", 60)
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["failed"]) == ["broken"] and "WrongResult" in found["failed"]["broken"] and found["in_time"]
-    assert [(case["family"], case["name"], case["dtype"]) for case in found["cases"]] == [
-        ("graph_attention", "8", dtype) for dtype in DTYPES["cuda"]]
-    for case in found["cases"]:
-        rows = [(row["peer"], row["mode"]) for row in case["rows"]]
-        assert sorted(rows) == sorted({*rows}) and {peer for peer, _ in rows} == {OURS, "case_fast, again", "right"}
-        assert all(row["median_ms"] > 0 for row in case["rows"])
-    assert " us\n" in capsys.readouterr().out
-    assert gpu.bench(tmp_path / "late.json", -1)
-    late = json.loads((tmp_path / "late.json").read_text())
-    assert not late["in_time"] and not late["cases"]
+    peers = {OURS: PEERS[OURS], "case_fast, again": PEERS[OURS], "right": PEERS["equations.py, eager"]}
+    return replace(FAMILY, **({"peers": peers, "sizes": ["8"], "device": "cuda",
+                               "case_of": lambda size, device="cpu", dtype=torch.float32: case_of(size, dtype=dtype)} | changes))
+
+
+@pytest.mark.parametrize("which, peers", [
+    ("ours", [{OURS}]), ("variants", [{OURS, "case_fast, again"}]), ("peers", [{OURS, "right"}, {OURS, "right, torch.compile"}])])
+def test_the_benchmarks_of_gpu_sh_take_ours_peers_and_variants_by_themselves(monkeypatch, which, peers):
+    family = on_cpu_as_on_gpu(monkeypatch)
+    family.peers["right, torch.compile"] = PEERS["equations.py, eager"]
+    monkeypatch.setattr(gpu_steps, "family_of", lambda name, device: family)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("600\n"))
+    said = []
+    gpu_steps.bench(which, "graph_attention", lambda found: said.append(json.loads(json.dumps(found))))
+    assert len(said) == len(said[-1]["cases"]) == 2 * len(peers) and said[-1]["in_time"] and not said[-1]["failed"]
+    for place, case in enumerate(said[-1]["cases"]):
+        assert (case["family"], case["name"], case["dtype"]) == ("graph_attention", "8", DTYPES["cuda"][place % 2])
+        assert {row["peer"] for row in case["rows"]} == peers[place // 2] and all(row["median_ms"] > 0 for row in case["rows"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("-1\n"))
+    gpu_steps.bench(which, "graph_attention", said.append)
+    assert not said[-1]["in_time"] and not said[-1]["cases"]
+
+
+def test_a_case_that_fails_costs_itself_alone(monkeypatch):
+    """Its truth too, and a result of ours that is wrong."""
+    def truth_of(case: GraphCase) -> Truth:
+        if case.query.dtype == torch.bfloat16:
+            raise RuntimeError("no memory for float64")
+        return truth(case)
+
+    wrong = {OURS: lambda case: (broken(OURS, lambda out: out * 1.01) if case.vertices == 9 else PEERS[OURS])(case)}
+    family = on_cpu_as_on_gpu(monkeypatch, truth=truth_of, sizes=["8", "9", "10"], peers=wrong)
+    monkeypatch.setattr(gpu_steps, "family_of", lambda name, device: family)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("600\n"))
+    said = []
+    with pytest.raises(SystemExit, match="4 failed: RuntimeError: no memory for float64"):
+        gpu_steps.bench("ours", "graph_attention", said.append)
+    assert [case["name"] for case in said[-1]["cases"]] == ["8", "10"]
+    assert said[-1]["failed"]["9, float32, case_fast"].startswith("WrongResult: 9, forward: case_fast: out is off by")
+
+
+def test_beside_a_peer_that_is_launched_ours_is_launched_too(monkeypatch):
+    asked: list[str] = []
+
+    class Clock(OneThread):
+        def prepare(self, make, capture=True):
+            launched = not capture or asked[-1] == "launched"
+            return Prepared(make(), "launched one by one" if launched else "CUDA graph", launched=launched)
+
+    def named(name: str, peer: str):
+        return lambda case: asked.append(name) or PEERS[peer](case)
+
+    peers = {OURS: named(OURS, OURS)} | {name: named(name, "equations.py, eager") for name in ("launched", "right")}
+    family = on_cpu_as_on_gpu(monkeypatch, Clock, peers=peers)
+    (case,) = run(family, ["8"], dtypes=["float32"], rounds=3)
+    rows = {row["peer"]: row for row in case["rows"] if row["mode"] == "forward"}
+    assert [peer for peer, row in rows.items() if row.get("launched")] == ["launched", LAUNCHED]
+    assert rows[LAUNCHED]["median_ms"] > 0 and rows[LAUNCHED]["error_over_limit"] == rows[OURS]["error_over_limit"]
+    (case,) = run(replace(family, peers={name: peers[name] for name in (OURS, "right")}), ["8"], dtypes=["float32"], rounds=3)
+    assert LAUNCHED not in {row["peer"] for row in case["rows"]}
+
+
+@pytest.mark.parametrize("built, gpu, runs", [(True, True, "native"), (False, True, "triton"), (False, False, "native")])
+def test_where_no_cuda_was_built_triton_is_measured(monkeypatch, built, gpu, runs):
+    monkeypatch.setattr(case_fast.ops, "native_report", lambda: {"cuda": built})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert native_or_triton() == runs
+
+
+@pytest.mark.parametrize("name", families())
+def test_what_a_case_cannot_do_without_is_counted(name):
+    """Operations in proportion to the work, bytes to the size of a number; of modes, the whole is the sum of its parts."""
+    family = family_of(name)
+    case = family.case_of(family.quick_sizes[0])
+    half = family.case_of(family.quick_sizes[0], dtype=torch.bfloat16)
+    forward, backward = (case.needs(mode) for mode in (MODES[0], BACKWARD))
+    assert case.needs(MODES[1]) == {unit: forward[unit] + backward[unit] for unit in forward}
+    assert forward["flop"] == half.needs(MODES[0])["flop"] > 0
+    assert forward["bytes"] / 2 <= half.needs(MODES[0])["bytes"] < forward["bytes"]
+
+
+def test_the_least_of_known_cases():
+    def least(name: str, size: str, mode: str = MODES[0]) -> tuple[float, float]:
+        return tuple(family_of(name).case_of(size).needs(mode).values())
+
+    assert least("linear_cross_entropy", "16x2000") == (2 * 16 * 2000 * 300, 4 * 300 * 2016)
+    assert least("bilinear_mim", "24x10", BACKWARD) == (4 * 300 * (24 * 10 + 24 * 300), 8 * 300 * (24 + 10 + 300))
+    lengths = family_of("packed_attention").case_of("4x9").lengths
+    assert least("packed_attention", "4x9") == (4 * 300 * sum(n * n for n in lengths), 16 * 300 * sum(lengths))
+    assert least("graph_attention", "8") == (4 * 32 * 300 + 4 * 8 * 7 * 300, 16 * 8 * 300 + 4 * (8 + 2 * 32))
 
 
 @pytest.mark.parametrize("refuses", [False, True])

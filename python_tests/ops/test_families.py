@@ -92,6 +92,44 @@ def test_backends_drop_and_draw_alike_for_any_seed(native, monkeypatch, family, 
     assert not torch.equal(replace(case, seed=1).results()[name], found["reference"][name])
 
 
+@of_each("recipe", "DRAWN")
+def test_a_tensor_drops_and_draws_as_the_number_that_it_holds(runs, family, recipe):
+    for seed in (0, 5, 2**32 + 5, 2**63 - 1):
+        case = family.made(seed=seed, **recipe)
+        expected = case.results()
+        for given in (case.seeded_by_tensor(), case.seeded_by_tensor(shape=(1,)), case.seeded_by_tensor(seed - 2**63)):
+            with counted(family) as calls:
+                found = given.results()
+            assert bool(calls) == (runs == "native")
+            assert all(identical(x, expected[name]) for name, x in found.items())
+
+
+@of_each("recipe", "DRAWN")
+def test_a_tensor_seed_is_read_when_the_kernels_run(runs, family, recipe):
+    """Calls that were recorded once give, when they run again, what the seed is by then, as those of a CUDA graph do."""
+    case = family.made(seed=3, **recipe)
+    of_seed = {seed: replace(case, seed=seed).results() for seed in (3, 4)}
+    given = case.seeded_by_tensor()
+    for seed in (3, 4, 3):
+        given.seed.fill_(seed)
+        assert all(identical(x, of_seed[seed][name]) for name, x in given.results().items())
+    if runs == "native":
+        op, recorded = next(given.registered(runs))
+        for seed in (4, 3):
+            given.seed.fill_(seed)
+            _, arguments = next(replace(case, seed=seed).registered(runs))
+            assert identical(op(*recorded)[0], op(*arguments)[0])
+
+
+@of_each("recipe", "DRAWN")
+def test_a_seed_changed_before_backward_is_noticed(native, family, recipe):
+    case = family.made(seed=3, **recipe).seeded_by_tensor()
+    found = case.differentiable({name: x.clone().requires_grad_() for name, x in case.floats().items()})
+    case.seed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sum(x.sum() for x in found).backward()
+
+
 @of_family
 def test_the_backend_that_is_named_is_the_one_that_runs(native, monkeypatch, family):
     case = family.made(**family.SMALL[0])
@@ -166,7 +204,7 @@ def test_any_of_the_inputs_may_want_a_gradient(family, recipe):
             assert torch.equal(leaf.grad, expected[f"grad_{name}"]) if w else leaf.grad is None
 
 
-@of_family
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if not family.LINEAR], ids=lambda x: x.family)
 def test_an_input_changed_before_backward_is_noticed(native, family):
     case = family.made(**family.SMALL[0])
     name, x = first_of(case)
@@ -189,14 +227,14 @@ def test_backward_may_run_twice_and_of_expanded_gradients(runs, family):
 
 
 @of_family
-def test_second_derivatives_are_refused_but_on_the_reference(runs, family):
+def test_second_derivatives_are_refused_but_on_the_reference_and_of_what_is_linear(runs, family):
     case = family.made(dtype=torch.float64, **family.SMALL[0])
     name, x = first_of(case)
     leaf = x.clone().requires_grad_()
     total = sum(x.square().sum() for x in case.differentiable({**case.floats(), name: leaf}))
     (first,) = torch.autograd.grad(total, leaf, create_graph=True)
     assert first.requires_grad
-    if runs == "native":
+    if runs == "native" and not family.LINEAR:
         said = f"{family.family} has no second derivative; with CASE_FAST_BACKEND=reference it has"
         with pytest.raises(NotImplementedError, match=said):
             first.square().sum().backward()
@@ -289,11 +327,16 @@ def test_a_new_seed_does_not_compile_again(native, family):
         return graph.forward
 
     compiled = torch.compile(around, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
-    for seed in (3, 4, 5, 2**40, 2**62):
-        case = family.made(seed=seed, **family.DRAWN[0])
+    cases = [family.made(seed=seed, **family.DRAWN[0]) for seed in (3, 4, 5, 2**40, 2**62)]
+    for case in cases:
         expected = case.call(around)
         assert all(close(x, expected[name], 1e-6) for name, x in case.call(compiled).items())
     assert 1 <= len(compilations) <= 2
+    compilations.clear()
+    for case in cases:
+        expected = case.results(around)
+        assert all(close(x, expected[name], 1e-5) for name, x in case.seeded_by_tensor().results(compiled).items())
+    assert len(compilations) == 2  # forward and backward
 
 
 @of_family

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def fields(vertices: int = 1344, edges: int = 5376, relations: int = 7, heads: int = 2, dim: int = 150, dtype: int = 0,
            index_bits: int = 32, dropout_p: float = 0.0) -> tuple:
     """struct case_fast_graph with addresses that are never followed."""
-    return (vertices, edges, relations, heads, dim, dtype, index_bits, 256, 256, 256, 0.1, dropout_p, 0)
+    return (vertices, edges, relations, heads, dim, dtype, index_bits, 256, 256, 256, 0.1, dropout_p, 0, 0)
 
 
 def test_workspace_grows_with_edges_and_relation_tables_alone():
@@ -68,7 +68,7 @@ def attention(batch: int = 16, queries: int = 240, key_sequences: int = 16, keys
               dropout_p: float = 0.0) -> tuple:
     """struct case_fast_packed_attention with addresses that are never followed."""
     lists = (cu_query, 256, key_of, 0)
-    return (batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, 0, *lists, *[stride] * 3, 0.1, dropout_p, 0)
+    return (batch, queries, key_sequences, keys, heads, dim, dtype, index_bits, 0, *lists, *[stride] * 3, 0.1, dropout_p, 0, 0)
 
 
 BACKWARD = (*[256] * 6, 256, 300, 256, 300, 256, 300)  # arrays, then gradients with their strides
@@ -111,7 +111,7 @@ def block(rows: int = 16, width: int = 300, dtype: int = 0, heads: int = 2, norm
     """struct case_fast_cross_attention, and two of its sources, whose addresses are never followed."""
     first = (16, 1600, 300, 300, 256, 0, 0, 256, 256, 256, 256, 256, 256, 1, 2)
     second = (16, 1600, stride, 300, 256, 0, 0, 256, 256, norm_weight, 256, 256, 256, 3, 4)
-    return (16, rows, 2, width, heads, 150, dtype, 32, 256, 1e-5, 0.0, 0.0), [first, second]
+    return (16, rows, 2, width, heads, 150, dtype, 32, 256, 1e-5, 0.0, 0.0, 0), [first, second]
 
 
 def test_a_decoder_block_that_the_kernels_do_not_take_is_refused_before_any_launch():
@@ -125,8 +125,8 @@ def test_a_decoder_block_that_the_kernels_do_not_take_is_refused_before_any_laun
     assert forward(*block(norm_weight=0), 256, 256, 256, size, 0, 0) == 4 + 16, "of the second source"
     assert forward(*block(stride=299), 256, 256, 256, size, 0, 0) == 4 + 16
     assert forward(*block(rows=0), 256, 256, 256, size, 0, 0) == 0
-    assert native.cross_attention_drop_cuda(5, 4, 0.1, 0, 256, 0, 256, 0) == 4
-    assert native.cross_attention_drop_cuda(0, 0, 0.1, 0, 0, 0, 0, 0) == 0
+    assert native.cross_attention_drop_cuda(5, 4, 0.1, 0, 0, 256, 0, 256, 0) == 4
+    assert native.cross_attention_drop_cuda(0, 0, 0.1, 0, 0, 0, 0, 0, 0) == 0
 
 
 @pytest.mark.skipif(native_report().get("cuda_devices", 0) > 0, reason="there is a GPU: the addresses would be followed")
@@ -136,7 +136,7 @@ def test_without_a_gpu_launches_of_attention_are_error_statuses(dtype):
         assert native.packed_attention_forward_cuda(attention(dtype=dtype), *[256] * 5, plan, 256, 1 << 40, 0, 0) == 6
     assert native.packed_attention_backward_cuda(attention(dtype=dtype), *BACKWARD, 256, 1 << 40, 0, 0) == 6
     assert native.cross_attention_forward_cuda(*block(dtype=dtype), 256, 256, 256, 1 << 40, 0, 0) == 6
-    assert native.cross_attention_drop_cuda(5, dtype, 0.1, 0, 256, 0, 256, 0) == 6
+    assert native.cross_attention_drop_cuda(5, dtype, 0.1, 0, 0, 256, 0, 256, 0) == 6
 
 
 def test_the_cuda_runtime_is_linked_statically():

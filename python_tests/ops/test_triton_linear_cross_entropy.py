@@ -1,25 +1,13 @@
-"""The Triton kernels of linear_cross_entropy and top_words: in the interpreter against equations.py in float64, and compiled for
-sm_90; no GPU."""
+"""The Triton kernels of linear_cross_entropy and top_words: in the interpreter against equations.py in float64."""
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
-from triton_worker import in_own_process
+from triton_worker import MARKS, interpreted_by
 from triton_worker_linear_cross_entropy import BEST, CASES
 
-WORKER = "triton_worker_linear_cross_entropy.py"
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.slow,
-]
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    lines = in_own_process(WORKER, "interpret", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
-    return {line["case"]: line for line in lines}
+pytestmark = MARKS
+interpreted = interpreted_by("triton_worker_linear_cross_entropy.py")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,16 +60,3 @@ def test_the_ops_call_the_kernels(interpreted):
     """With and without what is kept, and for the words up to 32."""
     assert interpreted["public"]["calls"] == [True, False, 3, 32]
     assert interpreted["public"]["right"] == [True] * 5
-
-
-def test_every_kernel_compiles_for_sm_90_without_a_gpu(tmp_path):
-    kernels = in_own_process(WORKER, "compile", tmp_path)
-    assert {line["kernel"].split()[0] for line in kernels} == {
-        "sum_tiles", "join_tiles", "target_losses", "row_gradients", "gradient_tiles", "place_targets", "best_of_tiles",
-        "best_of_rows",
-    }
-    for line in kernels:
-        assert line["target"].startswith("sm_90") and line["bytes"] > 1000
-        assert line.get("STACK", 0) == line.get("LOCAL", 0) == 0, f"{line['kernel']} spills"
-        if "KEPT=False" in line["kernel"] and line["rows"] >= 64:  # on tensor cores, but for float32 not to be rounded
-            assert line["wgmma"] == (line["dtype"] == "bf16" or "tf32" in line["kernel"])

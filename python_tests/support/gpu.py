@@ -46,17 +46,25 @@ def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(identical(x, expected[name]) for name, x in found.items())
 
 
-def replayed_is_launched(step: Callable[[], dict[str, Tensor]]) -> bool:
-    """Whether a step gives the same bits launched, and replayed from a CUDA graph into memory full of NaN."""
+def captured(step: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """What replays a step from a CUDA graph, and where its results then lie, which hold NaN until it has run."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        expected = step()
+        step()  # what is made and compiled at the first call
     torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=side):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
         found = step()
     for x in found.values():
         x.fill_(torch.nan if x.is_floating_point() else -7)
-    captured.replay()
+    return graph.replay, found
+
+
+def replayed_is_launched(step: Callable[[], dict[str, Tensor]]) -> bool:
+    """Whether a step gives the same bits launched, and replayed from a CUDA graph into memory full of NaN."""
+    replay, found = captured(step)
+    expected = step()
+    replay()
     torch.cuda.synchronize()
     return same_bits(found, expected)

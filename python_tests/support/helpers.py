@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -155,6 +155,11 @@ def random_examples(
 def random_batch(count: int, seed: int = 0) -> Batch:
     examples, texts = random_examples(count, seed)
     return make_batch(examples, texts)
+
+
+def seeded(batch: Batch, seed: int) -> Batch:
+    """The batch with another seed."""
+    return replace(batch, seed=torch.tensor(seed))
 
 
 def as_double(batch: Batch) -> Batch:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from case_fast import ops
+from case_fast.ops.common import seed_pair
 
 HALF = (torch.float16, torch.bfloat16)
 POISON = (torch.nan, torch.inf, -torch.inf)
@@ -54,6 +55,7 @@ class Case:
     OUTPUTS: ClassVar[tuple[str, ...]] = ("out",)
     GRADIENTS: ClassVar[dict[str, str]] = {"out": "grad_out"}  # of each result that has one, the field that holds it
     SUMS: ClassVar[bool] = False  # whether results are float32, or float64 of float64, whatever the inputs
+    LINEAR: ClassVar[bool] = False  # whether gradients need no input, and have derivatives of their own on every backend
     NATIVE: ClassVar[tuple[str, ...]] = ()  # native functions besides the family's own
 
     SMALL: ClassVar[list[dict]]
@@ -131,6 +133,15 @@ class Case:
         changed = self.having({name: x.to(dtype) for name, x in self.floats().items()})
         kind = full(dtype) if self.SUMS else dtype
         return replace(changed, **{self.GRADIENTS[name]: x.to(kind) for name, x in self.gradients().items()})
+
+    def seeds(self) -> tuple[int, Tensor | None]:
+        """As the registered ops take the seed."""
+        return seed_pair(self.seed, next(iter(self.floats().values())).device)
+
+    def seeded_by_tensor(self, seed: int | None = None, shape: tuple[int, ...] = ()) -> Self:
+        """The same call with its seed, or another, in a tensor."""
+        number = self.seed if seed is None else seed
+        return replace(self, seed=torch.full(shape, number, device=next(iter(self.floats().values())).device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,6 +232,19 @@ def within(name: str, ours: Tensor, plain: Tensor, true: Tensor, dtype: torch.dt
         theirs = floor * true.masked_fill(true.isinf(), 0).abs().max().item()
     assert error <= 2 * theirs + floor, f"{name}: error {error:.3g}, plain torch's {theirs:.3g}"
     return error / (2 * theirs + floor)
+
+
+WRONG_SEEDS = [
+    ("seed must be in [0, 2^63)", {"seed": -1}, ValueError),
+    ("seed must be in [0, 2^63)", {"seed": 2**63}, ValueError),
+    ("seed must be a whole number or an int64 tensor", {"seed": 0.5}, TypeError),
+    ("seed must be a whole number or an int64 tensor", {"seed": torch.tensor(1.5)}, TypeError),
+    ("seed must be a whole number or an int64 tensor", {"seed": torch.tensor(1, dtype=torch.int32)}, TypeError),
+    ("seed must be one number", {"seed": torch.tensor([1, 2])}, ValueError),
+    ("seed must be one number", {"seed": torch.tensor([[1]])}, ValueError),
+    ("seed must be one number", {"seed": torch.zeros(0, dtype=torch.int64)}, ValueError),
+    ("seed must be on cpu", {"seed": torch.tensor(1, device="meta")}, ValueError),
+]
 
 
 # ---- random arguments

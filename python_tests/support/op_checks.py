@@ -27,13 +27,15 @@ Family = type[Case]
 
 
 def check_opcheck(family: Family, size: int, device: str) -> int:
-    """Row 1: torch.library.opcheck of the registered ops."""
+    """Row 1: torch.library.opcheck of the registered ops, with a number for a seed, and where one is given with a tensor."""
     runs, seen = ops.backend_name(family.family, device), 0
     assert runs != "reference", "the registered ops call kernels, and there is none here"
     for recipe in family.OPCHECK[:size]:
-        for op, arguments in family.made(device=device, **recipe).registered(runs):
-            torch.library.opcheck(op, arguments)
-            seen += 1
+        case = family.made(device=device, **recipe)
+        for given in [case, case.seeded_by_tensor()] if "seed" in recipe else [case]:
+            for op, arguments in given.registered(runs):
+                torch.library.opcheck(op, arguments)
+                seen += 1
     return seen
 
 
@@ -114,7 +116,8 @@ def check_prefilled(family: Family, size: int, device: str) -> int:
     with nan_filled() as asked:
         for _ in range(size):
             assert digests(family, device) == clean
-    assert asked["empty"] + asked["new_empty"] >= size and asked["empty_like"] >= size  # what forward keeps, and gradients
+    assert asked["empty"] + asked["new_empty"] >= size  # what forward gives or keeps
+    assert sum(asked.values()) >= 2 * size * len(clean)  # and gradients
     if device == "cpu" and sys.platform == "linux":
         here = Path(__file__).resolve().parent
         code = ("import op_cases, op_checks, torch; torch.set_num_threads(1); "

@@ -1,17 +1,10 @@
-"""Run by test_triton_bilinear_mim.py in a process of its own, since Triton reads TRITON_INTERPRET on import.
-
-    interpret    every case of `CASES` in Triton's interpreter against equations.py in float64: one JSON line a case
-    compile      every kernel for sm_90, without a GPU: one JSON line a kernel
-"""
+"""Run by test_triton_bilinear_mim.py: every case of `CASES` in Triton's interpreter against equations.py in float64."""
 
 from __future__ import annotations
 
-import json
-import sys
-
 import torch
 from torch import Tensor
-from triton_worker import SEED, compiled, worst
+from triton_worker import SEED, SEED_AT, print_lines, same_bits, worst
 
 from case_fast import equations
 
@@ -73,11 +66,12 @@ def truth(made: dict[str, Tensor | None], negatives: int | None, score: str, dty
     return [*(side.detach() for side in sides), logit.detach(), *grads]
 
 
-def ours(made: dict[str, Tensor | None], negatives: int | None, score: str, deterministic: bool = True) -> list[Tensor]:
+def ours(made: dict[str, Tensor | None], negatives: int | None, score: str, deterministic: bool = True, seed: int = SEED,
+         seed_at: Tensor | None = None) -> list[Tensor]:
     from case_fast.ops import bilinear_mim_triton as kernels
 
     given = [made[name] for name in ("x", "y", "weight", "positive")]
-    numbers = (negatives, SEED, score, deterministic)
+    numbers = (negatives, seed, seed_at, score, deterministic)
     *found, saved = kernels.forward(*given, *numbers)
     assert saved.shape == (kernels.saved_elements(made["x"].shape[0], made["y"].shape[0], negatives),)
     grads = kernels.backward(made["grad_side_y"], made["grad_side_x"], *given, saved, *numbers)
@@ -97,7 +91,7 @@ def interpret(case: str) -> dict:
         "error": worst(found, expected),
         "plain_error": worst(plain, expected),
         "dtypes": [str(x.dtype) for x in found],
-        "repeatable": again is None or all(torch.equal(a, b) for a, b in zip(found, again, strict=True)),
+        "repeatable": again is None or same_bits(found, again),
         "largest": [x.abs().max().item() if x.numel() else 0.0 for x in found],
     }
 
@@ -128,7 +122,7 @@ def draws() -> dict:
                                  ("one row", [0, 0], 1)):
         pair = torch.arange(rows) if positive is None else torch.tensor(positive)
         x = torch.zeros(pair.numel(), 1)
-        _, over_y, over_x = kernels._drawn(x, None if positive is None else pair.int(), rows, 21, SEED)
+        _, over_y, over_x = kernels._drawn(x, None if positive is None else pair.int(), rows, 21, SEED, None)
         expected_y, expected_x, found_y, found_x = equations.draw_negatives(pair, rows, 21, SEED)
         equal[name] = [torch.equal(over_y, expected_y.masked_fill(~found_y.unsqueeze(1), -1)),
                        torch.equal(over_x, expected_x.masked_fill(~found_x.unsqueeze(1), -1))]
@@ -166,65 +160,14 @@ def hard() -> dict:
     return said
 
 
-# ------------------------------------------------------------------------------------------------------------------ compile
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def types(dtype: str) -> dict[str, str]:
-    full = "fp64" if dtype == "fp64" else "fp32"
-    found = {name: f"*{dtype}" for name in ("xw", "y", "source")}
-    found |= {name: f"*{full}" for name in (
-        "logit", "row_sum", "row_peak", "column_sum", "column_peak", "row_weight", "column_weight",
-        "own_gradient", "value", "gradient")}
-    found |= {name: "*i64" for name in ("positive", "members", "start", "over_y", "over_x", "order", "other")}
-    found |= {name: "i32" for name in ("pairs", "rows", "first", "all_rows", "negatives", "steps")}
-    return found | {"flag": "*i32", "seed": "u64"}
-
-
-def cross_compile() -> list[dict]:
-    """Every kernel, at the sizes of large batches; tiles of one row, which Triton compiles apart."""
-    from case_fast.ops import bilinear_mim_triton as kernels
-
-    found = []
-
-    def add(kernel: str, dtype: str, constants: dict, out: str, options: dict | None = None) -> None:
-        known = types(dtype) | {"out": out}
-        aligned = [name for name, of in known.items() if of[:1] == "*" or name in ("pairs", "rows")]
-        multiples = tuple(name for name in aligned if name not in constants)
-        line = compiled(getattr(kernels, kernel), known, constants, options or {"num_warps": 4}, multiples)
-        said = {name: value for name, value in constants.items() if name in ("DOT", "ATOMIC", "PRECISION", "rows")}
-        found.append(line | {"kernel": f"{kernel} {dtype} {said}", "dtype": dtype})
-
-    for dtype, dot, atomic, precision in (("fp32", False, False, "ieee"), ("fp32", True, False, "ieee"),
-                                          ("fp32", False, True, "tf32"), ("bf16", False, False, "ieee"),
-                                          ("bf16", True, False, "ieee"), ("fp64", False, False, "ieee")):
-        sizes = kernels.tiles(65536, 65536, 300, _DTYPES[dtype]) | {"DOT": dot, "ATOMIC": atomic, "PRECISION": precision}
-        options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-        add("sum_tiles", dtype, sizes, "", options)
-        add("gradient_tiles", dtype, sizes, f"*{dtype}", options)
-    sizes = kernels.tiles(16, 16, 300, torch.float32) | {"DOT": False, "ATOMIC": False}
-    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    add("sum_tiles", "fp32", sizes | {"rows": 1, "pairs": 1}, "", options)
-    add("group_sums", "fp32", {"BLOCK": 64, "ACC": sizes["ACC"]}, "*fp32")
-    for more in ({}, {"rows": 1, "pairs": 1, "negatives": 1}):
-        add("draw_rows", "fp32", {"BLOCK": 64} | more, "")
-    for dtype in ("fp32", "bf16"):
-        sizes = kernels.row_options(300, _DTYPES[dtype])
-        add("sampled_scores", dtype, sizes | {"BLOCK_S": 16}, "*fp32")
-        add("collect_rows", dtype, sizes | {"BLOCK_E": 16}, f"*{dtype}")
-    return found
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    if sys.argv[1] == "interpret":
-        lines = (*map(interpret, CASES), in_small_blocks(), draws(), hard())
-    else:
-        lines = cross_compile()
-    for line in lines:
-        print(json.dumps(line), flush=True)
+def seeded() -> dict:
+    """Whether a seed on the device draws as the number that it stands for, forward and backward."""
+    torch.manual_seed(0)
+    made = inputs(13, 7, 13, False, SIGMOID, "float32")
+    found = [ours(made, 5, SIGMOID, seed=seed, seed_at=seed_at) for seed, seed_at in (
+        ((SEED ^ SEED_AT) % 2**63, None), (SEED, torch.tensor([SEED_AT])), (SEED, None))]
+    return {"case": "seeded", "equal": same_bits(*found[:2]), "other": not same_bits(found[0], found[2])}
 
 
 if __name__ == "__main__":
-    main()
+    print_lines((*map(interpret, CASES), in_small_blocks(), draws(), hard(), seeded()))

@@ -1,18 +1,12 @@
-"""Run by test_triton_linear_cross_entropy.py in a process of its own, since Triton reads TRITON_INTERPRET on import.
-
-    interpret    every case of `CASES` in Triton's interpreter against equations.py in float64: one JSON line a case
-    compile      every kernel for sm_90, without a GPU: one JSON line a kernel
-"""
+"""Run by test_triton_linear_cross_entropy.py: every case in Triton's interpreter against equations.py in float64."""
 
 from __future__ import annotations
 
-import json
-import sys
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from triton_worker import compiled, worst
+from triton_worker import print_lines, same_bits, worst
 
 from case_fast import equations
 
@@ -108,9 +102,6 @@ def replaced(**numbers):
             setattr(kernels, name, value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- interpret
-
-
 def interpret(case: str) -> dict:
     torch.manual_seed(0)
     *_, dtype = CASES[case]
@@ -124,7 +115,7 @@ def interpret(case: str) -> dict:
         "plain_error": worst(plain[:4], expected[:4]),
         "predicted": torch.equal(found[4], expected[4]) and torch.equal(kept[4], expected[4]),
         "dtypes": [str(x.dtype) for x in found],
-        "repeatable": all(torch.equal(a, b) for a, b in zip(found, again, strict=True)),
+        "repeatable": same_bits(found, again),
     }
 
 
@@ -288,79 +279,11 @@ def public() -> dict:
     return {"case": "public", "right": said, "calls": calls}
 
 
-# ------------------------------------------------------------------------------------------------------------------ compile
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-def types(dtype: str, index: str) -> dict[str, str]:
-    full = "fp64" if dtype == "fp64" else "fp32"
-    found = {name: f"*{dtype}" for name in ("hidden", "weight", "bias")}
-    found |= {name: f"*{full}" for name in ("score", "peak", "total", "kept", "nll", "state", "scale", "own", "grad_nll")}
-    found |= {name: f"*{index}" for name in ("target", "cu_target")}
-    found |= {name: "i32" for name in ("rows", "words", "targets", "left", "wide", "stride", "tiles", "k")}
-    found |= {"word": "*i32", "flag": "*i32", "prediction": "*i64", "out_word": "*i64", "active": "*i8"}
-    return found | {"number": "*i64" if dtype == "fp64" else "*i32"}
-
-
-def cross_compile() -> list[dict]:
-    """Every kernel, at 480 x 24007 as training has it and, for few rows, as decoding has it; rows of odd lengths."""
+def main() -> None:
     from case_fast.ops import linear_cross_entropy_triton as kernels
 
-    found = []
-
-    def add(kernel: str, dtype: str, constants: dict, out: str = "", index: str = "i64", **fixed) -> None:
-        options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants} or {"num_warps": 4}
-        constants = {name: value for name, value in constants.items() if name not in options}
-        known = types(dtype, index) | {"out": out}
-        aligned = tuple(name for name, of in known.items() if of[:1] == "*" and name != "cu_target")
-        line = compiled(getattr(kernels, kernel), known, constants | fixed, options, aligned)
-        named = {"ONE", "KEPT", "DIM", "PRECISION", "BLOCK"}
-        said = " ".join(f"{name}={value}" for name, value in (constants | fixed).items() if name in named)
-        found.append(line | {"kernel": f"{kernel} {dtype} {said}", "dtype": dtype, "rows": constants.get("BLOCK_T")})
-
-    def of_tiles(dtype: str, rows: int, dim: int = 300, largest=None, **more) -> dict:
-        return kernels.tiles(rows, 24007, dim, _DTYPES[dtype], largest) | more
-
-    for dtype, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee"), ("fp64", "ieee")):
-        sizes = of_tiles(dtype, 480, PRECISION=precision)
-        add("sum_tiles", dtype, sizes | {"ONE": True, "KEPT": False})
-        add("gradient_tiles", dtype, sizes | {"ONE": True, "KEPT": False}, f"*{dtype}")
-    for dtype in ("fp32", "bf16"):
-        sizes = of_tiles(dtype, 480, 300, kernels.KEPT_TILE, KEPT=True)
-        add("sum_tiles", dtype, sizes | {"ONE": True})
-        add("gradient_tiles", dtype, sizes | {"ONE": True}, f"*{dtype}")
-    for one, dim in ((False, 300), (True, 13)):  # a bag of words of each of 16 rows; rows of odd length
-        sizes = of_tiles("bf16", 16, dim, ONE=one, KEPT=False)
-        add("sum_tiles", "bf16", sizes, index="i32")
-        add("gradient_tiles", "bf16", sizes, "*bf16", "i32")
-    sizes = of_tiles("fp32", 16, 300, ONE=True, KEPT=False)
-    add("sum_tiles", "fp32", sizes, rows=1, words=1)
-    for dtype in ("fp32", "bf16", "fp64"):
-        full = of_tiles(dtype, 480)["ACC"]
-        add("join_tiles", dtype, {"ONE": True, "BLOCK_T": 16, "BLOCK_C": 64, "ACC": full})
-        shared = kernels.of_targets(300, _DTYPES[dtype])
-        add("target_losses", dtype, shared)
-        add("row_gradients", dtype, shared, index="i32")
-        add("place_targets", dtype, {"BLOCK_M": 16, "SPREAD": kernels.SPREAD}, f"*{dtype}")
-        add("best_of_tiles", dtype, of_tiles(dtype, 16, 300, kernels.BEST_TILE))
-        add("best_of_rows", dtype, {"BLOCK": 512}, "*fp64" if dtype == "fp64" else "*fp32")
-    add("best_of_tiles", "bf16", of_tiles("bf16", 80, 300, kernels.BEST_TILE), k=1)
-    add("best_of_rows", "bf16", {"BLOCK": 8192, "num_warps": 8}, "*fp32", k=1)
-    return found
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    if sys.argv[1] == "interpret":
-        from case_fast.ops import linear_cross_entropy_triton as kernels
-
-        kernels.SPREAD = 3  # an interpreted program takes some milliseconds, with or without targets
-        lines = (*map(interpret, CASES), *map(interpret_best, BEST), in_small_blocks(), hard(), damaged(), public())
-    else:
-        lines = cross_compile()
-    for line in lines:
-        print(json.dumps(line), flush=True)
+    kernels.SPREAD = 3  # an interpreted program takes some milliseconds, with or without targets
+    print_lines((*map(interpret, CASES), *map(interpret_best, BEST), in_small_blocks(), hard(), damaged(), public()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from op_case import HALF, Case, Damaged, Poisoned, chooser, full, generator, strided, wrong_entry
+from op_case import HALF, WRONG_SEEDS, Case, Damaged, Poisoned, chooser, full, generator, strided, wrong_entry
 from torch import Tensor
 
 from case_fast import equations, ops
@@ -42,7 +42,7 @@ class BilinearMIM(Case):
     grad_y: Tensor
     grad_x: Tensor
     num_negatives: int | None = None
-    seed: int = 0
+    seed: int | Tensor = 0
     score: str = SIGMOID
 
     family = "bilinear_mim"
@@ -204,7 +204,7 @@ class BilinearMIM(Case):
 
     def registered(self, runs: str):
         tensors, kernels = (self.x, self.y, self.weight, self.positive), self.kernels()
-        numbers = (self.num_negatives, self.seed, self.score, True)
+        numbers = (self.num_negatives, *self.seeds(), self.score, True)
         yield kernels._forward_op, (runs, *tensors, *numbers)
         saved = kernels._forward_op(runs, *tensors, *numbers)[3]
         yield kernels._backward_op, (runs, self.grad_y, self.grad_x, *tensors, saved, *numbers)
@@ -243,8 +243,6 @@ BilinearMIM.WRONG = [
     ("num_negatives ", {"num_negatives": 2**31}, ValueError),
     ("num_negatives ", {"num_negatives": 2.0}, TypeError),
     ("num_negatives ", {"num_negatives": True}, TypeError),
-    ("seed ", {"seed": -1}, ValueError),
-    ("seed ", {"seed": 2**63}, ValueError),
-    ("seed ", {"seed": 0.5}, TypeError),
     ("reduction ", {"reduction": "max"}, ValueError),
+    *WRONG_SEEDS,
 ]

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from op_case import POISON, Case, Damaged, Poisoned, generator, offsets, others, ragged, spoiled, strided, wrong_entry
+from op_case import (
+    POISON,
+    WRONG_SEEDS,
+    Case,
+    Damaged,
+    Poisoned,
+    generator,
+    offsets,
+    others,
+    ragged,
+    spoiled,
+    strided,
+    wrong_entry,
+)
 from torch import Tensor
 
 from case_fast import equations, ops
@@ -64,7 +77,7 @@ class CrossAttention(Case):
     eps: float = 1e-5
     dropout_p: float = 0.0
     output_dropout_p: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
 
     family = "cross_attention"
     op = staticmethod(ops.cross_attention)
@@ -216,7 +229,7 @@ class CrossAttention(Case):
 
     def registered(self, runs: str):
         """Forward with and without what backward needs, and backward."""
-        tensors, numbers = self.lists(), (self.eps, self.dropout_p, self.output_dropout_p, self.seed)
+        tensors, numbers = self.lists(), (self.eps, self.dropout_p, self.output_dropout_p, *self.seeds())
         kernels = self.kernels()
         for keep in (True, False):
             yield kernels._forward_op, (runs, self.hidden, self.cu_hidden, *tensors, *numbers, keep)
@@ -262,5 +275,5 @@ CrossAttention.WRONG = [
     ("eps", {"eps": float("nan")}, ValueError),
     ("dropout_p", {"dropout_p": 1.0}, ValueError),
     ("output_dropout_p", {"output_dropout_p": -0.1}, ValueError),
-    ("seed", {"seed": 2**63}, ValueError),
+    *WRONG_SEEDS,
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from op_case import POISON, Case, Damaged, Poisoned, generator, others, spoiled, strided, wrong_entry
+from op_case import POISON, WRONG_SEEDS, Case, Damaged, Poisoned, generator, others, spoiled, strided, wrong_entry
 from torch import Tensor
 
 from case_fast import equations, ops
@@ -37,7 +37,7 @@ class GraphAttention(Case):
     grad_out: Tensor
     scale: float | None = None
     dropout_p: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
 
     family = "graph_attention"
     op = staticmethod(ops.graph_attention)
@@ -179,7 +179,7 @@ class GraphAttention(Case):
 
     def registered(self, runs: str):
         tensors = [getattr(self, name) for name in (*self.FLOATS[:3], *INDEX, *self.FLOATS[3:])]
-        numbers, kernels = (0.4, self.dropout_p, self.seed), self.kernels()
+        numbers, kernels = (0.4, self.dropout_p, *self.seeds()), self.kernels()
         yield kernels._forward_op, (runs, *tensors, *numbers)
         weights = kernels._forward_op(runs, *tensors, *numbers)[1]
         yield kernels._backward_op, (runs, self.grad_out, *tensors, weights, *numbers)
@@ -253,6 +253,5 @@ GraphAttention.WRONG = [
     ("dropout_p", {"dropout_p": 1.0}, ValueError),
     ("dropout_p", {"dropout_p": -0.1}, ValueError),
     ("dropout_p", {"dropout_p": float("nan")}, ValueError),
-    ("seed", {"seed": -1}, ValueError),
-    ("seed", {"seed": 2**63}, ValueError),
+    *WRONG_SEEDS,
 ]

@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from op_case import POISON, Case, Damaged, Poisoned, generator, offsets, others, ragged, spoiled, strided, wrong_entry
+from op_case import (
+    POISON,
+    WRONG_SEEDS,
+    Case,
+    Damaged,
+    Poisoned,
+    generator,
+    offsets,
+    others,
+    ragged,
+    spoiled,
+    strided,
+    wrong_entry,
+)
 from torch import Tensor
 
 from case_fast import equations, ops
@@ -58,7 +71,7 @@ class PackedAttention(Case):
     causal: bool = False
     scale: float | None = None
     dropout_p: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
 
     family = "packed_attention"
     op = staticmethod(ops.packed_attention)
@@ -194,7 +207,7 @@ class PackedAttention(Case):
 
     def registered(self, runs: str):
         tensors = [getattr(self, name) for name in (*self.FLOATS, *INDEX)]
-        numbers, kernels = (self.causal, 0.4, self.dropout_p, self.seed), self.kernels()
+        numbers, kernels = (self.causal, 0.4, self.dropout_p, *self.seeds()), self.kernels()
         yield kernels._forward_op, (runs, *tensors, *numbers)
         out, lse = kernels._forward_op(runs, *tensors, *numbers)
         yield kernels._backward_op, (runs, self.grad_out, *tensors, out, lse, *numbers)
@@ -232,6 +245,5 @@ PackedAttention.WRONG = [
     ("scale", {"scale": float("nan")}, ValueError),
     ("dropout_p", {"dropout_p": 1.0}, ValueError),
     ("dropout_p", {"dropout_p": float("nan")}, ValueError),
-    ("seed", {"seed": -1}, ValueError),
-    ("seed", {"seed": 2**63}, ValueError),
+    *WRONG_SEEDS,
 ]

@@ -1,0 +1,204 @@
+"""Sums of rows by segment, and the gather of rows that is their gradient, on CPU and GPU.
+
+The equations in plain torch are `segment_sum` and `take` of `case_fast.ops.reference`: the oracle of the tests, and what runs
+where there is no kernel. The registered ops `case_fast::segment_sum_forward` (the sum) and `_backward` (the gather) call the
+kernels; autograd stands outside, and each of the two is the other's gradient, so that there are derivatives of any order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from case_fast.ops import backend, common, reference
+
+FAMILY = "segment_sum"
+FEW = 1 << 19  # elements read, below which the way to the CPU kernel, through Python, takes longer than it saves
+
+
+def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int = FEW) -> Tensor:
+    """out_s = sum of x_i over the rows i with segment[i] = s, in ascending order of i.
+
+    Replaces ``x.new_zeros(size, ...).index_add(0, segment, x)``, which on GPU adds by float atomics, in any order, or sorts
+    first. An empty segment gives zeros.
+
+    Args:
+        x: (n, ...). float32 and float64; float16 and bfloat16 are summed in float32. Any strides; dense rows are read where
+            they lie.
+        segment: (n,) int32 or int64 in [0, size), in any order.
+        size: segments, at least 0.
+        validate: whether the contents of segment are checked. Default: on CPU always, elsewhere never, since reading the
+            answer would stop the device's queue. On CPU they are always checked.
+        few: on CPU, plain torch sums x of fewer elements: faster there, and the same bits.
+
+    Returns:
+        (size, ...), in the dtype of x; under autocast float32 for half precision, as torch.sum.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range; the message names it.
+        IndexError: segment names a segment that does not exist. Before any kernel runs.
+        ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call.
+
+    Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads; on CPU those of the
+    torch line above. Differentiable any number of times.
+    """
+    device = common.device_type(x)
+    common.check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must be (n, ...), not a number")
+    common.check_index("segment", segment, x.device, "x")
+    if segment.shape[0] != x.shape[0]:
+        raise ValueError(f"segment must be (n,) = ({x.shape[0]},) as x, not {tuple(segment.shape)}")
+    common.check_whole("size", size)
+    if size < 0:
+        raise ValueError(f"size must be at least 0, not {size}")
+    if x.dtype in common.HALF and torch.is_autocast_enabled(device):
+        x = x.float()
+    runs = _chosen(device, "segment", segment, size, validate)
+    if runs == "reference" or x.numel() < few and _is_plain(runs, device):
+        return _named(reference.segment_sum, "segment", x, segment, size)
+    return _sum(runs, x, segment, size)
+
+
+def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int = FEW) -> Tensor:
+    """Rows of ``x`` (n, ...) at ``index`` (...), int32 or int64 in [0, n): as ``x[index]``. Its gradient is `segment_sum`, which
+    says what holds of dtypes, ``validate``, ``few`` (elements taken), errors, determinism and derivatives."""
+    device = common.device_type(x)
+    common.check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must be (n, ...), not a number")
+    places = index if index.dim() == 1 else index.reshape(-1)
+    common.check_index("index", places, x.device, "x")
+    runs = _chosen(device, "index", places, x.shape[0], validate)
+    if runs == "reference" or places.shape[0] * math.prod(x.shape[1:]) < few and _is_plain(runs, device):
+        return _named(reference.take, "index", x, index)
+    out = _gather(runs, x, places)
+    return out if index.dim() == 1 else out.unflatten(0, index.shape)
+
+
+def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
+    """(size, ...): rows of ``x`` (n, ...) averaged by segment; an empty segment gives zeros."""
+    return reference.segment_mean(x, segment, size, segment_sum)
+
+
+def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
+    """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
+    return reference.segment_log_softmax(score, segment, size, segment_sum, take)
+
+
+def _chosen(device: str, name: str, index: Tensor, size: int, validate: bool | None) -> str:
+    """The backend of a call, whose index is checked where the kernel does not."""
+    if size == 0 and index.shape[0] > 0:
+        raise IndexError(f"{name} names what does not exist: there is nothing to name")
+    runs = backend.choose(FAMILY, device)
+    if common.reads(validate, runs, device):
+        common.check_within(name, index, size)
+    return runs
+
+
+def _is_plain(runs: str, device: str) -> bool:
+    """Whether a call that is small may go to plain torch: not in compiled code, which would add by atomics."""
+    return runs == "native" and device == "cpu" and not torch.compiler.is_compiling()
+
+
+def _named(function: Callable[..., Tensor], name: str, x: Tensor, index: Tensor, *size: int) -> Tensor:
+    """``function(x, index, *size)``; what torch says of a bad index on CPU does not name it."""
+    try:
+        return function(x, index, *size)
+    except (IndexError, RuntimeError):
+        common.check_within(name, index, *size or x.shape[:1])
+        raise
+
+
+# ------------------------------------------------------------------------------------------------------------ registered ops
+
+
+def _forward(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
+    if runs == "triton":
+        from case_fast.ops import segment_sum_triton as triton
+
+        return triton.forward(x, segment, size)
+    if x.dtype in common.HALF:
+        return _forward(runs, x.float(), segment, size).to(x.dtype)
+    out = x.new_empty((size, *x.shape[1:]))
+    _run("forward", "segment", x, out, segment, size)
+    return out
+
+
+def _backward(runs: str, grad_out: Tensor, segment: Tensor) -> Tensor:
+    if runs == "triton":
+        from case_fast.ops import segment_sum_triton as triton
+
+        return triton.backward(grad_out, segment)
+    grad_x = grad_out.new_empty((segment.shape[0], *grad_out.shape[1:]))
+    _run("backward", "index", grad_out, grad_x, segment, grad_out.shape[0])
+    return grad_x
+
+
+def _run(direction: str, name: str, read: Tensor, written: Tensor, index: Tensor, size: int) -> None:
+    """Runs the native kernel."""
+    width = stride = math.prod(read.shape[1:])
+    if not read.is_contiguous():
+        read = read.reshape(read.shape[0], width)  # a view where it can be
+        if read.stride(1) != 1 and width > 1:
+            read = read.contiguous()
+        stride = read.stride(0)
+    index = index.contiguous()
+    call = (  # struct case_fast_segment_sum
+        index.shape[0], size, width, stride, common.DTYPES[read.dtype], common.INDEX_BITS[index.dtype], index.data_ptr(),
+    )
+    status = common.run_native(f"{FAMILY}_{direction}", read, call, (read.data_ptr(), written.data_ptr()))
+    if status:
+        common.refuse_contents(FAMILY, status, {13: name}, lambda: common.check_within(name, index, size))
+
+
+_forward_op = common.register(
+    f"{FAMILY}_forward(str backend, Tensor x, Tensor segment, SymInt size) -> Tensor", _forward,
+    lambda runs, x, segment, size: x.new_empty((size, *x.shape[1:])),
+)
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor grad_out, Tensor segment) -> Tensor", _backward,
+    lambda runs, grad_out, segment: grad_out.new_empty((segment.shape[0], *grad_out.shape[1:])),
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _sum(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Sum.apply(runs, x, segment, size)
+    return common.call(_forward_op, _forward, runs, x, segment, size)
+
+
+def _gather(runs: str, x: Tensor, index: Tensor) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Gather.apply(runs, x, index)
+    return common.call(_backward_op, _backward, runs, x, index)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, runs, x, segment, size):
+        ctx.save_for_backward(segment)
+        ctx.runs = runs
+        return common.call(_forward_op, _forward, runs, x, segment, size)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return None, _gather(ctx.runs, grad_out, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, runs, x, index):
+        ctx.save_for_backward(index)
+        ctx.runs, ctx.size = runs, x.shape[0]
+        return common.call(_backward_op, _backward, runs, x, index)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return None, _sum(ctx.runs, grad_out, *ctx.saved_tensors, ctx.size), None
