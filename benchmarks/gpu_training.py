@@ -48,7 +48,7 @@ TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}
 COMPARED = 3  # steps
 PROFILED = 5  # steps
 SHARD_BYTES = 16 << 20
-FILES = 7  # that `recipe` leaves at most, so that one more may go with them
+FILES, OTHERS = 7, 3  # that `recipe` leaves at most, so that one more may go with them; those that are no weights
 RESERVE = 20.0  # seconds for the last checkpoint and the weights when the time is over
 REPLIES = 64  # dialogues a batch of the evaluation
 
@@ -173,6 +173,7 @@ def recipe(store: Store, out: Path, run: Path, config: TrainConfig, seconds: flo
     write_json(out / "recipe.json", record)
     try:
         with trainer(store, run, config, resume=resume) as ready:
+            shards(ready.model.state_dict())  # whether they can be carried away is to be known before
             clock = threading.Timer(max(0.0, until - time.monotonic()), setattr, (ready.stop, "signal", "the end of its time"))
             clock.daemon = True
             clock.start()
@@ -231,35 +232,45 @@ def _carried(run: Path, out: Path) -> dict[str, Any]:
 
 
 def write_shards(tensors: dict[str, Tensor], out: Path, limit: int = SHARD_BYTES) -> dict[str, str]:
-    """Write tensors, floats as bf16, into as few safetensors files below ``limit`` bytes as their order allows.
-
-    Returns:
-        the files' names, each with its sha256.
-
-    Raises:
-        CheckpointError: a tensor is too large for a file, or there are more than may be carried.
-    """
-    shards: list[dict[str, Tensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        value = tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
-        size = value.numel() * value.element_size() + len(name) + 128  # with its entry in the header
-        if size > room:
-            shards.append({})
-            room = limit - 1024
-        if size > room:
-            raise CheckpointError(f"{name} takes {size} bytes, more than a file of {limit}")
-        shards[-1][name] = value.contiguous()
-        room -= size
-    if len(shards) + 3 > FILES:
-        raise CheckpointError(f"the weights make {len(shards)} files of {limit} bytes; with the others that is more than {FILES}")
+    """Write tensors, floats as bf16, into the safetensors files that `shards` plans; the files' names, each with its sha256."""
+    planned = shards(tensors, limit)
     for old in out.glob("weights-*.safetensors"):
         old.unlink()
-    named = {f"weights-{place}-of-{len(shards)}.safetensors": shard for place, shard in enumerate(shards, 1)}
-    for name, shard in named.items():
-        save_file(shard, out / name)
-        (out / name).chmod(0o644)  # safetensors makes files for their owner alone
-    return {name: sha256(out / name) for name in named}
+    written: dict[str, str] = {}
+    for place, names in enumerate(planned, 1):
+        path = out / f"weights-{place}-of-{len(planned)}.safetensors"
+        save_file({name: tensors[name].to(_carried_as(tensors[name])).contiguous() for name in names}, path)
+        path.chmod(0o644)  # safetensors makes files for their owner alone
+        written[path.name] = sha256(path)
+    return written
+
+
+def shards(tensors: dict[str, Tensor], limit: int = SHARD_BYTES) -> list[list[str]]:
+    """The names of the tensors of each file: each goes, the largest first, into the first file below ``limit`` bytes with room.
+
+    Raises:
+        CheckpointError: a tensor is too large for a file, or there are more files than may be carried.
+    """
+    sizes = {name: x.numel() * _carried_as(x).itemsize + len(name) + 128 for name, x in tensors.items()}  # with its entry ahead
+    planned: list[list[str]] = []
+    room: list[int] = []
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        place = next((place for place, left in enumerate(room) if sizes[name] <= left), len(room))
+        if place == len(room):
+            planned.append([])
+            room.append(limit - 1024)
+        planned[place].append(name)
+        room[place] -= sizes[name]
+        if room[place] < 0:
+            raise CheckpointError(f"{name} takes {sizes[name]} bytes, more than a file of {limit}")
+    if len(planned) + OTHERS > FILES:
+        raise CheckpointError(f"the weights make {len(planned)} files of {limit} bytes; with the {OTHERS} others that is more "
+                              f"than {FILES}")
+    return planned
+
+
+def _carried_as(tensor: Tensor) -> torch.dtype:
+    return torch.bfloat16 if tensor.dtype == torch.float32 else tensor.dtype
 
 
 def join(folder: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from benchmarks import gpu_training
 from case_fast.data.travel import pack_store
 from case_fast.errors import CheckpointError
-from case_fast.models import load
+from case_fast.models import build, load
 from case_fast.runs import Run, load_model
 from case_fast.training import NotFinite, TrainConfig, preset
 from case_fast.training.loop import Trainer
@@ -224,8 +224,15 @@ def test_shards_stay_below_the_limit_and_hold_everything_in_order(tmp_path):
     assert all(torch.equal(found[name], tensors[name].bfloat16()) for name in tensors if name != "count")
     with pytest.raises(CheckpointError, match=r"count takes .* bytes, more than a file of 2048"):
         gpu_training.write_shards({"count": tensors["count"]}, tmp_path, limit=2048)
-    with pytest.raises(CheckpointError, match="the weights make 9 files of 3000 bytes; with the others that is more than 7"):
+    with pytest.raises(CheckpointError, match="the weights make 9 files of 3000 bytes; with the 3 others that is more than 7"):
         gpu_training.write_shards({str(i): torch.randn(700) for i in range(9)}, tmp_path, limit=3000)
+
+
+def test_the_weights_of_the_paper_s_model_fit():
+    model = build("case", vocab_size=22_796)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 26_623_492
+    planned = gpu_training.shards(model.state_dict())
+    assert len(planned) == 4 and sorted(sum(planned, [])) == sorted(model.state_dict())
 
 
 def test_damaged_or_missing_weights_are_not_put_together(whole, tmp_path, capsys):
