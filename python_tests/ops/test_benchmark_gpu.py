@@ -70,7 +70,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path, sample_store):
     assert tests["passed"] >= 3 and tests["begun"] == tests["collected"] and not tests["failing"] and not tests["running"]
     assert "0 failures" in gpu_results.only(record, "sanitizers")["summary"]
     assert {*gpu_results.only(record, "training")["phases"]} == {"bow", "all"}
-    for stage, peers in (("ours", {OURS}), ("peers", {OURS, "index_add, eager"}), ("variants", {OURS, "case_fast, sorted first"})):
+    measured = {"ours": {OURS}, "peers": {OURS, "index_add, eager"}, "variants": {OURS, "case_fast, sorted first"}}
+    for stage, peers in measured.items():
         (case,) = gpu_results.cases(record, stage)
         assert peers <= {row["peer"] for row in case["rows"] if "median_ms" in row}
         assert case["needs"]["forward"]["flop"] > 0
