@@ -281,10 +281,23 @@ def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], c
 
 def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
     """Elements of saved. On CPU, for each source the normalised rows (T, d), 1 / deviation (T), query and attended (T, H, D),
-    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it, with room for what it skips."""
+    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it."""
+    if not hidden.is_cpu:
+        return _kept_size(hidden, floats)
     rows, width = hidden.shape
+    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + 1)) for key in floats[:: len(FLOATS)])
+
+
+def _kept_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
+    """Elements that `_kept` reads."""
+    (rows, width), each = hidden.shape, _skip(hidden)
     lse = 2 if hidden.dtype in common.HALF else 1  # it is in float32
-    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + lse)) + 4 * _skip(hidden) for key in floats[:: len(FLOATS)])
+    total = 0
+    for key in floats[:: len(FLOATS)]:
+        for elements in (rows * width, *[rows * key.shape[1] * key.shape[2]] * 2):
+            total += (elements + each - 1) // each * each
+        total += rows * key.shape[1] * lse
+    return total
 
 
 def _skip(x: Tensor) -> int:
@@ -353,19 +366,21 @@ class _Kept(NamedTuple):
 
 
 def _kept(saved: Tensor, rows: int, width: int, heads: int, dimension: int, sources: int) -> list[_Kept]:
-    """Views of saved, source by source, each from whole 16 bytes on."""
+    """Views of saved: rows of all kinds, source by source, each from whole 16 bytes on; then lse of all sources."""
     end = 0
 
-    def part(*shape: int, elements: int = 1) -> Tensor:
+    def part(*shape: int, each: int = 1, elements: int = 1) -> Tensor:
         nonlocal end
-        begin = -(-end // _skip(saved)) * _skip(saved)
+        begin = -(-end // each) * each
         end = begin + math.prod(shape) * elements
         taken = saved[begin:end]
         return (taken.view(torch.float32) if elements > 1 else taken).view(shape)
 
+    each, inner = _skip(saved), (rows, heads, dimension)
+    found = [[part(rows, width, each=each), part(*inner, each=each), part(*inner, each=each)] for _ in range(sources)]
+    end = -(-end // each) * each
     lse = 2 if saved.dtype in common.HALF else 1
-    each = (rows, heads, dimension)
-    return [_Kept(part(rows, width), part(*each), part(*each), part(rows, heads, elements=lse)) for _ in range(sources)]
+    return [_Kept(*views, part(rows, heads, elements=lse)) for views in found]
 
 
 def _plain(device_type: str) -> ExitStack:
@@ -385,7 +400,7 @@ def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], c
     heads, dimension = floats[0].shape[1:]
     count, inner = len(cu_keys), heads * dimension
     if saved is None:
-        saved = hidden.new_empty(_saved_size(hidden, floats[: len(FLOATS)]))
+        saved = hidden.new_empty(_kept_size(hidden, floats[: len(FLOATS)]))
         kept = _kept(saved, rows, width, heads, dimension, 1) * count  # one place for all
     else:
         kept = _kept(saved, rows, width, heads, dimension, count)
