@@ -16,10 +16,13 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "segment_sum"
-FEW = 1 << 15  # elements, below which autograd's way to the CPU kernel, through Python, takes longer than the kernel saves
+# Elements below which plain torch is faster on CPU: with a gradient (autograd through Python takes some 20 us more), and without.
+FEW, FEWER = 1 << 16, 1 << 13
+_PLAIN = (torch.float32, torch.float64)
+_REFUSED = (IndexError, RuntimeError, TypeError, ValueError)  # what torch raises at wrong arguments
 
 
-def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int = FEW) -> Tensor:
+def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int | None = None) -> Tensor:
     """out_s = sum of x_i over the rows i with segment[i] = s, in ascending order of i.
 
     Replaces ``x.new_zeros(size, ...).index_add(0, segment, x)``, which on GPU adds by float atomics, in any order, or sorts
@@ -32,7 +35,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
         size: segments, at least 0.
         validate: whether the contents of segment are checked. Default: on CPU always, elsewhere never, since reading the
             answer would stop the device's queue. On CPU they are always checked.
-        few: on CPU, where x wants a gradient, plain torch sums fewer elements than these: faster there, and the same bits.
+        few: on CPU plain torch sums fewer elements than these: faster there, and the same bits. Default: as measured.
 
     Returns:
         (size, ...), in the dtype of x; under autocast float32 for half precision, as torch.sum.
@@ -45,6 +48,11 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads; on CPU those of the
     torch line above. Differentiable any number of times.
     """
+    if size and segment.dim() == 1 and _is_plain(x, x.numel(), few):
+        try:
+            return x.new_zeros((size, *x.shape[1:])).index_add_(0, segment, x)
+        except _REFUSED:
+            pass  # what follows says what is wrong
     device = common.device_type(x)
     common.check_dtype("x", x)
     if x.dim() == 0:
@@ -58,14 +66,19 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     if x.dtype in common.HALF and torch.is_autocast_enabled(device):
         x = x.float()
     runs = _chosen(device, "segment", segment, size, validate)
-    if runs == "reference" or x.numel() < few and _is_plain(runs, x):
+    if runs == "reference":
         return _named(reference.segment_sum, "segment", x, segment, size)
     return _sum(runs, x, segment, size)
 
 
-def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int = FEW) -> Tensor:
+def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int | None = None) -> Tensor:
     """Rows of ``x`` (n, ...) at ``index`` (...), int32 or int64 in [0, n): as ``x[index]``. Its gradient is `segment_sum`, which
     says what holds of dtypes, ``validate``, ``few`` (elements taken), errors, determinism and derivatives."""
+    if index.dim() == 1 and _is_plain(x, index.shape[0] * math.prod(x.shape[1:]), few):
+        try:
+            return x.index_select(0, index)
+        except _REFUSED:
+            pass  # what follows says what is wrong
     device = common.device_type(x)
     common.check_dtype("x", x)
     if x.dim() == 0:
@@ -73,7 +86,7 @@ def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int = FEW)
     places = index if index.dim() == 1 else index.reshape(-1)
     common.check_index("index", places, x.device, "x")
     runs = _chosen(device, "index", places, x.shape[0], validate)
-    if runs == "reference" or places.shape[0] * math.prod(x.shape[1:]) < few and _is_plain(runs, x):
+    if runs == "reference":
         return _named(reference.take, "index", x, index)
     out = _gather(runs, x, places)
     return out if index.dim() == 1 else out.unflatten(0, index.shape)
@@ -104,9 +117,13 @@ def _wants(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _is_plain(runs: str, x: Tensor) -> bool:
-    """Whether a call that is small may go to plain torch: not in compiled code, which would add by atomics."""
-    return runs == "native" and x.is_cpu and _wants(x) and not torch.compiler.is_compiling()
+def _is_plain(x: Tensor, elements: int, few: int | None) -> bool:
+    """Whether a call goes to plain torch, which checks its arguments itself: few elements on CPU, though not none, of which it
+    would check nothing. Not in compiled code, which would add by atomics."""
+    if not 0 < elements < ((FEW if _wants(x) else FEWER) if few is None else few):
+        return False
+    plain = x.is_cpu and x.dtype in _PLAIN and x.dim() > 0 and not torch.compiler.is_compiling()
+    return plain and backend.choose(FAMILY, "cpu") == "native"
 
 
 def _named(function: Callable[..., Tensor], name: str, x: Tensor, index: Tensor, *size: int) -> Tensor:

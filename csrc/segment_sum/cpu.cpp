@@ -1,7 +1,8 @@
 // Segment sums on the CPU: checks, and the division into tasks. The arithmetic is in cpu_kernels.cpp.
 //
-// Each task of forward writes its own block of columns of a range of segments, and reads all of `segment` to find their rows: no row
-// is sorted and nothing is allocated. Blocks of columns come first, since they are even whatever the segments are.
+// No row is sorted and nothing is allocated. Where segments lie end to end, as everywhere in a packed batch, each task of forward has
+// a range of rows that begins and ends with a segment. Elsewhere it reads all of `segment` to find the rows of its own range of segments,
+// or where segments are few, which need not be alike, its own block of columns of them all.
 #include <algorithm>
 #include <cstring>
 
@@ -14,8 +15,9 @@
 
 namespace {
 
-constexpr int64_t few_elements = 24 << 10;  // of x, up to which waking a thread costs more than it takes
+constexpr int64_t few_elements = 1 << 16;  // of x, up to which waking a thread costs more than it takes
 constexpr int64_t least_columns = 64;       // of a task
+constexpr int64_t least_segments = 16;      // of a task, so that tasks are alike
 
 int64_t element_bytes(int dtype) { return dtype == CASE_FAST_F64 ? 8 : dtype == CASE_FAST_F32 ? 4 : 2; }
 
@@ -31,21 +33,45 @@ int check(const case_fast_segment_sum *call, const void *read, const void *writt
     return good ? CASE_FAST_OK : CASE_FAST_BAD_SEGMENT;
 }
 
+// The tasks of forward.
+template <class T, class I, class Kernel>
+int share(const SegmentRows<T> &a, const I *segment, int64_t size, int64_t wanted, int threads, Kernel kernel) {
+    if (std::is_sorted(segment, segment + a.rows)) {
+        const auto row = [&](int64_t task) {  // the first of a segment, from task / wanted of the rows on
+            int64_t at = a.rows * task / wanted;
+            while (at > 0 && at < a.rows && segment[at] == segment[at - 1]) ++at;
+            return at;
+        };
+        case_fast_parallel(threads, wanted, [&](int64_t task) {
+            const int64_t from = row(task), to = row(task + 1);  // segments without rows go with the rows before them
+            kernel(a, task ? (from < a.rows ? segment[from] : size) : 0, to < a.rows ? segment[to] : size, from, to, 0, a.width);
+        });
+        return CASE_FAST_OK;
+    }
+    const bool many = size >= least_segments * wanted;
+    const int64_t blocks = many ? 1 : std::max<int64_t>(1, std::min(wanted, a.width / least_columns));
+    const int64_t ranges = many ? wanted : 1;
+    constexpr int64_t line = 64 / sizeof(T);
+    const auto column = [&](int64_t block) { return block == blocks ? a.width : a.width * block / blocks / line * line; };
+    case_fast_parallel(threads, blocks * ranges, [&](int64_t task) {
+        const int64_t block = task % blocks, range = task / blocks;
+        kernel(a, size * range / ranges, size * (range + 1) / ranges, 0, a.rows, column(block), column(block + 1));
+    });
+    return CASE_FAST_OK;
+}
+
 template <class T>
 int forward(const case_fast_segment_sum &c, const void *x, void *out, int threads) {
     const SegmentRows<T> a = {c.rows, c.width, c.stride, c.segment, c.index_bits == 64, static_cast<const T *>(x), static_cast<T *>(out)};
     const auto kernel = CASE_FAST_WIDEST(segment_sum).template of<T>().forward;
     prepare_output(out, size_t(c.size) * size_t(c.width) * sizeof(T));
     const int64_t wanted = c.rows * c.width <= few_elements ? 1 : std::max(threads, 1);
-    const int64_t blocks = std::max<int64_t>(1, std::min(wanted, c.width / least_columns));
-    const int64_t ranges = c.width < least_columns ? 1 : std::max<int64_t>(1, std::min(wanted / blocks, c.size));
-    constexpr int64_t line = 64 / sizeof(T);
-    const auto column = [&](int64_t block) { return block == blocks ? c.width : c.width * block / blocks / line * line; };
-    case_fast_parallel(threads, blocks * ranges, [&](int64_t task) {
-        const int64_t block = task % blocks, range = task / blocks;
-        kernel(a, c.size * range / ranges, c.size * (range + 1) / ranges, column(block), column(block + 1));
-    });
-    return CASE_FAST_OK;
+    if (wanted == 1) {
+        kernel(a, 0, c.size, 0, c.rows, 0, c.width);
+        return CASE_FAST_OK;
+    }
+    return a.wide ? share(a, static_cast<const int64_t *>(c.segment), c.size, wanted, threads, kernel)
+                  : share(a, static_cast<const int32_t *>(c.segment), c.size, wanted, threads, kernel);
 }
 
 template <class T, class I>

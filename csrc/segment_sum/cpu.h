@@ -16,8 +16,8 @@ struct SegmentRows {
 
 template <class T>
 struct SegmentKernels {
-    // Columns [first, last) of the sums of segments [begin, end), written whole.
-    void (*forward)(const SegmentRows<T> &, int64_t begin, int64_t end, int64_t first, int64_t last);
+    // Columns [first, last) of the sums of segments [begin, end), written whole, from the rows [from, to), which hold theirs.
+    void (*forward)(const SegmentRows<T> &, int64_t begin, int64_t end, int64_t from, int64_t to, int64_t first, int64_t last);
 };
 
 CASE_FAST_DECLARE_KERNELS(KernelsOf<SegmentKernels>, segment_sum);

@@ -45,17 +45,18 @@ CASE_FAST_INLINE void add_rows(const T *x, int64_t rows, int64_t stride, int64_t
 }
 
 template <class T, class I>
-CASE_FAST_INLINE void forward_of(const SegmentRows<T> &a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+CASE_FAST_INLINE void forward_of(const SegmentRows<T> &a, int64_t begin, int64_t end, int64_t from, int64_t to, int64_t first,
+                                 int64_t last) {
     const I *const segment = static_cast<const I *>(a.segment);
     const T *const x = a.x;
     T *const out = a.out;
-    const int64_t rows = a.rows, width = a.width, stride = a.stride, columns = last - first;
+    const int64_t width = a.width, stride = a.stride, columns = last - first;
     const Tail<T> tail = make_tail<T>(int(columns % Lanes<T>::width));
     for (int64_t s = begin; s < end; ++s)
         for (int64_t j = first; j < last; ++j) out[s * width + j] = T(0);
-    for (int64_t i = 0, next; i < rows; i = next) {
+    for (int64_t i = from, next; i < to; i = next) {
         const int64_t s = segment[i];
-        for (next = i + 1; next < rows && segment[next] == s;) ++next;
+        for (next = i + 1; next < to && segment[next] == s;) ++next;
         if (s < begin || s >= end) continue;
         if (width == 1) {
             T sum = out[s];
@@ -68,8 +69,9 @@ CASE_FAST_INLINE void forward_of(const SegmentRows<T> &a, int64_t begin, int64_t
 }
 
 template <class T>
-void forward(const SegmentRows<T> &a, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    a.wide ? forward_of<T, int64_t>(a, begin, end, first, last) : forward_of<T, int32_t>(a, begin, end, first, last);
+void forward(const SegmentRows<T> &a, int64_t begin, int64_t end, int64_t from, int64_t to, int64_t first, int64_t last) {
+    a.wide ? forward_of<T, int64_t>(a, begin, end, from, to, first, last)
+           : forward_of<T, int32_t>(a, begin, end, from, to, first, last);
 }
 
 }  // namespace

@@ -10,9 +10,9 @@ from op_checks import counted, identical
 
 from case_fast import ops
 from case_fast.ops import reference
-from case_fast.ops.segment_sum import FEW
+from case_fast.ops.segment_sum import FEW, FEWER
 
-MANY = 1 << 30  # elements: more than any call here has, so that plain torch serves where a gradient is wanted
+MANY = 1 << 30  # elements: more than any call here has, so that plain torch serves
 SIZES = [(754, 430, (300,)), (713, 16, (300,)), (233, 16, ()), (40, 7, (3, 5))]
 PAIR = {"segment_sum": lambda x, index, few: ops.segment_sum(x, index, 7, few=few),
         "take": lambda x, index, few: ops.take(x, index, few=few)}
@@ -30,17 +30,24 @@ def test_the_bits_are_those_of_adding_row_after_row(native, rows, size, dims, so
     assert calls["segment_sum_forward"] == 1 and all(identical(x.detach(), expected) for x in found)
 
 
-def test_few_elements_that_want_a_gradient_go_to_plain_torch_and_others_to_the_kernel(native):
-    for rows, expected in ((FEW // 300, 0), (FEW // 300 + 1, 1)):
+@pytest.mark.parametrize("wants, few", [(True, FEW), (False, FEWER)])
+def test_few_elements_go_to_plain_torch_and_others_to_the_kernel(native, wants, few):
+    for rows, expected in ((few // 300, 0), (few // 300 + 1, 1)):
         case = SegmentSum.made(rows, 16, (300,))
         with counted(SegmentSum) as calls:
-            out = ops.segment_sum(case.x.requires_grad_(), case.segment, 16)
-            torch.autograd.grad(out, case.x, case.grad_out)
-            ops.take(case.grad_out.requires_grad_(), case.segment)
-        assert (calls["segment_sum_forward"], calls["segment_sum_backward"]) == (expected, 2 * expected)
-        with counted(SegmentSum) as calls, torch.no_grad():
-            ops.take(ops.segment_sum(case.x, case.segment, 16), case.segment)
-        assert (calls["segment_sum_forward"], calls["segment_sum_backward"]) == (1, 1)
+            ops.take(ops.segment_sum(case.x.requires_grad_(wants), case.segment, 16), case.segment)
+        assert (calls["segment_sum_forward"], calls["segment_sum_backward"]) == (expected, expected)
+
+
+@pytest.mark.parametrize("few", [0, MANY])
+@pytest.mark.parametrize("argument", [
+    {"segment": torch.zeros(3)}, {"segment": torch.zeros(2, dtype=torch.int64)}, {"segment": torch.tensor(0)},
+    {"x": torch.tensor(1.0)}, {"size": -1}, {"size": 2.0},
+], ids=str)
+def test_few_elements_are_refused_as_many_are(native, few, argument):
+    given = {"x": torch.ones(3, 2), "segment": torch.zeros(3, dtype=torch.int64), "size": 1} | argument
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(argument))} must "):
+        ops.segment_sum(**given, few=few)
 
 
 @pytest.mark.parametrize("few", [0, MANY])
