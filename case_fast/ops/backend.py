@@ -59,9 +59,7 @@ def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:
 @torch.compiler.assume_constant_result
 def choose(family: str, device: str, beyond: str = "") -> str:
     """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is."""
-    # asked first, since os.environ raises and catches an error of its own for a name that is not there
-    said = os.environ["CASE_FAST_BACKEND"] if "CASE_FAST_BACKEND" in os.environ else ""
-    return _choose(family, device, beyond, said)
+    return _choose(family, device, beyond, os.environ.get("CASE_FAST_BACKEND", ""))
 
 
 @functools.cache
