@@ -99,10 +99,9 @@ def sanitizers(tool: str) -> dict[str, list[str]]:
             for check in CHECKS}
 
 
-def stages(chosen: Sequence[str], gpu: bool) -> list[Stage]:
+def stages(chosen: Sequence[str]) -> list[Stage]:
     folders = f"{os.environ['PATH']}:{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
     tool, store = shutil.which("compute-sanitizer", path=folders) or "", travel_store()
-    machine = {"a GPU": gpu}
     few = ("--preset", "demo", "--steps", "2") if DRY else ()
     training = python("benchmarks.gpu_training", "steps", "--store", store, *few)
 
@@ -111,27 +110,27 @@ def stages(chosen: Sequence[str], gpu: bool) -> list[Stage]:
 
     def bench(which: str, limit: float) -> Stage:
         jobs = {family: python("benchmarks.gpu_steps", which, family) for family in chosen}
-        return Stage(which, limit, jobs, in_turn=True, needs=machine)
+        return Stage(which, limit, jobs, in_turn=True)
 
     return [
-        Stage("device", 24, {"": python("benchmarks.gpu_steps", "device")}, needs=machine),
-        Stage("build", 30, {"": python("benchmarks.gpu_steps", "build")}, needs=machine),
-        Stage("smoke", 30, each("benchmarks.gpu_steps", "smoke"), needs=machine),
-        Stage("training", 48, {"": training}, needs=machine | {A_STORE: store}),
-        Stage("tests", 132, each("benchmarks.gpu_tests"), needs=machine),
+        Stage("device", 24, {"": python("benchmarks.gpu_steps", "device")}),
+        Stage("build", 30, {"": python("benchmarks.gpu_steps", "build")}),
+        Stage("smoke", 30, each("benchmarks.gpu_steps", "smoke")),
+        Stage("training", 48, {"": training}, needs={A_STORE: store}),
+        Stage("tests", 132, each("benchmarks.gpu_tests")),
         Stage("sanitizers", 132, sanitizers(tool), beside=True, read=of_sanitizer,
-              needs=machine | {"compute-sanitizer": tool or DRY}),
+              needs={"compute-sanitizer": tool or DRY}),
         bench("ours", 120),
         bench("peers", 120),
         bench("variants", 30),
     ]
 
 
-def recipe(gpu: bool, out: Path) -> list[Stage]:
+def recipe(out: Path) -> list[Stage]:
     store = travel_store()
     train = python("benchmarks.gpu_training", "recipe", "--store", store, "--out", str(out), "--minutes", "8.3")
-    return [Stage("build", 40, {"": python("benchmarks.gpu_steps", "build")}, needs={"a GPU": gpu}),
-            Stage("recipe", 530, {"": train}, needs={"a GPU": gpu, A_STORE: store},
+    return [Stage("build", 40, {"": python("benchmarks.gpu_steps", "build")}),
+            Stage("recipe", 530, {"": train}, needs={A_STORE: store},
                   read=lambda _, log: of_file(out / "recipe.json", log))]
 
 
@@ -368,14 +367,16 @@ def main() -> None:
         sys.exit("benchmarks/gpu.sh: DRY=1 needs OUT=folder; what it writes is no result")
     signal.signal(signal.SIGTERM, _stop)
     gpu = "none: a dry run" if DRY else gpu_name()
+    if not gpu:
+        sys.exit("benchmarks/gpu.sh: neither nvidia-smi nor torch sees a GPU; DRY=1 OUT=folder goes through all stages without one")
     folder = out / "parts" if DRY else ROOT / "build" / "gpu"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if words:
-        run = Run(recipe(bool(gpu), out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "record.json"])
+        run = Run(recipe(out or ROOT / "runs" / "recipe"), gpu, folder, [folder / "record.json"])
     else:
-        stored = [RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "gpu.json"] if gpu and not DRY else []
-        run = Run(stages(chosen, bool(gpu)), gpu, folder, [*stored, *([out / "gpu.json"] if out else [])])
+        stored = [RESULTS / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") / "gpu.json"] if not DRY else []
+        run = Run(stages(chosen), gpu, folder, [*stored, *([out / "gpu.json"] if out else [])])
     try:
         good = run.run()
     finally:

@@ -85,15 +85,14 @@ def test_a_dry_run_goes_through_every_stage(tmp_path, sample_store):
 
 def test_the_stages_fit_in_nine_minutes_and_know_every_family(monkeypatch):
     monkeypatch.setenv("STORE", "a.travel")
-    listed = gpu.stages(families(), True)
+    listed = gpu.stages(families())
     assert [stage.name for stage in listed] == STAGES
     assert sum(stage.limit for stage in listed if not stage.beside) <= SECONDS - 6  # for what is between them
     assert all(stage.limit == before.limit for before, stage in zip(listed, listed[1:], strict=False) if stage.beside)
     for stage in listed:
         if len(stage.jobs) > 1:
             assert [*stage.jobs] == (list(gpu.CHECKS) if stage.name == "sanitizers" else families())
-    assert sum(stage.limit for stage in gpu.recipe(True, Path("out"))) <= 570
-    assert not any(stage.needs["a GPU"] for stage in gpu.stages(families(), False))
+    assert sum(stage.limit for stage in gpu.recipe(Path("out"))) <= 570
 
 
 def test_a_dry_run_never_writes_into_the_results(tmp_path):
@@ -107,6 +106,19 @@ def test_a_dry_run_never_writes_into_the_results(tmp_path):
 
 
 FAULTS = {"crash": ("crashed", "SIGSEGV"), "hang": ("timeout", "stopped after"), "memory": ("failed", "MemoryError")}
+
+
+def test_without_a_gpu_nothing_begins(monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "")
+    monkeypatch.setattr(gpu, "DRY", False)
+    monkeypatch.setattr(sys, "argv", ["gpu.sh"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="sees a GPU; DRY=1 OUT=folder"):
+            gpu.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
 
 
 @pytest.mark.slow
