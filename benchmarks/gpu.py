@@ -368,7 +368,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     gpu = "none: a dry run" if DRY else gpu_name()
     if not gpu:
-        sys.exit("benchmarks/gpu.sh: neither nvidia-smi nor torch sees a GPU; DRY=1 OUT=folder goes through all stages without one")
+        sys.exit("benchmarks/gpu.sh: neither nvidia-smi nor torch sees a GPU; DRY=1 OUT=folder goes through all without one")
     folder = out / "parts" if DRY else ROOT / "build" / "gpu"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
