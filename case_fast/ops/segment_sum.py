@@ -112,18 +112,13 @@ def _chosen(device: str, name: str, index: Tensor, size: int, validate: bool | N
     return runs
 
 
-def _wants(x: Tensor) -> bool:
-    """Whether what is computed from x will be differentiated."""
-    return x.requires_grad and torch.is_grad_enabled()
-
-
 def _is_plain(x: Tensor, elements: int, few: int | None) -> bool:
     """Whether a call goes to plain torch, which checks its arguments itself: few elements on CPU, though not none, of which it
-    would check nothing. Not in compiled code, which would add by atomics."""
-    if not 0 < elements < ((FEW if _wants(x) else FEWER) if few is None else few):
+    would check nothing. Its bits are those of the native and the reference backend, so no backend is chosen, which takes 3 us.
+    Not in compiled code, which would add by atomics."""
+    if not 0 < elements < ((FEW if x.requires_grad and torch.is_grad_enabled() else FEWER) if few is None else few):
         return False
-    plain = x.is_cpu and x.dtype in _PLAIN and x.dim() > 0 and not torch.compiler.is_compiling()
-    return plain and backend.choose(FAMILY, "cpu") == "native"
+    return x.is_cpu and x.dtype in _PLAIN and x.dim() > 0 and not torch.compiler.is_compiling()
 
 
 def _named(function: Callable[..., Tensor], name: str, x: Tensor, index: Tensor, *size: int) -> Tensor:
@@ -191,13 +186,13 @@ _backward_op = common.register(
 
 
 def _sum(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
-    if _wants(x):
+    if x.requires_grad and torch.is_grad_enabled():
         return _Sum.apply(runs, x, segment, size)
     return common.call(_forward_op, _forward, runs, x, segment, size)
 
 
 def _gather(runs: str, x: Tensor, index: Tensor) -> Tensor:
-    if _wants(x):
+    if x.requires_grad and torch.is_grad_enabled():
         return _Gather.apply(runs, x, index)
     return common.call(_backward_op, _backward, runs, x, index)
 
