@@ -22,7 +22,7 @@ import numpy as np
 from case_fast.data.empathetic_dialogues import SPLITS
 from case_fast.data.store import Store, open_store
 from case_fast.errors import ConfigError, DataError
-from case_fast.files import whole_folder
+from case_fast.files import whole_folder, write_bytes
 from case_fast.text_files import require_file
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a store's files together: a small file could hold terabytes of zeros
@@ -95,9 +95,7 @@ def pack_store(store: str | Path | Store, out: str | Path) -> int:
     header = json.dumps({"files": files}).encode()
     start = _MAGIC + len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.part")
-    beside.write_bytes(b"".join([start, *packed]))
-    beside.replace(out)
+    write_bytes(out, b"".join([start, *packed]))
     return out.stat().st_size
 
 
