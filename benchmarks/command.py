@@ -88,17 +88,15 @@ def _told(path: Path, briefly: bool, out: Path | None) -> tuple[str, list[Path]]
     tells = import_module(TELLS.get(path.stem, "benchmarks.report"))
     remedy = "Take the file from the repository again, or measure again"
     results = read_json(path, "stored results", remedy)
+    if isinstance(results, dict) and results.get("dry"):
+        raise DataError(path, "this is the record of a dry run, which is no result", "Remove it")
     try:
-        if results.get("dry"):
-            raise DataError(path, "this is the record of a dry run, which is no result", "Remove it")
         whole, brief = tells.markdown(results), tells.overview(results)
         written = [] if out is None else [out / path.parent.name / f"{path.stem}.{ending}" for ending in ("md", "png")]
         if written:
             written[0].parent.mkdir(parents=True, exist_ok=True)
             written[0].write_text(whole, encoding="utf-8")
             tells.plot(results, written[1])
-    except DataError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise DataError(path, f"stored results are damaged ({type(error).__name__}: {error})", remedy) from error
     return brief if briefly else whole, written
