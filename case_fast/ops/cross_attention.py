@@ -290,19 +290,27 @@ def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
 
 def _kept_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
     """Elements that `_kept` reads."""
-    (rows, width), each = hidden.shape, _skip(hidden)
-    lse = 2 if hidden.dtype in common.HALF else 1  # it is in float32
-    total = 0
+    total, (rows, width), dtype = 0, hidden.shape, hidden.dtype
     for key in floats[:: len(FLOATS)]:
-        for elements in (rows * width, *[rows * key.shape[1] * key.shape[2]] * 2):
-            total += (elements + each - 1) // each * each
-        total += rows * key.shape[1] * lse
+        heads, dimension = key.shape[1:]
+        total += sum(_whole(n, dtype) for n in _row_parts(rows, width, heads * dimension)) + rows * heads * _log_size(dtype)
     return total
 
 
-def _skip(x: Tensor) -> int:
-    """Elements of 16 bytes, at whole multiples of which a GPU's matrix products are at their best."""
-    return 16 // x.element_size()
+def _row_parts(rows: int, width: int, inner: int) -> tuple[int, int, int]:
+    """Elements of what is kept of a source's rows: hidden, query, attended."""
+    return rows * width, rows * inner, rows * inner
+
+
+def _whole(elements: int, dtype: torch.dtype) -> int:
+    """So many that what follows starts at whole 16 bytes, at which a GPU's matrix products are at their best."""
+    each = 16 // dtype.itemsize
+    return (elements + each - 1) // each * each
+
+
+def _log_size(dtype: torch.dtype) -> int:
+    """Elements of one lse, which is in float32 for half precision."""
+    return 2 if dtype in common.HALF else 1
 
 
 def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
@@ -367,20 +375,15 @@ class _Kept(NamedTuple):
 
 def _kept(saved: Tensor, rows: int, width: int, heads: int, dimension: int, sources: int) -> list[_Kept]:
     """Views of saved: rows of all kinds, source by source, each from whole 16 bytes on; then lse of all sources."""
-    end = 0
-
-    def part(*shape: int, each: int = 1, elements: int = 1) -> Tensor:
-        nonlocal end
-        begin = -(-end // each) * each
-        end = begin + math.prod(shape) * elements
-        taken = saved[begin:end]
-        return (taken.view(torch.float32) if elements > 1 else taken).view(shape)
-
-    each, inner = _skip(saved), (rows, heads, dimension)
-    found = [[part(rows, width, each=each), part(*inner, each=each), part(*inner, each=each)] for _ in range(sources)]
-    end = -(-end // each) * each
-    lse = 2 if saved.dtype in common.HALF else 1
-    return [_Kept(*views, part(rows, heads, elements=lse)) for views in found]
+    sizes = _row_parts(rows, width, heads * dimension) * sources
+    *parts, logs = saved.split([*(_whole(n, saved.dtype) for n in sizes), sources * rows * heads * _log_size(saved.dtype)])
+    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    logs = (logs.view(torch.float32) if saved.dtype in common.HALF else logs).view(sources, rows, heads)
+    inner = (rows, heads, dimension)
+    return [
+        _Kept(hidden.view(rows, width), query.view(inner), attended.view(inner), lse)
+        for hidden, query, attended, lse in zip(parts[::3], parts[1::3], parts[2::3], logs, strict=True)
+    ]
 
 
 def _plain(device_type: str) -> ExitStack:
