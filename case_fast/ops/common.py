@@ -215,6 +215,17 @@ def row_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.shape[2]
 
 
+def dense_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """x (n, ...), or a view or a copy of it, whose rows are dense; the elements of a row; elements from one row to the next."""
+    width = stride = math.prod(x.shape[1:])
+    if not x.is_contiguous():
+        x = x.reshape(x.shape[0], width)  # a view where it can be
+        if x.stride(1) != 1 and width > 1:
+            x = x.contiguous()
+        stride = x.stride(0)
+    return x, width, stride
+
+
 def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same as tensors of their own: torch.compile takes no tensor twice into an autograd.Function."""
     return [x if x is None else x.view_as(x) for x in tensors]

@@ -43,7 +43,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range; the message names it.
         IndexError: segment names a segment that does not exist. Before any kernel runs.
-        ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call.
+        ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call, where a backend is chosen at all (``few``).
 
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads; on CPU those of the
     torch line above. Differentiable any number of times.
@@ -53,10 +53,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
             return x.new_zeros((size, *x.shape[1:])).index_add_(0, segment, x)
         except _REFUSED:
             pass  # what follows says what is wrong
-    device = common.device_type(x)
-    common.check_dtype("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must be (n, ...), not a number")
+    device = _checked(x)
     common.check_index("segment", segment, x.device, "x")
     if segment.shape[0] != x.shape[0]:
         raise ValueError(f"segment must be (n,) = ({x.shape[0]},) as x, not {tuple(segment.shape)}")
@@ -79,10 +76,7 @@ def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int | None
             return x.index_select(0, index)
         except _REFUSED:
             pass  # what follows says what is wrong
-    device = common.device_type(x)
-    common.check_dtype("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must be (n, ...), not a number")
+    device = _checked(x)
     places = index if index.dim() == 1 else index.reshape(-1)
     common.check_index("index", places, x.device, "x")
     runs = _chosen(device, "index", places, x.shape[0], validate)
@@ -100,6 +94,14 @@ def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
 def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
     """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
     return reference.segment_log_softmax(score, segment, size, segment_sum, take)
+
+
+def _checked(x: Tensor) -> str:
+    """The type of its device."""
+    common.check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must be (n, ...), not a number")
+    return common.device_type(x)
 
 
 def _chosen(device: str, name: str, index: Tensor, size: int, validate: bool | None) -> str:
@@ -157,12 +159,7 @@ def _backward(runs: str, grad_out: Tensor, segment: Tensor) -> Tensor:
 
 def _run(direction: str, name: str, read: Tensor, written: Tensor, index: Tensor, size: int) -> None:
     """Runs the native kernel."""
-    width = stride = math.prod(read.shape[1:])
-    if not read.is_contiguous():
-        read = read.reshape(read.shape[0], width)  # a view where it can be
-        if read.stride(1) != 1 and width > 1:
-            read = read.contiguous()
-        stride = read.stride(0)
+    read, width, stride = common.dense_rows(read)
     index = index.contiguous()
     call = (  # struct case_fast_segment_sum
         index.shape[0], size, width, stride, common.DTYPES[read.dtype], common.INDEX_BITS[index.dtype], index.data_ptr(),

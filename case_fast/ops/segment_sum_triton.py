@@ -9,7 +9,6 @@ same bits. Sums run in float32, in float64 for float64 tensors. Numbers out of r
 """
 # Triton reads annotations as they stand, so this file has no `from __future__ import annotations`.
 
-import math
 
 import torch
 import triton
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from case_fast.ops import device_flag as flags
+from case_fast.ops.common import dense_rows
 from case_fast.ops.device_flag import device_flag, raise_pending
 from case_fast.ops.triton_launch import on_device
 
@@ -82,13 +82,6 @@ def blocks(width: int) -> dict:
     return {"BLOCK_N": 256, "BLOCK_D": 4} if width <= 4 else {"BLOCK_N": 32, "BLOCK_D": 64}
 
 
-def _matrix(x: Tensor) -> tuple[Tensor, int]:
-    """x as (n, width) with dense rows, a view where it can be; and width."""
-    width = math.prod(x.shape[1:])
-    rows = x.reshape(x.shape[0], width)
-    return (rows if rows.stride(1) == 1 or width <= 1 else rows.contiguous()), width
-
-
 def in_order(segment: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The rows by segment, ascending within one: order (n,) and start (size + 1,). Waits for nothing on the device."""
     named, order = torch.sort(segment, stable=True)
@@ -107,13 +100,13 @@ def forward(x: Tensor, segment: Tensor, size: int) -> Tensor:
     out = x.new_empty((size, *x.shape[1:]))
     if not out.numel():
         return out
-    rows, width = _matrix(x)
+    rows, width, stride = dense_rows(x)
     segment, order, start = segment.contiguous(), None, None
     if rows.shape[0] * size > MOST_LOOKS:
         order, start = in_order(segment, size)
     sizes = blocks(width)
     forward_sums[size, triton.cdiv(width, sizes["BLOCK_D"])](
-        rows, segment, order, start, out, device_flag(), rows.shape[0], size, width, rows.stride(0),
+        rows, segment, order, start, out, device_flag(), rows.shape[0], size, width, stride,
         ORDERED=order is not None, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, **sizes,
     )
     return out
@@ -127,9 +120,9 @@ def backward(grad_out: Tensor, segment: Tensor) -> Tensor:
     grad_x = grad_out.new_empty((segment.shape[0], *grad_out.shape[1:]))
     if not grad_x.numel():
         return grad_x
-    rows, width = _matrix(grad_out)
+    rows, width, stride = dense_rows(grad_out)
     sizes = blocks(width)
     backward_rows[triton.cdiv(segment.shape[0], sizes["BLOCK_N"]), triton.cdiv(width, sizes["BLOCK_D"])](
-        rows, segment.contiguous(), grad_x, device_flag(), segment.shape[0], rows.shape[0], width, rows.stride(0), **sizes,
+        rows, segment.contiguous(), grad_x, device_flag(), segment.shape[0], rows.shape[0], width, stride, **sizes,
     )
     return grad_x
