@@ -239,6 +239,27 @@ def _padded_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     return (weight if keep is None else weight * keep / (1 - dropout_p)) @ value
 
 
+# --------------------------------------------------------------------------------------------------------------- pooled_attention
+
+
+def pooled_attention(query: Tensor, rows: Tensor, cu: Tensor, scale: float, dropout_p: float = 0.0, seed: int | Tensor = 0
+                     ) -> Tensor:
+    """One query a sequence and head over rows that all heads share, keys and values at once: `packed_attention` with the rows
+    expanded over heads.
+
+    Args:
+        query: (s, H, d); rows: (T, d); cu (s + 1,): where each sequence of rows starts.
+        scale: that of a head's own dimension, which is not d.
+        dropout_p, seed: as of `packed_attention`, which drops the same weights.
+
+    Returns:
+        (s, H, d): softmax averages of the rows of each sequence. A sequence without rows gives zeros.
+    """
+    shared = rows.unsqueeze(1).expand(-1, query.shape[1], -1)
+    one_each = torch.arange(cu.numel(), dtype=cu.dtype, device=cu.device)
+    return packed_attention(query, shared, shared, one_each, cu, False, scale, dropout_p, seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------- cross_attention
 
 
