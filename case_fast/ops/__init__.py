@@ -8,6 +8,7 @@ from case_fast.ops.cross_attention import PreparedSources, Source, cross_attenti
 from case_fast.ops.graph_attention import graph_attention
 from case_fast.ops.linear_cross_entropy import linear_cross_entropy, top_words
 from case_fast.ops.packed_attention import packed_attention
+from case_fast.ops.residual_norm import residual, residual_norm
 from case_fast.ops.segment_sum import segment_log_softmax, segment_mean, segment_sum, take
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "native_report",
     "packed_attention",
     "prepare_sources",
+    "residual",
+    "residual_norm",
     "segment_log_softmax",
     "segment_mean",
     "segment_sum",
