@@ -9,6 +9,7 @@ from case_fast.ops.graph_attention import graph_attention
 from case_fast.ops.linear_cross_entropy import linear_cross_entropy, top_words
 from case_fast.ops.packed_attention import packed_attention
 from case_fast.ops.pooled_attention import pooled_attention
+from case_fast.ops.residual_norm import residual, residual_norm
 from case_fast.ops.segment_sum import segment_log_softmax, segment_mean, segment_sum, take
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "packed_attention",
     "pooled_attention",
     "prepare_sources",
+    "residual",
+    "residual_norm",
     "segment_log_softmax",
     "segment_mean",
     "segment_sum",

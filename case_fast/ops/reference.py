@@ -293,6 +293,48 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], e
     return hidden
 
 
+# ------------------------------------------------------------------------------------------------------------------ residual_norm
+
+
+def residual_keep(rows: int, width: int, dropout_p: float, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """(rows, width) bool: the elements of what a layer adds that dropout keeps; a function of (seed, row, column) alone, on every
+    backend.
+
+    keep(i, j): word j mod 4 of Philox(counter = (i low, i high, j div 4, 1), key = seed) >= floor(p 2^32). The four words of a
+    counter serve four neighbours, where `dropout_keep` takes the first alone: a quarter of the rounds, which are most of the
+    work. The last number keeps the counters apart from those of attention weights under the same seed.
+    """
+    quads = (width + 3) // 4
+    row = torch.arange(rows, device=device).repeat_interleave(quads)
+    quad = torch.arange(quads, device=device).repeat(rows)
+    words = philox4x32(torch.stack([row & 0xFFFFFFFF, row >> 32, quad, torch.ones_like(row)], dim=1), _key(seed))
+    return (words >= math.floor(dropout_p * 2**32)).view(rows, 4 * quads)[:, :width]
+
+
+def residual(x: Tensor, update: Tensor, dropout_p: float = 0.0, seed: int | Tensor = 0) -> Tensor:
+    """x + dropout(update), both (n, d); what is kept (`residual_keep`) is divided by 1 - dropout_p."""
+    if dropout_p > 0:
+        update = update * residual_keep(*update.shape, dropout_p, seed, update.device) / (1 - dropout_p)
+    return x + update
+
+
+def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, dropout_p: float = 0.0,
+                  seed: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+    """A layer's end and the next one's beginning: total = x + dropout(update) (`residual`), normed = layer_norm(total).
+
+    Args:
+        x: (n, d); update: (n, d), or None: nothing is added.
+        weight, bias: (d,) of the layer norm; eps: of it.
+
+    Returns:
+        total and normed, (n, d) each.
+    """
+    total = x if update is None else residual(x, update, dropout_p, seed)
+    full = full_precision(total)
+    normed = F.layer_norm(full, full.shape[1:], weight.to(full.dtype), bias.to(full.dtype), eps)
+    return total, normed.to(x.dtype)
+
+
 # ------------------------------------------------------------------------------------------------------------------- bilinear_mim
 
 SCORES = ("bilinear_sigmoid", "dot")  # f of Eq. 10 and 12 as the paper prints it, and as the authors' code computes it
