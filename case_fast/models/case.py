@@ -227,14 +227,15 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
     # ---- reading the context (sections 3.1 and 3.2)
 
     def _context_words(self, batch: Batch) -> dict[str, Tensor]:
-        return {"text": batch.case.text, "concept": batch.concept.word, "context": batch.context,
+        return {"text": batch.case.distinct_word, "concept": batch.concept.word, "context": batch.context,
                 "context_role": batch.context_role, "reaction": batch.case.reaction}
 
     def _graph_vectors(self, batch: Batch, words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """cs_i of the knowledge vertices (K, d) and ec_i of all concept vertices (V_ec, d)."""
         c, case, part = self.config, batch.case, batch.concept
-        texts = self.place_packed(words["text"], case.cu_text)
-        texts = self.cognition_encoder(texts, case.cu_text, first_only=True, seed=seed_at(batch.seed, "texts"))
+        texts = self.place(words["text"], case.distinct_position)
+        seed = seed_at(batch.seed, "texts")
+        texts = self.cognition_encoder(texts, case.cu_text, first_only=True, seed=seed, index=case.text_distinct)
         cognition = eq.take(texts, case.cognition_text)
         if c.cognition_graph:
             g, seed = case.cognition, seed_at(batch.seed, "cognition graph")

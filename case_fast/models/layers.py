@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from case_fast.equations import segment_ids, superimpose_intensity, take
-from case_fast.ops import PreparedSources, Source, cross_attention, graph_attention, packed_attention, prepare_sources
-
-
-def first_rows(cu: Tensor) -> Tensor:
-    """Offsets of one row a sequence: what the [CLS] rows of packed sequences are packed by."""
-    return torch.arange(cu.numel(), device=cu.device)
+from case_fast.ops import (
+    PreparedSources,
+    Source,
+    cross_attention,
+    graph_attention,
+    linear,
+    packed_attention,
+    pooled_attention,
+    prepare_sources,
+    residual,
+    residual_norm,
+)
 
 
 @torch.compiler.assume_constant_result  # a compiler does not see into zlib
@@ -66,6 +72,24 @@ def drawn(seed: AnySeed) -> int | Tensor:
     return (seed.factor * seed.step + seed.shift) % 2**63
 
 
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by the package's own product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def heads_of(x: Tensor, projections: Sequence[Linear], heads: int) -> tuple[Tensor, ...]:
+    """x (T, d) through several projections of equal width by one product, (T, H, D) each."""
+    return linear(x, [part.weight for part in projections]).unflatten(-1, (len(projections), heads, -1)).unbind(1)
+
+
+def normalized(x: Tensor, norm: nn.LayerNorm, update: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor = 0
+               ) -> tuple[Tensor, Tensor]:
+    """x + dropout(update), or x alone, and the layer norm of that, (n, d) each."""
+    return residual_norm(x, update, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p, seed=seed)
+
+
 class Dropping(nn.Module):
     """A layer with dropout by counter, inside the kernels: which weights go depends on a seed alone, not on any random state."""
 
@@ -78,6 +102,10 @@ class Dropping(nn.Module):
         p = self.dropout_p if self.training else 0.0
         return p, drawn(seed) if p else 0
 
+    def added(self, x: Tensor, update: Tensor, norm: nn.LayerNorm, seed: AnySeed) -> tuple[Tensor, Tensor]:
+        """x + dropout(update) and its layer norm, (n, d) each."""
+        return normalized(x, norm, update, *self.drop(seed))
+
 
 class Attention(Dropping):
     """Multi-head attention over packed sequences; projections without bias. ``width``: of all heads together, default d_model."""
@@ -85,45 +113,74 @@ class Attention(Dropping):
     def __init__(self, d_model: int, heads: int, dropout: float, width: int | None = None):
         super().__init__(dropout)
         self.heads, width = heads, width or d_model
-        self.query, self.key, self.value = (nn.Linear(d_model, width, bias=False) for _ in range(3))
-        self.output = nn.Linear(width, d_model, bias=False)
+        self.query, self.key, self.value = (Linear(d_model, width, bias=False) for _ in range(3))
+        self.output = Linear(width, d_model, bias=False)
 
     def split(self, x: Tensor) -> Tensor:
         """(..., d) to (..., H, D)."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, rows: Tensor, memory: Tensor, cu_rows: Tensor, cu_memory: Tensor, causal: bool = False,
-                seed: AnySeed = 0) -> Tensor:
-        """rows (Tq, d) attend to memory (Tk, d) of the same sequence; returns (Tq, d). ``seed``: of dropout."""
-        q, k, v = self.split(self.query(rows)), self.split(self.key(memory)), self.split(self.value(memory))
+    def projected(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (T, H, D) of rows (T, d), by one product."""
+        return heads_of(rows, (self.query, self.key, self.value), self.heads)
+
+    def keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, H, D) each, of rows (T, d), by one product."""
+        return heads_of(rows, (self.key, self.value), self.heads)
+
+    def forward(self, rows: Tensor, cu: Tensor, causal: bool = False, seed: AnySeed = 0) -> Tensor:
+        """rows (T, d) attend to the rows of their own sequence; returns (T, d). ``seed``: of dropout."""
         dropout_p, own_seed = self.drop(seed)
-        attended = packed_attention(q, k, v, cu_rows, cu_memory, causal, dropout_p=dropout_p, seed=own_seed)
+        attended = packed_attention(*self.projected(rows), cu, cu, causal, dropout_p=dropout_p, seed=own_seed)
         return self.output(attended.flatten(-2))
+
+    def pooled(self, first: Tensor, rows: Tensor, cu: Tensor, seed: AnySeed = 0) -> Tensor:
+        """One row a sequence, first (s, d), attends to the rows (T, d) of its sequence; returns (s, d), as `forward` does for it.
+
+        q . (W_k n) = (W_k^T q) . n and sum_j p_j (W_v n_j) = W_v (sum_j p_j n_j): keys and values are not made.
+        """
+        key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))  # (H, D, d)
+        query = linear(self.split(self.query(first)), key.transpose(1, 2))
+        dropout_p, own_seed = self.drop(seed)
+        pooled = pooled_attention(query, rows, cu, key.shape[1] ** -0.5, dropout_p=dropout_p, seed=own_seed)
+        return self.output(linear(pooled, value).flatten(-2))
 
 
 class FeedForward(nn.Sequential):
-    def __init__(self, d_model: int, width: int, activation: type[nn.Module] = nn.ReLU):
-        super().__init__(nn.Linear(d_model, width), activation(), nn.Linear(width, d_model))
+    """Two products with an activation ("relu" or "gelu") between them; its parameters are those of layers 0 and 2."""
+
+    def __init__(self, d_model: int, width: int, activation: str = "relu"):
+        super().__init__(Linear(d_model, width), nn.Identity(), Linear(width, d_model))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, _, outer = self
+        return outer(linear(x, inner.weight, inner.bias, self.activation))
 
 
-class EncoderLayer(nn.Module):
-    """Pre-LN Transformer encoder layer."""
+class EncoderLayer(Dropping):
+    """Pre-LN Transformer encoder layer, from its first layer norm up to the one that follows it."""
 
     def __init__(self, d_model: int, heads: int, ffn: int, dropout: float, width: int | None = None):
-        super().__init__()
+        super().__init__(dropout)
         self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = Attention(d_model, heads, dropout, width)
         self.ffn = FeedForward(d_model, ffn)
-        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: AnySeed = 0) -> Tensor:
-        """x (T, d) -> (T, d), or with ``first_only`` the first row of each sequence alone, (s, d)."""
-        normed = self.attention_norm(x)
-        rows, cu_rows = normed, cu
+    def forward(self, x: Tensor, normed: Tensor, cu: Tensor, next_norm: nn.LayerNorm, first_only: bool = False,
+                seed: AnySeed = 0, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (T, d) and its attention_norm -> the layer's (T, d) and its next_norm; ``first_only``: those of the first row of
+        each sequence alone, (s, d). ``index`` (T,): row j of the sequences is x[index[j]] of fewer rows x."""
+        rows = normed if index is None else take(normed, index)
         if first_only:
-            x, rows, cu_rows = take(x, cu[:-1]), take(normed, cu[:-1]), first_rows(cu)
-        x = x + self.dropout(self.attention(rows, normed, cu_rows, cu, seed=seed))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+            firsts = cu[:-1] if index is None else index.index_select(0, cu[:-1])
+            x = take(x, firsts)
+            attended = self.attention.pooled(take(normed, firsts), rows, cu, seed)
+        else:
+            x = x if index is None else take(x, index)
+            attended = self.attention(rows, cu, seed=seed)
+        x, normed = self.added(x, attended, self.ffn_norm, seed_at(seed, "attended"))
+        return self.added(x, self.ffn(normed), next_norm, seed_at(seed, "feed-forward"))
 
 
 class Encoder(nn.Module):
@@ -134,11 +191,15 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d_model, heads, ffn, dropout, width) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: AnySeed = 0) -> Tensor:
-        """x (T, d) -> (T, d). ``first_only``: only the [CLS] rows (s, d), for which the last layer computes nothing else."""
+    def forward(self, x: Tensor, cu: Tensor, first_only: bool = False, seed: AnySeed = 0, index: Tensor | None = None) -> Tensor:
+        """x (T, d) -> (T, d). ``first_only``: only the [CLS] rows (s, d), for which the last layer computes nothing else.
+        ``index`` (T,): row j of the sequences is x[index[j]]; what depends on a row alone is computed once for its equals."""
+        norms = [layer.attention_norm for layer in self.layers] + [self.norm]
+        x, normed = normalized(x, norms[0])
         for place, layer in enumerate(self.layers):
-            x = layer(x, cu, first_only and place == len(self.layers) - 1, seed_at(seed, place))
-        return self.norm(x)
+            first = first_only and place == len(self.layers) - 1
+            x, normed = layer(x, normed, cu, norms[place + 1], first, seed_at(seed, place), None if place else index)
+        return normed
 
 
 class GraphEncoderLayer(Dropping):
@@ -147,16 +208,15 @@ class GraphEncoderLayer(Dropping):
     def __init__(self, d_model: int, heads: int, ffn: int, dropout: float, relations: bool):
         super().__init__(dropout)
         self.heads = heads
-        self.query, self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
-        self.relation = nn.Linear(d_model, 2 * d_model, bias=False) if relations else None
+        self.query, self.key, self.value, self.output = (Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.relation = Linear(d_model, 2 * d_model, bias=False) if relations else None
         self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.ffn = FeedForward(d_model, ffn, nn.GELU)
-        self.dropout = nn.Dropout(dropout)
+        self.ffn = FeedForward(d_model, ffn, "gelu")
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_embedding: Tensor | None,
                 intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
         """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm."""
-        q, k, v = (linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value))
+        q, k, v = heads_of(x, (self.query, self.key, self.value), self.heads)
         relation_query = relation_key = None
         if self.relation is not None and relation_embedding is not None:
             # projected once for the R types, never per edge
@@ -168,9 +228,9 @@ class GraphEncoderLayer(Dropping):
             q, k, v, indptr, indices, relation if relation_query is not None else None, relation_query, relation_key,
             dropout_p=dropout_p, seed=own_seed,
         )
-        x = self.attention_norm(x + self.dropout(self.output(attended.flatten(-2))))
-        x = x + self.dropout(self.ffn(x))
-        return self.ffn_norm(x if intensity is None else superimpose_intensity(x, intensity))
+        _, x = self.added(x, self.output(attended.flatten(-2)), self.attention_norm, seed_at(seed, "attended"))
+        total, normed = self.added(x, self.ffn(x), self.ffn_norm, seed_at(seed, "feed-forward"))
+        return normed if intensity is None else normalized(superimpose_intensity(total, intensity), self.ffn_norm)[1]
 
 
 class GraphEncoder(nn.Module):
@@ -282,24 +342,25 @@ class DecoderLayer(Dropping):
         self.cross_norm = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(sources))
         self.cross_attention = nn.ModuleList(Attention(d_model, heads, dropout, width) for _ in range(sources))
         self.ffn_norm, self.ffn = nn.LayerNorm(d_model), FeedForward(d_model, ffn)
-        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: AnySeed = 0
-                ) -> Tensor:
-        """x (M, d) -> (M, d). ``added`` (B, d): a row for each dialogue, added to all of its rows after the sources."""
-        normed = self.self_norm(x)
-        x = x + self.dropout(self.self_attention(normed, normed, cu, cu, causal=True, seed=seed_at(seed, "self")))
+    def forward(self, x: Tensor, normed: Tensor, cu: Tensor, memories: Sequence[Memory], next_norm: nn.LayerNorm,
+                added: Tensor | None = None, seed: AnySeed = 0) -> tuple[Tensor, Tensor]:
+        """x (M, d) and its self_norm -> the layer's (M, d) and its next_norm. ``added`` (B, d): a row for each dialogue, added
+        to all of its rows after the sources."""
+        attended = self.self_attention(normed, cu, causal=True, seed=seed_at(seed, "self"))
+        x = residual(x, attended, *self.drop(seed_at(seed, "attended")))
         p, of_cross = self.drop(seed_at(seed, "cross"))
         x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=of_cross)
         if added is not None:
             x = x + take(added, segment_ids(cu, x.shape[0]))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        x, normed = normalized(x, self.ffn_norm)
+        return self.added(x, self.ffn(normed), next_norm, seed_at(seed, "feed-forward"))
 
     def sources(self, memories: Sequence[Memory]) -> list[Source]:
         """Keys and values of the memories, and the weights that attend to them."""
         return [
-            Source(attention.split(attention.key(memory.rows)), attention.split(attention.value(memory.rows)), memory.cu,
-                   norm.weight, norm.bias, attention.query.weight, attention.output.weight)
+            Source(*attention.keys_and_values(memory.rows), memory.cu, norm.weight, norm.bias, attention.query.weight,
+                   attention.output.weight)
             for norm, attention, memory in zip(self.cross_norm, self.cross_attention, memories, strict=True)
         ]
 
@@ -307,7 +368,7 @@ class DecoderLayer(Dropping):
         """One word for each hypothesis: x (B * beams, d) -> (B * beams, d). The first layer makes room for it."""
         attention = self.self_attention
         normed = self.self_norm(x)
-        query, key, value = (attention.split(part(normed)) for part in (attention.query, attention.key, attention.value))
+        query, key, value = attention.projected(normed)
         if layer == 0:
             state.lengthen(key)
         keys, values = state.append(layer, key, value)
@@ -331,9 +392,11 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: AnySeed = 0
                 ) -> Tensor:
         """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d). ``added`` (B, d): see `DecoderLayer`."""
+        norms = [layer.self_norm for layer in self.layers] + [self.norm]
+        x, normed = normalized(x, norms[0])
         for place, layer in enumerate(self.layers):
-            x = layer(x, cu, memories, added, seed_at(seed, place))
-        return self.norm(x)
+            x, normed = layer(x, normed, cu, memories, norms[place + 1], added, seed_at(seed, place))
+        return normed
 
     @torch.no_grad()
     def start(self, memories: Sequence[Memory], beams: int = 1, start: Tensor | None = None, added: Tensor | None = None
