@@ -22,6 +22,7 @@
 #include "common/simd.h"
 #include "cross_attention/cross_attention.h"
 #include "graph_attention/graph_attention.h"
+#include "linear/linear.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "packed_attention/packed_attention.h"
 #include "segment_sum/segment_sum.h"
@@ -226,6 +227,7 @@ PyMethodDef functions[] = {
     ON_CPU(bilinear_mim_forward),
     ON_CPU(bilinear_mim_backward),
     bound<case_fast_bilinear_mim_saved>("bilinear_mim_saved"),
+    ON_CPU(linear_forward),
     ON_CPU(linear_cross_entropy_forward),
     ON_CPU(linear_cross_entropy_backward),
     ON_CPU(top_words),

@@ -6,6 +6,7 @@ from case_fast.ops.backend import backend_name, native_report
 from case_fast.ops.bilinear_mim import bilinear_mim, mim_sides
 from case_fast.ops.cross_attention import PreparedSources, Source, cross_attention, prepare_sources
 from case_fast.ops.graph_attention import graph_attention
+from case_fast.ops.linear import linear
 from case_fast.ops.linear_cross_entropy import linear_cross_entropy, top_words
 from case_fast.ops.packed_attention import packed_attention
 from case_fast.ops.pooled_attention import pooled_attention
@@ -19,6 +20,7 @@ __all__ = [
     "bilinear_mim",
     "cross_attention",
     "graph_attention",
+    "linear",
     "linear_cross_entropy",
     "mim_sides",
     "native_report",

@@ -486,6 +486,23 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
     raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
 
 
+# ------------------------------------------------------------------------------------------------------------------------- linear
+
+ACTIVATIONS = (None, "relu", "gelu", "tanh")
+
+
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """f(W x + b) of rows ``x`` (n, K), with ``weight`` (N, K) or several end to end, (N,) of ``bias``: (n, N); or of each of G
+    groups, with x (n, G, K), weights (G, N, K) and bias (G, N): (n, G, N)."""
+    whole = weight if isinstance(weight, Tensor) else weight[0] if len(weight) == 1 else torch.cat(list(weight), -2)
+    if x.dim() == 2:
+        z = F.linear(x, whole, bias)
+    else:
+        z = torch.bmm(x.transpose(0, 1), whole.mT).transpose(0, 1).contiguous()
+        z = z if bias is None else z + bias
+    return z if activation is None else F.gelu(z) if activation == "gelu" else z.relu() if activation == "relu" else z.tanh()
+
+
 # ----------------------------------------------------------------------------------------------------------- linear_cross_entropy
 
 

@@ -1,0 +1,204 @@
+"""Products of rows with weights, with bias and activation, and their gradients.
+
+The equation in plain torch is `case_fast.ops.reference.linear`: the oracle of the tests, and what runs where there is no kernel. It
+is also what runs on every GPU, whose own library of products is the best there is: there is no kernel of ours for any. The
+registered ops `case_fast::linear_forward` and `_backward` call the kernels of the CPU; autograd stands outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from case_fast.ops import backend, common, reference
+from case_fast.ops.reference import ACTIVATIONS
+
+FAMILY = "linear"
+
+
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """y = f(x W^T + b); y_ig = f(W_g x_ig + b_g) where there are groups.
+
+    Replaces ``F.relu(F.linear(x, weight, bias))`` and its like, and with several weights ``F.linear(x, torch.cat(weight), bias)``:
+    the queries, keys and values of one input are one product.
+
+    Args:
+        x: (n, K); or with groups (n, G, K). float32 and float64; float16 and bfloat16 are computed in float32 on CPU. Any
+            strides; elements of a row that lie together are read where they lie.
+        weight: (N, K), or several of them, whose outputs lie end to end; with groups (G, N, K) each, such as the heads of one
+            matrix. Any strides: a transposed view is not copied, and its gradient has its strides.
+        bias: of all outputs, (N,), with groups (G, N); or None.
+        activation: f: "relu", "gelu" (exact: z Phi(z)) or "tanh", or None.
+
+    Returns:
+        (n, N) or (n, G, N), contiguous, in the dtype of x; under autocast on CPU float32 for half precision.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
+        ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call on CPU.
+
+    Deterministic on CPU: equal inputs give equal bits, forward and backward, whatever the number of threads, and a row's result
+    and gradient do not depend on the other rows. On a GPU what torch's products give. No second derivative but on the reference
+    backend.
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not x.is_cpu:
+        _check(x, weights, bias, activation)
+        return reference.linear(x, weights, bias, activation)
+    compute, differs = common.compute_dtype(x)
+    given = x.dtype
+    if differs:
+        x, bias, *weights = common.cast(compute, x, bias, *weights)
+    _check(x, weights, bias, activation)
+    runs = backend.choose(FAMILY, "cpu")
+    if runs == "reference":
+        with torch.autocast("cpu", enabled=False):
+            out = reference.linear(x, weights, bias, activation)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad) or any([w.requires_grad for w in weights])
+    ):
+        out = _Linear.apply(runs, activation, x, bias, *weights)
+    else:
+        out = common.call(_forward_op, _forward, runs, x, weights, bias, activation, False)[0]
+    return common.restored(out, given) if differs else out
+
+
+def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None) -> None:
+    """Shapes, dtypes and devices: whatever is known without reading a tensor."""
+    dtype, device, shape = x.dtype, x.device, x.shape
+    common.check_dtype("x", x)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"x must be (n, K), or with groups (n, G, K), not {tuple(shape)}")
+    if not weights:
+        raise ValueError("weight must be a tensor or several, not none")
+    outputs, of_x = 0, shape[1:]
+    for place, w in enumerate(weights):
+        name = "weight" if len(weights) == 1 else f"weight[{place}]"
+        if w.dtype != dtype or w.device != device:
+            common.check_like(name, w, dtype, device, "x")
+        found = w.shape
+        if len(found) != len(shape) or found[:-2] != of_x[:-1] or found[-1] != of_x[-1]:
+            wanted = ", ".join(["N" if place == len(of_x) - 1 else str(n) for place, n in enumerate((*of_x[:-1], "", of_x[-1]))])
+            raise ValueError(f"{name} must be ({wanted}) as x, not {tuple(found)}")
+        outputs += found[-2]
+    if bias is not None:
+        common.check_like("bias", bias, dtype, device, "x")
+        if bias.shape != (*of_x[:-1], outputs):
+            raise ValueError(f"bias must be {(*of_x[:-1], outputs)} as the outputs of weight, not {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be {', '.join(str(name) for name in ACTIVATIONS)}, not {activation!r}")
+
+
+# ------------------------------------------------------------------------------------------------------------ registered ops
+
+
+def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised y, and what backward needs beside it and the inputs: what the Gaussian unit was applied to, or nothing."""
+    outputs = sum([w.shape[-2] for w in weights])
+    y = x.new_empty((*x.shape[:-1], outputs))
+    return y, torch.empty_like(y) if keep and activation == "gelu" else x.new_empty(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy, whose rows are dense."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _call(x: Tensor, activation: str | None, sources: int) -> tuple:
+    """The members of struct case_fast_linear."""
+    kinds = sources, common.DTYPES[x.dtype], ACTIVATIONS.index(activation)
+    if x.dim() == 2:
+        return x.shape[0], 1, x.shape[1], x.stride(0), 0, *kinds
+    return *x.shape, x.stride(0), x.stride(1), *kinds
+
+
+def _weight(weight: Tensor, gradient: Tensor | None) -> tuple:
+    """The members of struct case_fast_linear_weight."""
+    return weight.shape[-2], *_strides(weight), weight.data_ptr(), *(
+        (0, 0, 0, 0) if gradient is None else (gradient.data_ptr(), *_strides(gradient))
+    )
+
+
+def _strides(weight: Tensor) -> tuple[int, int, int]:
+    return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
+
+
+def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool
+             ) -> tuple[Tensor, Tensor]:
+    x = _rows(x)
+    y, z = found = _outputs(x, weights, activation, keep)
+    address = 0 if bias is None else bias.contiguous().data_ptr()
+    status = backend.native.linear_forward(
+        _call(x, activation, len(weights)), [_weight(w, None) for w in weights], x.data_ptr(), address, y.data_ptr(),
+        z.data_ptr(), torch.get_num_threads(),
+    )
+    if status:
+        common.refuse(FAMILY, status)
+    return found
+
+
+def _gradients(x: Tensor, weights: list[Tensor], bias_shape: list[int] | None, wanted: list[bool]) -> list[Tensor]:
+    """Uninitialised gradients of those of x, bias and weights that want one."""
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format)] if wanted[0] else []
+    if wanted[1]:
+        found.append(x.new_empty((*x.shape[1:-1], sum([w.shape[-2] for w in weights]))))
+    return found + [torch.empty_like(w) for w, wants in zip(weights, wanted[2:], strict=True) if wants]
+
+
+def _backward(runs: str, grad_y: Tensor, x: Tensor, weights: list[Tensor], kept: Tensor, activation: str | None,
+              wanted: list[bool]) -> list[Tensor]:
+    if activation == "relu":
+        grad_y = torch.where(kept > 0, grad_y, 0)
+    elif activation == "tanh":
+        grad_y = torch.ops.aten.tanh_backward(grad_y, kept)
+    elif activation == "gelu":
+        grad_y = torch.ops.aten.gelu_backward(grad_y, kept)
+    one = x.dim() == 2
+    found, whole = [], torch.cat(weights, -2)
+    if wanted[0]:
+        found.append(grad_y @ whole if one else torch.einsum("ign,gnk->igk", grad_y, whole).contiguous())
+    if wanted[1]:
+        found.append(grad_y.sum(0))
+    if any(wanted[2:]):
+        whole = grad_y.T @ x if one else torch.einsum("ign,igk->gnk", grad_y, x)
+        split = whole.split([w.shape[-2] for w in weights], -2)
+        found += [x.contiguous().clone() for x, wants in zip(split, wanted[2:], strict=True) if wants]
+    return found
+
+
+_INPUTS = "Tensor x, Tensor[] weights"
+_forward_op = common.register(
+    f"{FAMILY}_forward(str backend, {_INPUTS}, Tensor? bias, str? activation, bool keep) -> (Tensor, Tensor)", _forward,
+    lambda runs, x, weights, bias, activation, keep: _outputs(x, weights, activation, keep),
+)
+# Gradients of those of x, bias and each weight that are wanted. kept: y where f is relu or tanh, z where it is gelu.
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor kept, str? activation, bool[] wanted) -> Tensor[]", _backward,
+    lambda runs, grad_y, x, weights, kept, activation, wanted: _gradients(x, weights, None, wanted),
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- autograd
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the inputs, and y, or what the Gaussian unit was applied to."""
+
+    @staticmethod
+    def forward(ctx, runs, activation, x, bias, *weights):
+        y, z = common.call(_forward_op, _forward, runs, x, list(weights), bias, activation, True)
+        ctx.save_for_backward(x, y if activation in ("relu", "tanh") else z, *weights)
+        ctx.runs, ctx.activation = runs, activation
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        wanted = list(ctx.needs_input_grad[2:])
+
+        def call(grad_y, x, kept, *weights):
+            return common.call(_backward_op, _backward, ctx.runs, grad_y, x, list(weights), kept, ctx.activation, wanted)
+
+        found = iter(common.gradients(FAMILY, call, (grad_y, *ctx.saved_tensors)))
+        return None, None, *[next(found) if w else None for w in wanted]

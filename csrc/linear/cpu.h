@@ -1,0 +1,46 @@
+// What cpu.cpp hands to the kernels, which are compiled once per instruction set: cpu_kernels.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "common/kernels.h"
+#include "linear/linear.h"
+
+// A matrix whose element (i, k) lies at data + i * lane + k * depth; i is a row of A, or a column of B.
+template <class T>
+struct LinearOperand {
+    const T *data;
+    int64_t lane, depth;
+};
+
+// Some rows of A, and where their products go.
+template <class T>
+struct LinearRows {
+    LinearOperand<T> a;
+    int64_t rows;
+    T *c;            // (rows, columns), or (columns, rows) where transposed
+    const T *bias;   // of columns, or of rows where transposed; NULL: none
+    T *z;            // what f is applied to, as c; NULL: not wanted
+};
+
+// C = f(A B + bias) for A of several parts.
+template <class T>
+struct LinearProduct {
+    int64_t columns, depth;
+    LinearOperand<T> b;
+    int64_t c_stride;  // from one row of c to the next
+    bool transposed;   // depth is at most `most_transposed` pieces
+    bool add;          // to what stands in c
+    int32_t activation;
+};
+
+constexpr int64_t linear_piece = 384;        // most depth that is summed up in registers
+constexpr int64_t linear_transposed = 1152;  // most depth of a product that is stored transposed
+
+template <class T>
+struct LinearKernels {
+    int64_t (*scratch)(int64_t columns, int64_t depth);  // elements
+    void (*product)(const LinearProduct<T> &, const LinearRows<T> *parts, int64_t count, T *scratch);
+};
+
+CASE_FAST_DECLARE_KERNELS(KernelsOf<LinearKernels>, linear);

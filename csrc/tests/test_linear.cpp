@@ -1,0 +1,204 @@
+// Products of rows with weights on the CPU against naive loops in double: every vector width this machine has, 1 to 7 threads (the same
+// bits), rows alone and among others (the same bits), groups, several weights, any strides, outputs full of NaN. What ASan, UBSan and
+// TSan run on.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+#include "common/simd.h"
+#include "linear/linear.h"
+
+namespace {
+
+std::mt19937_64 random_bits(7);
+
+template <class T>
+std::vector<T> noise(int64_t count) {
+    std::vector<T> x(static_cast<size_t>(count));
+    for (T &value : x) value = T(double(random_bits() >> 11) / double(1ull << 52) - 1);
+    return x;
+}
+template <class T>
+std::vector<T> nan_filled(int64_t count) {
+    return std::vector<T>(static_cast<size_t>(count), std::numeric_limits<T>::quiet_NaN());
+}
+template <class T>
+bool same_bits(const std::vector<T> &a, const std::vector<T> &b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+enum Layout { ROWS, COLUMNS, APART };  // of a weight: its rows dense, its columns, or neither
+
+struct Shape {
+    int64_t rows, groups, depth;
+    std::vector<int64_t> outputs;  // of each weight
+    Layout layout = ROWS;
+    int64_t gap = 0;  // between rows of x
+    int activation = CASE_FAST_IDENTITY;
+    bool bias = true;
+};
+
+template <class T>
+struct Call {
+    const Shape s;
+    int64_t total = 0;  // outputs
+    std::vector<T> x, bias;
+    std::vector<std::vector<T>> memory;
+    std::vector<case_fast_linear_weight> weights;
+    case_fast_linear call;
+
+    explicit Call(const Shape &shape) : s(shape) {
+        for (const int64_t outputs : s.outputs) total += outputs;
+        x = noise<T>(s.rows * (s.groups * s.depth + s.gap));
+        bias = noise<T>(s.groups * total);
+        for (const int64_t outputs : s.outputs) {
+            const int64_t apart = s.layout == APART ? 2 : 1;
+            memory.push_back(noise<T>(s.groups * outputs * s.depth * apart));
+            case_fast_linear_weight w = {};
+            w.outputs = outputs;
+            w.group = outputs * s.depth * apart;
+            w.row = s.layout == COLUMNS ? 1 : s.depth * apart;
+            w.column = s.layout == COLUMNS ? outputs : apart;
+            w.weight = memory.back().data();
+            weights.push_back(w);
+        }
+        call = {s.rows, s.groups, s.depth, s.groups * s.depth + s.gap, s.depth, int32_t(s.outputs.size()),
+                std::is_same_v<T, float> ? CASE_FAST_F32 : CASE_FAST_F64, s.activation};
+    }
+    double at_x(int64_t i, int64_t g, int64_t k) const { return x[size_t(i * call.x_row + g * call.x_group + k)]; }
+    double at_weight(int64_t g, int64_t o, int64_t k) const {
+        size_t place = 0;
+        while (o >= weights[place].outputs) o -= weights[place++].outputs;
+        const case_fast_linear_weight &w = weights[place];
+        return memory[place][size_t(g * w.group + o * w.row + k * w.column)];
+    }
+    double z(int64_t i, int64_t g, int64_t o) const {
+        double sum = s.bias ? double(bias[size_t(g * total + o)]) : 0;
+        for (int64_t k = 0; k < s.depth; ++k) sum += at_x(i, g, k) * at_weight(g, o, k);
+        return sum;
+    }
+    int64_t size() const { return s.rows * s.groups * total; }
+    int forward(std::vector<T> &y, std::vector<T> *z, int threads) const {
+        return case_fast_linear_forward_cpu(&call, weights.data(), x.data(), s.bias ? bias.data() : nullptr, y.data(),
+                                            z ? z->data() : nullptr, threads);
+    }
+};
+
+double activated(double z, int activation) {
+    switch (activation) {
+        case CASE_FAST_RELU: return z > 0 ? z : 0;
+        case CASE_FAST_GELU: return 0.5 * z * (1 + std::erf(z * std::sqrt(0.5)));
+        case CASE_FAST_TANH: return std::tanh(z);
+        default: return z;
+    }
+}
+
+template <class T>
+void check_close(double found, double expected, double scale) {
+    const double error = std::is_same_v<T, float> ? 4e-7 : 1e-15;
+    CHECK(std::fabs(found - expected) <= error * (4 + scale));
+}
+
+template <class T>
+void test_against_a_naive_loop(const Shape &s) {
+    const Call<T> c(s);
+    std::vector<T> first;
+    for (const int threads : {1, 2, 3, 7}) {
+        std::vector<T> y = nan_filled<T>(c.size()), z = nan_filled<T>(c.size());
+        CHECK(c.forward(y, threads == 2 ? &z : nullptr, threads) == CASE_FAST_OK);
+        if (threads == 1) {
+            first = y;
+            for (int64_t i = 0, at = 0; i < s.rows; ++i)
+                for (int64_t g = 0; g < s.groups; ++g)
+                    for (int64_t o = 0; o < c.total; ++o, ++at)
+                        check_close<T>(y[size_t(at)], activated(c.z(i, g, o), s.activation), double(s.depth));
+        }
+        CHECK(same_bits(y, first));
+        for (size_t i = 0; threads == 2 && i < z.size(); ++i) {
+            CHECK(z[i] == z[i]);
+            if (s.activation == CASE_FAST_IDENTITY) CHECK(z[i] == y[i]);
+        }
+    }
+    if (s.rows < 2) return;
+    // a row alone
+    Shape alone = s;
+    alone.rows = 1;
+    Call<T> one(alone);
+    one.memory = c.memory;
+    one.bias = c.bias;
+    for (size_t i = 0; i < one.weights.size(); ++i) one.weights[i].weight = one.memory[i].data();
+    for (const int64_t row : {int64_t(0), s.rows / 2, s.rows - 1}) {
+        std::copy_n(c.x.data() + row * c.call.x_row, c.call.x_row, one.x.data());
+        std::vector<T> y = nan_filled<T>(one.size());
+        CHECK(one.forward(y, nullptr, 1) == CASE_FAST_OK);
+        CHECK(same_bits(y, std::vector<T>(first.begin() + row * one.size(), first.begin() + (row + 1) * one.size())));
+    }
+}
+
+void test_wrong_arguments() {
+    const Call<float> c({4, 2, 3, {5, 2}});
+    std::vector<float> y(size_t(c.size()), -9.0f);
+    CHECK(c.forward(y, nullptr, 1) == CASE_FAST_OK);
+    const auto refused = [&](const case_fast_linear &call, const std::vector<case_fast_linear_weight> &weights, const void *x, void *out) {
+        return case_fast_linear_forward_cpu(&call, weights.data(), x, nullptr, out, nullptr, 1) == CASE_FAST_BAD_ARGUMENT;
+    };
+    CHECK(case_fast_linear_forward_cpu(nullptr, c.weights.data(), c.x.data(), nullptr, y.data(), nullptr, 1) == CASE_FAST_BAD_ARGUMENT);
+    CHECK(refused(c.call, c.weights, nullptr, y.data()));
+    CHECK(refused(c.call, c.weights, c.x.data(), nullptr));
+    for (int member = 0; member < 9; ++member) {
+        case_fast_linear call = c.call;
+        if (member < 5) (&call.rows)[member] = -1;
+        if (member == 5) call.sources = 0;
+        if (member == 6) call.dtype = CASE_FAST_BF16;
+        if (member == 7) call.activation = 4;
+        if (member == 8) call.activation = -1;
+        CHECK(refused(call, c.weights, c.x.data(), y.data()));
+    }
+    for (int member = 0; member < 5; ++member) {
+        std::vector<case_fast_linear_weight> weights = c.weights;
+        if (member < 4) (&weights[1].outputs)[member] = -1;
+        if (member == 4) weights[1].weight = nullptr;
+        CHECK(refused(c.call, weights, c.x.data(), y.data()));
+    }
+}
+
+void test_all() {
+    std::vector<Shape> shapes = {
+        {0, 1, 3, {4}}, {1, 1, 1, {1}}, {5, 1, 0, {3}}, {3, 0, 4, {2}}, {4, 1, 3, {0}}, {7, 1, 5, {0, 3, 0}}, {13, 1, 7, {1}},
+        {1, 1, 300, {300}}, {16, 1, 300, {300}}, {33, 1, 17, {31, 2, 33}, ROWS, 3}, {131, 1, 67, {97}, COLUMNS}, {131, 1, 67, {97}, APART, 1},
+        {97, 2, 67, {31, 12}, COLUMNS}, {12, 3, 33, {40}}, {250, 2, 150, {300}}, {40, 2, 300, {150}, COLUMNS},
+        {50, 1, 385, {30}}, {20, 1, 770, {40}}, {50, 1, 900, {30}, ROWS, 0}, {20, 1, 1200, {40}}, {500, 1, 40, {700}}, {700, 1, 30, {41}},
+    };
+    const size_t count = shapes.size();
+    for (size_t i = 0; i < count; ++i) {
+        Shape s = shapes[i];
+        s.activation = int(1 + i % 3);
+        s.bias = i % 4 < 2;
+        shapes.push_back(s);
+    }
+    for (const Shape &s : shapes) {
+        test_against_a_naive_loop<float>(s);
+        test_against_a_naive_loop<double>(s);
+    }
+    test_wrong_arguments();
+}
+
+}  // namespace
+
+int main() {
+    unsetenv("CASE_FAST_SIMD");
+    const case_fast_simd widest = case_fast_simd_level();
+    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
+        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
+        if (level > widest || case_fast_simd_level() != level) continue;
+        std::printf("linear: %s\n", case_fast_simd_name(level));
+        test_all();
+    }
+}
