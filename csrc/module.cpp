@@ -25,6 +25,7 @@
 #include "linear/linear.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "packed_attention/packed_attention.h"
+#include "pooled_attention/pooled_attention.h"
 #include "segment_sum/segment_sum.h"
 
 namespace py = pybind11;
@@ -221,6 +222,8 @@ PyMethodDef functions[] = {
     ON_CPU(graph_attention_backward),
     ON_CPU(packed_attention_forward),
     ON_CPU(packed_attention_backward),
+    ON_CPU(pooled_attention_forward),
+    ON_CPU(pooled_attention_backward),
     ON_CPU(cross_attention_forward),
     ON_CPU(cross_attention_backward),
     bound<case_fast_cross_attention_saved>("cross_attention_saved"),

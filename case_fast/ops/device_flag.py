@@ -15,7 +15,7 @@ from torch import Tensor
 
 BAD_INDPTR, BAD_INDICES, BAD_RELATION = 1, 2, 3  # below 64: enum case_fast_status of csrc/common/types.h
 BAD_CU_QUERY, BAD_CU_KEY, BAD_KEY_OF, BAD_KEY_LENGTH = 7, 8, 9, 10
-BAD_TARGET, BAD_CU_TARGET, BAD_SEGMENT, BAD_POSITIVE = 11, 12, 13, 64
+BAD_TARGET, BAD_CU_TARGET, BAD_SEGMENT, BAD_CU, BAD_POSITIVE = 11, 12, 13, 14, 64
 _SAID = {
     BAD_INDPTR: "graph_attention: indptr must start with 0, never fall, and end with the number of indices",
     BAD_INDICES: "graph_attention: indices holds a vertex outside [0, vertices)",
@@ -27,6 +27,7 @@ _SAID = {
     BAD_TARGET: "linear_cross_entropy: target holds a word outside [0, V)",
     BAD_CU_TARGET: "linear_cross_entropy: cu_target must start with 0, never fall, and end with the number of targets",
     BAD_SEGMENT: "segment_sum: segment names a segment, or take's index a row, that does not exist",
+    BAD_CU: "pooled_attention: cu must rise from 0 to the number of rows",
     BAD_POSITIVE: "bilinear_mim: positive names a row outside [0, rows of y)",
 }
 

@@ -109,7 +109,9 @@ def _forward(runs: str, query: Tensor, rows: Tensor, cu: Tensor, scale: float, d
         common.check_offsets("cu", cu, rows.shape[0], "rows")
         out = reference.pooled_attention(query, rows, cu, scale, dropout_p, reference.seed_of(seed, seed_at))
         return out, _outputs(query)[1].zero_()
-    raise NotImplementedError(runs)
+    out, lse = _outputs(query)
+    _run("forward", query, rows, cu, (scale, dropout_p, seed), seed_at, (out.data_ptr(), lse.data_ptr()))
+    return out, lse
 
 
 def _backward(runs: str, grad_out: Tensor, query: Tensor, rows: Tensor, cu: Tensor, out: Tensor, lse: Tensor, scale: float,
@@ -119,7 +121,31 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, rows: Tensor, cu: Tens
         return common.plain_gradients(
             lambda *leaves: reference.pooled_attention(*leaves, cu, *numbers), (query, rows), grad_out
         )
-    raise NotImplementedError(runs)
+    grad_query, grad_rows = found = _gradients(query, rows)
+    out, lse, grad_out = out.contiguous(), lse.contiguous(), _dense(grad_out)
+    others = (out.data_ptr(), lse.data_ptr(), grad_out.data_ptr(), grad_out.stride(0), grad_out.stride(1), grad_query.data_ptr(),
+              grad_rows.data_ptr())
+    _run("backward", query, rows, cu, (scale, dropout_p, seed), seed_at, others)
+    return found
+
+
+def _run(direction: str, query: Tensor, rows: Tensor, cu: Tensor, numbers: tuple, seed_at: Tensor | None, others: tuple[int, ...]
+         ) -> None:
+    """Runs the native kernel. others: what its arguments are beside query and rows."""
+    query, rows, cu = _dense(query), _dense(rows), cu.contiguous()
+    sequences, heads, width = query.shape
+    call = (  # struct case_fast_pooled_attention
+        sequences, rows.shape[0], heads, width, common.DTYPES[query.dtype], common.INDEX_BITS[cu.dtype], cu.data_ptr(),
+        query.stride(0), query.stride(1), rows.stride(0), *numbers, 0 if seed_at is None else seed_at.data_ptr(),
+    )
+    status = common.run_native(f"{FAMILY}_{direction}", query, call, (query.data_ptr(), rows.data_ptr(), *others))
+    if status:
+        common.refuse_contents(FAMILY, status, {14: "cu"}, lambda: common.check_offsets("cu", cu, rows.shape[0], "rows"))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of it where the elements of a row do not lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 _INPUTS, _NUMBERS = "Tensor query, Tensor rows, Tensor cu", "float scale, float dropout_p, SymInt seed, Tensor? seed_at"

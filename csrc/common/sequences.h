@@ -2,10 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "common/attention.h"
@@ -24,30 +22,6 @@ template <class T>
 const AttentionKernels<T> &attention_kernels() {
     return CASE_FAST_WIDEST(attention).of<T>();
 }
-
-// As many equal workspaces as threads; a running task holds one.
-template <class T>
-class Slots {
-public:
-    Slots(Workspace &workspace, int threads, int64_t elements)
-        : count_(std::max(threads, 1)), size_((elements + 15) / 16 * 16), data_(workspace.take<T>(count_ * size_)),
-          busy_(new std::atomic<bool>[size_t(count_)]) {
-        for (int64_t i = 0; i < count_; ++i) busy_[size_t(i)].store(false, std::memory_order_relaxed);
-    }
-    template <class Task>
-    void with(Task task) {
-        for (int64_t i = 0;; i = (i + 1) % count_)
-            if (!busy_[size_t(i)].exchange(true, std::memory_order_acquire)) {
-                task(data_ + i * size_);
-                return busy_[size_t(i)].store(false, std::memory_order_release);
-            }
-    }
-
-private:
-    int64_t count_, size_;
-    T *data_;
-    std::unique_ptr<std::atomic<bool>[]> busy_;
-};
 
 // Bounds of `parts` ranges of [0, costs.size()) with about equal sums of costs.
 std::vector<int64_t> even_ranges(const std::vector<int64_t> &costs, int64_t parts) {

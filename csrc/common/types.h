@@ -22,6 +22,7 @@ enum case_fast_status {
     CASE_FAST_BAD_TARGET = 11,     // names a word that does not exist
     CASE_FAST_BAD_CU_TARGET = 12,  // does not start with 0, falls, or does not end with the number of targets
     CASE_FAST_BAD_SEGMENT = 13,    // names a segment that does not exist
+    CASE_FAST_BAD_CU = 14,         // does not start with 0, falls, or does not end with the number of rows
 };
 
 #ifdef __cplusplus

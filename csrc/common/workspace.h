@@ -68,6 +68,30 @@ private:
     std::vector<std::unique_ptr<void, void (*)(void *)>> blocks_;
 };
 
+// As many equal workspaces as threads; a running task holds one.
+template <class T>
+class Slots {
+public:
+    Slots(Workspace &workspace, int threads, int64_t elements)
+        : count_(std::max(threads, 1)), size_((elements + 15) / 16 * 16), data_(workspace.take<T>(count_ * size_)),
+          busy_(new std::atomic<bool>[size_t(count_)]) {
+        for (int64_t i = 0; i < count_; ++i) busy_[size_t(i)].store(false, std::memory_order_relaxed);
+    }
+    template <class Task>
+    void with(Task task) {
+        for (int64_t i = 0;; i = (i + 1) % count_)
+            if (!busy_[size_t(i)].exchange(true, std::memory_order_acquire)) {
+                task(data_ + i * size_);
+                return busy_[size_t(i)].store(false, std::memory_order_release);
+            }
+    }
+
+private:
+    int64_t count_, size_;
+    T *data_;
+    std::unique_ptr<std::atomic<bool>[]> busy_;
+};
+
 // A large result lies in fresh memory, where each first touch of a page is a fault: as huge pages, 512 times fewer.
 inline void prepare_output(void *array, size_t bytes) {
 #if defined(MADV_HUGEPAGE)

@@ -80,7 +80,7 @@ struct Layout {
     }
 };
 
-Layout random_layout(int64_t batch, int64_t queries, int64_t keys, bool causal, bool shared, bool cut) {
+[[maybe_unused]] Layout random_layout(int64_t batch, int64_t queries, int64_t keys, bool causal, bool shared, bool cut) {
     Layout x;
     shared = shared && batch > 0;
     x.causal = causal;
