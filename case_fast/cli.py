@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import difflib
 import json
@@ -34,6 +33,7 @@ from rich.progress import (
 
 from case_fast import __version__
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
+from case_fast.memory import keep_freed_memory
 
 _REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see docs/data.md):
 
@@ -425,15 +425,6 @@ usage: case-fast COMMAND [arguments]          case-fast COMMAND --help
 """
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to 1 GiB of what was freed: given back, each step would take it again, page by page, at 1 us a page."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 28)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -441,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # be chosen for `bench`, whose peers are measured as people run them.
     if words[:1] != ["bench"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _keep_freed_memory()
+    keep_freed_memory()
     console, errors = Console(), Console(stderr=True)
     if not words or words[0] in ("--help", "-h", "--version"):
         print(__version__ if words[:1] == ["--version"] else _overview())

@@ -18,12 +18,14 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
-BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "optional"}  # "": the package itself, its version
+# "": the package itself, its version
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional"}
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
     "text_files": set(),
     "files": set(),
+    "memory": set(),
     "devices": set(),
     "batch": set(),
     "html": set(),
@@ -42,7 +44,7 @@ MAY_IMPORT = {
     "serving": {"models", "data", "knowledge", "runs", "generation"},
 }
 # What these parts may import from outside the standard library.
-OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files")}
+OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "memory")}
 OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 ALL = {"cli", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")

@@ -20,6 +20,7 @@ from case_fast.batch import Batch
 from case_fast.data import Store
 from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
+from case_fast.memory import keep_freed_memory
 from case_fast.models import DialogueModel, Output, model_class
 from case_fast.optional import PlainConsole, open_console
 from case_fast.references import read_references
@@ -89,6 +90,7 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
     device = resolve_device(config.device)
+    keep_freed_memory()
     config = config.resolved(len(store.featurizer.vocabulary))
     with Run(out).held(resume) as run:
         if resume:
