@@ -1,7 +1,7 @@
 """Products of rows with weights, with bias and activation, and their gradients.
 
-The equation in plain torch is `case_fast.ops.reference.linear`: the oracle of the tests, and what runs where there is no kernel. It
-is also what runs on every GPU, whose own library of products is the best there is: there is no kernel of ours for any. The
+The equation in plain torch is `case_fast.ops.reference.linear`: the oracle of the tests, and what runs where there is no kernel.
+It is also what runs on every GPU, whose own library of products is the best there is: there is no kernel of ours for any. The
 registered ops `case_fast::linear_forward` and `_backward` call the kernels of the CPU; autograd stands outside.
 """
 
@@ -18,7 +18,8 @@ from case_fast.ops.reference import ACTIVATIONS
 FAMILY = "linear"
 
 
-def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None
+           ) -> Tensor:
     """y = f(x W^T + b); y_ig = f(W_g x_ig + b_g) where there are groups.
 
     Replaces ``F.relu(F.linear(x, weight, bias))`` and its like, and with several weights ``F.linear(x, torch.cat(weight), bias)``:
@@ -127,12 +128,11 @@ def _strides(weight: Tensor) -> tuple[int, int, int]:
 
 def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool
              ) -> tuple[Tensor, Tensor]:
-    x = _rows(x)
+    x, bias = _rows(x), None if bias is None else bias.contiguous()
     y, z = found = _outputs(x, weights, activation, keep)
-    address = 0 if bias is None else bias.contiguous().data_ptr()
     status = backend.native.linear_forward(
-        _call(x, activation, len(weights)), [_weight(w, None) for w in weights], x.data_ptr(), address, y.data_ptr(),
-        z.data_ptr(), torch.get_num_threads(),
+        _call(x, activation, len(weights)), [_weight(w, None) for w in weights], *common.pointers(x, bias, y, z),
+        torch.get_num_threads(),
     )
     if status:
         common.refuse(FAMILY, status)
@@ -175,7 +175,8 @@ _forward_op = common.register(
 )
 # Gradients of those of x, bias and each weight that are wanted. kept: y where f is relu or tanh, z where it is gelu.
 _backward_op = common.register(
-    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor kept, str? activation, bool[] wanted) -> Tensor[]", _backward,
+    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor kept, str? activation, bool[] wanted) -> Tensor[]",
+    _backward,
     lambda runs, grad_y, x, weights, kept, activation, wanted: [
         gradient for gradient in _gradients(x, weights, wanted) if gradient is not None
     ],

@@ -37,7 +37,7 @@ struct LinearProduct {
 constexpr int64_t linear_piece = 384;        // most depth that is summed up in registers
 constexpr int64_t linear_transposed = 1152;  // most depth of a product that is stored transposed
 
-constexpr int64_t linear_rows = 64;  // whose gradients of bias are summed one after the other
+constexpr int64_t linear_rows = 32;  // whose gradients of bias are summed one after the other
 
 template <class T>
 struct LinearKernels {

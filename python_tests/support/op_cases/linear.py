@@ -46,8 +46,11 @@ class Linear(Case):
     plain = staticmethod(of_reference)
     FLOATS = ("x", "weight", "second", "bias")
 
-    SMALL = [{"rows": 9, "depth": 5, "outputs": 4}, {"rows": 4, "depth": 6, "outputs": 3, "second": 2, "activation": "gelu"},
-             {"rows": 5, "depth": 3, "outputs": 4, "groups": 2, "activation": "tanh", "bias": False, "columns": True}]
+    SMALL = [
+        {"rows": 9, "depth": 5, "outputs": 4},
+        {"rows": 4, "depth": 6, "outputs": 3, "second": 2, "activation": "gelu"},
+        {"rows": 5, "depth": 3, "outputs": 4, "groups": 2, "activation": "tanh", "bias": False, "columns": True},
+    ]
     OPCHECK = [
         *({"rows": 9, "depth": 5, "outputs": 4, "activation": activation} for activation in ACTIVATIONS),
         {"rows": 9, "depth": 5, "outputs": 4, "second": 3, "activation": "gelu"},
@@ -61,7 +64,7 @@ class Linear(Case):
         {"rows": rows, "depth": depth, "outputs": outputs, "number": place, "activation": activation, **more}
         for place, (rows, depth, outputs, more) in enumerate(SHAPES) for activation in (None, "gelu", "tanh")
     ]
-    VARIED = [  # by rows of x and by rows of the weights; one piece of depth and several; groups; weights as they lie and transposed
+    VARIED = [  # by rows of x and by rows of the weights; one piece of depth and several; groups; weights transposed or not
         {"rows": 250, "depth": 300, "outputs": 300},
         {"rows": 250, "depth": 300, "outputs": 300, "second": 600, "activation": "gelu"},
         {"rows": 1000, "depth": 300, "outputs": 300, "second": 40, "bias": False},
@@ -75,8 +78,8 @@ class Linear(Case):
         {"rows": 0, "depth": 5, "outputs": 4},
         {"rows": 90, "depth": 61, "outputs": 70, "layout": 2},
     ]
-    AVERAGE = [({"rows": 300, "depth": 300, "outputs": 70}, 10, 1.2, 1.2),
-               ({"rows": 90, "depth": 1300, "outputs": 70, "activation": "gelu"}, 10, 1.2, 1.2)]
+    AVERAGE = [({"rows": 300, "depth": 300, "outputs": 70}, 10, 1.5, 1.5),
+               ({"rows": 90, "depth": 1300, "outputs": 70, "activation": "gelu"}, 10, 1.5, 1.5)]
     DRAWN = []
     STATUSES = []
     COMPILED = [
@@ -125,8 +128,8 @@ class Linear(Case):
         """A row of x, or of the gradient of its result."""
         pick, poison = chooser(g), POISON[number % 3]
         rows, activation = 2 + number % 50, pick(*ACTIVATIONS) if poison != poison else None  # relu and tanh hide an infinity
-        case = cls.made(rows, pick(1, 5, 40), pick(1, 7, 40), number, device=device, groups=pick(0, 2), second=pick(None, 3),
-                        activation=activation)
+        case = cls.made(rows, pick(1, 5, 40), pick(1, 7, 40), number, device=device, groups=pick(0, 2),
+                        second=pick(None, 3), activation=activation)
         row = number % rows
         apart, mine = others(rows, slice(row, row + 1), device), torch.zeros(rows, dtype=torch.bool, device=device)
         mine[row] = True
