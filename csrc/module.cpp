@@ -231,6 +231,7 @@ PyMethodDef functions[] = {
     ON_CPU(bilinear_mim_backward),
     bound<case_fast_bilinear_mim_saved>("bilinear_mim_saved"),
     ON_CPU(linear_forward),
+    ON_CPU(linear_backward),
     ON_CPU(linear_cross_entropy_forward),
     ON_CPU(linear_cross_entropy_backward),
     ON_CPU(top_words),

@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     family = FAMILIES[options.family]
-    checks = {row: (check, full_size(family, row)) for row, check in ROWS.items()} | {8: (check_sanitizers, len(SANITIZERS))}
+    checks = {row: (check, full) for row, check in ROWS.items() if (full := full_size(family, row))}
+    checks[8] = (check_sanitizers, len(SANITIZERS))
     rows = sorted(checks) if options.row is None else options.row
     if unknown := set(rows) - set(checks):
         parser.error(f"no such rows: {sorted(unknown)}; there are {sorted(checks)}")

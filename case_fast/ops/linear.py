@@ -1,7 +1,7 @@
 """Products of rows with weights, with bias and activation, and their gradients.
 
-The equation in plain torch is `case_fast.ops.reference.linear`: the oracle of the tests, and what runs where there is no kernel. It
-is also what runs on every GPU, whose own library of products is the best there is: there is no kernel of ours for any. The
+The equation in plain torch is `case_fast.ops.reference.linear`: the oracle of the tests, and what runs where there is no kernel.
+It is also what runs on every GPU, whose own library of products is the best there is: there is no kernel of ours for any. The
 registered ops `case_fast::linear_forward` and `_backward` call the kernels of the CPU; autograd stands outside.
 """
 
@@ -18,7 +18,8 @@ from case_fast.ops.reference import ACTIVATIONS
 FAMILY = "linear"
 
 
-def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None
+           ) -> Tensor:
     """y = f(x W^T + b); y_ig = f(W_g x_ig + b_g) where there are groups.
 
     Replaces ``F.relu(F.linear(x, weight, bias))`` and its like, and with several weights ``F.linear(x, torch.cat(weight), bias)``:
@@ -127,45 +128,44 @@ def _strides(weight: Tensor) -> tuple[int, int, int]:
 
 def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool
              ) -> tuple[Tensor, Tensor]:
-    x = _rows(x)
+    x, bias = _rows(x), None if bias is None else bias.contiguous()
     y, z = found = _outputs(x, weights, activation, keep)
-    address = 0 if bias is None else bias.contiguous().data_ptr()
     status = backend.native.linear_forward(
-        _call(x, activation, len(weights)), [_weight(w, None) for w in weights], x.data_ptr(), address, y.data_ptr(),
-        z.data_ptr(), torch.get_num_threads(),
+        _call(x, activation, len(weights)), [_weight(w, None) for w in weights], *common.pointers(x, bias, y, z),
+        torch.get_num_threads(),
     )
     if status:
         common.refuse(FAMILY, status)
     return found
 
 
-def _gradients(x: Tensor, weights: list[Tensor], bias_shape: list[int] | None, wanted: list[bool]) -> list[Tensor]:
-    """Uninitialised gradients of those of x, bias and weights that want one."""
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format)] if wanted[0] else []
-    if wanted[1]:
-        found.append(x.new_empty((*x.shape[1:-1], sum([w.shape[-2] for w in weights]))))
-    return found + [torch.empty_like(w) for w, wants in zip(weights, wanted[2:], strict=True) if wants]
+def _gradients(x: Tensor, weights: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients of x, bias and weights; None where not wanted."""
+    outputs = sum([w.shape[-2] for w in weights])
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None,
+        x.new_empty((*x.shape[1:-1], outputs)) if wanted[1] else None,
+        *[_gradient(w) if wants else None for w, wants in zip(weights, wanted[2:], strict=True)],
+    ]
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Uninitialised, with the strides of a weight whose rows or columns are dense."""
+    dense = weight.stride(-1) == 1 or weight.stride(-2) == 1
+    return torch.empty_like(weight, memory_format=torch.preserve_format if dense else torch.contiguous_format)
 
 
 def _backward(runs: str, grad_y: Tensor, x: Tensor, weights: list[Tensor], kept: Tensor, activation: str | None,
               wanted: list[bool]) -> list[Tensor]:
-    if activation == "relu":
-        grad_y = torch.where(kept > 0, grad_y, 0)
-    elif activation == "tanh":
-        grad_y = torch.ops.aten.tanh_backward(grad_y, kept)
-    elif activation == "gelu":
-        grad_y = torch.ops.aten.gelu_backward(grad_y, kept)
-    one = x.dim() == 2
-    found, whole = [], torch.cat(weights, -2)
-    if wanted[0]:
-        found.append(grad_y @ whole if one else torch.einsum("ign,gnk->igk", grad_y, whole).contiguous())
-    if wanted[1]:
-        found.append(grad_y.sum(0))
-    if any(wanted[2:]):
-        whole = grad_y.T @ x if one else torch.einsum("ign,igk->gnk", grad_y, x)
-        split = whole.split([w.shape[-2] for w in weights], -2)
-        found += [x.contiguous().clone() for x, wants in zip(split, wanted[2:], strict=True) if wants]
-    return found
+    x, grad_y = _rows(x), grad_y.contiguous()
+    grad_x, grad_bias, *grads = found = _gradients(x, weights, wanted)
+    status = backend.native.linear_backward(
+        _call(x, activation, len(weights)), [_weight(w, grad) for w, grad in zip(weights, grads, strict=True)], x.data_ptr(),
+        kept.data_ptr(), grad_y.data_ptr(), *common.pointers(grad_x, grad_bias), torch.get_num_threads(),
+    )
+    if status:
+        common.refuse(FAMILY, status)
+    return [gradient for gradient in found if gradient is not None]
 
 
 _INPUTS = "Tensor x, Tensor[] weights"
@@ -175,8 +175,11 @@ _forward_op = common.register(
 )
 # Gradients of those of x, bias and each weight that are wanted. kept: y where f is relu or tanh, z where it is gelu.
 _backward_op = common.register(
-    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor kept, str? activation, bool[] wanted) -> Tensor[]", _backward,
-    lambda runs, grad_y, x, weights, kept, activation, wanted: _gradients(x, weights, None, wanted),
+    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor kept, str? activation, bool[] wanted) -> Tensor[]",
+    _backward,
+    lambda runs, grad_y, x, weights, kept, activation, wanted: [
+        gradient for gradient in _gradients(x, weights, wanted) if gradient is not None
+    ],
 )
 
 

@@ -3,6 +3,7 @@
 // Every task makes some rows of a product, whole, so no sum is divided. The operand with fewer rows is packed, by each task for
 // itself, and the other is read as it lies: by rows of x, or transposed by rows of the weights.
 #include <algorithm>
+#include <atomic>
 
 #include "common/calls.h"
 #include "common/parallel.h"
@@ -14,21 +15,22 @@ namespace {
 
 constexpr int64_t few_products = 1 << 17;  // multiplications up to which waking a thread costs more than it takes
 
-int check(const case_fast_linear *call, const case_fast_linear_weight *weights, std::initializer_list<const void *> arrays) {
-    if (!call) return CASE_FAST_BAD_ARGUMENT;
+// arrays: (n, G, N), those that the call needs
+int check(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x, std::initializer_list<const void *> arrays) {
+    if (!call || !weights) return CASE_FAST_BAD_ARGUMENT;
     const case_fast_linear &c = *call;
-    if (c.rows < 0 || c.groups < 0 || c.depth < 0 || c.x_row < 0 || c.x_group < 0 || c.sources < 1 || !weights)
-        return CASE_FAST_BAD_ARGUMENT;
+    if (c.rows < 0 || c.groups < 0 || c.depth < 0 || c.x_row < 0 || c.x_group < 0 || c.sources < 1) return CASE_FAST_BAD_ARGUMENT;
     if ((c.dtype != CASE_FAST_F32 && c.dtype != CASE_FAST_F64) || c.activation < 0 || c.activation > CASE_FAST_TANH)
         return CASE_FAST_BAD_ARGUMENT;
-    int64_t outputs = 0;
+    bool any = false;
     for (int32_t s = 0; s < c.sources; ++s) {
         const case_fast_linear_weight &w = weights[s];
         if (w.outputs < 0 || w.group < 0 || w.row < 0 || w.column < 0) return CASE_FAST_BAD_ARGUMENT;
         if (w.outputs > 0 && c.groups > 0 && c.depth > 0 && !w.weight) return CASE_FAST_BAD_ARGUMENT;
-        outputs += w.outputs;
+        any |= w.outputs > 0;
     }
-    return c.rows > 0 && c.groups > 0 && outputs > 0 && missing(arrays) ? CASE_FAST_BAD_ARGUMENT : CASE_FAST_OK;
+    const bool rows = c.rows > 0 && c.groups > 0;
+    return (rows && c.depth > 0 && !x) || (rows && any && missing(arrays)) ? CASE_FAST_BAD_ARGUMENT : CASE_FAST_OK;
 }
 
 int64_t outputs_of(const case_fast_linear &c, const case_fast_linear_weight *weights) {
@@ -37,18 +39,38 @@ int64_t outputs_of(const case_fast_linear &c, const case_fast_linear_weight *wei
     return outputs;
 }
 
-// Calls run(group, begin, end, task) for each task's share of the `length` rows of each of `groups` groups.
+// Calls run(task, worker) for each task; those of one worker do not overlap.
 template <class Run>
-void share(int64_t tasks, int threads, int64_t groups, int64_t length, Run run) {
-    const int64_t total = groups * length;
-    case_fast_parallel(threads, tasks, [&](int64_t task) {
-        const int64_t from = total * task / tasks, to = total * (task + 1) / tasks;
-        for (int64_t at = from; at < to;) {
-            const int64_t group = at / length, end = std::min(to, (group + 1) * length);
-            run(group, at - group * length, end - group * length, task);
-            at = end;
-        }
+void in_turn(int64_t workers, int64_t tasks, Run run) {
+    std::atomic<int64_t> next{0};
+    case_fast_parallel(int(workers), workers, [&](int64_t worker) {
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task, worker);
     });
+}
+
+// Calls run(group, begin, end) for the share of task `task` of `tasks` in the `length` rows of each of `groups` groups.
+template <class Run>
+void share(int64_t task, int64_t tasks, int64_t groups, int64_t length, Run run) {
+    const int64_t total = groups * length, to = total * (task + 1) / tasks;
+    for (int64_t at = total * task / tasks; at < to;) {
+        const int64_t group = at / length, end = std::min(to, (group + 1) * length);
+        run(group, at - group * length, end - group * length);
+        at = end;
+    }
+}
+
+int64_t workers_for(const case_fast_linear &c, int64_t outputs, int threads) {
+    return c.rows * c.groups * outputs * std::max<int64_t>(c.depth, 1) > few_products ? std::max(threads, 1) : 1;
+}
+
+// The rows [begin, end) of weights that lie end to end: calls part(weight, its number, from, to) for each that has some.
+template <class Part>
+void each_part(const case_fast_linear &c, const case_fast_linear_weight *weights, int64_t begin, int64_t end, Part part) {
+    int64_t first = 0;  // output of the whole of each weight
+    for (int32_t s = 0; s < c.sources; first += weights[s++].outputs) {
+        const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, weights[s].outputs);
+        if (from < to) part(weights[s], first, from, to);
+    }
 }
 
 template <class T>
@@ -57,40 +79,127 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs;
     if (c.rows == 0 || stride == 0) return CASE_FAST_OK;
     const bool transposed = c.rows < outputs && c.depth <= linear_transposed;
-    const int64_t length = transposed ? outputs : c.rows;
-    const bool shares = c.rows * stride * std::max<int64_t>(c.depth, 1) > few_products;
-    const int64_t tasks = shares ? std::max<int64_t>(1, std::min<int64_t>(threads, c.groups * length)) : 1;
-    int64_t most = transposed ? kernel.scratch(c.rows, c.depth) : 0;
-    for (int32_t s = 0; s < c.sources && !transposed; ++s) most = std::max(most, kernel.scratch(weights[s].outputs, c.depth));
+    const int64_t length = transposed ? outputs : c.rows, workers = workers_for(c, outputs, threads);
+    const int64_t most = kernel.scratch(transposed ? c.rows : outputs, c.depth);
     Workspace workspace;
-    T *const scratch = workspace.take<T>(tasks * most);
-    LinearRows<T> *const all_parts = workspace.take<LinearRows<T>>(tasks * c.sources);
+    T *const scratch = workspace.take<T>(workers * most);
+    LinearRows<T> *const all_parts = workspace.take<LinearRows<T>>(workers * c.sources);
     prepare_output(y, size_t(c.rows) * size_t(stride) * sizeof(T));
     if (z) prepare_output(z, size_t(c.rows) * size_t(stride) * sizeof(T));
-    share(tasks, threads, c.groups, length, [&](int64_t group, int64_t begin, int64_t end, int64_t task) {
-        T *const memory = scratch + task * most;
-        LinearRows<T> *const parts = all_parts + task * c.sources;
+    const auto of_weights = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
+        LinearRows<T> *const parts = all_parts + worker * c.sources;
         int64_t count = 0;
-        int64_t first = 0;  // output of the whole of each weight
-        for (int32_t s = 0; s < c.sources; ++s) {
+        each_part(c, weights, begin, end, [&](const case_fast_linear_weight &w, int64_t first, int64_t from, int64_t to) {
+            const int64_t at = group * outputs + first + from;
+            parts[count++] = {{static_cast<const T *>(w.weight) + group * w.group + from * w.row, w.row, w.column}, to - from, y + at,
+                              stride, bias ? bias + at : nullptr, z ? z + at : nullptr};
+        });
+        kernel.product({c.rows, c.depth, {x + group * c.x_group, c.x_row, 1}, true, false, c.activation}, parts, count,
+                       scratch + worker * most);
+    };
+    const auto of_rows = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
+        each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
+            const int64_t column = group * outputs + first, at = begin * stride + column;
+            const LinearRows<T> rows = {{x + begin * c.x_row + group * c.x_group, c.x_row, 1}, end - begin, y + at,
+                                        stride, bias ? bias + column : nullptr, z ? z + at : nullptr};
+            const LinearOperand<T> b = {static_cast<const T *>(w.weight) + group * w.group, w.row, w.column};
+            kernel.product({w.outputs, c.depth, b, false, false, c.activation}, &rows, 1, scratch + worker * most);
+        });
+    };
+    in_turn(workers, workers, [&](int64_t task, int64_t worker) {
+        share(task, workers, c.groups, length, [&](int64_t group, int64_t begin, int64_t end) {
+            transposed ? of_weights(group, begin, end, worker) : of_rows(group, begin, end, worker);
+        });
+    });
+    return CASE_FAST_OK;
+}
+
+bool rows_are_dense(const case_fast_linear &c, const case_fast_linear_weight &w) { return w.grad_column == 1 || c.depth <= 1; }
+
+template <class T>
+int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *kept, const T *grad_y, T *grad_x,
+             T *grad_bias, int threads) {
+    const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
+    const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs, workers = workers_for(c, outputs, threads);
+    const int64_t blocks = (c.rows + linear_rows - 1) / linear_rows;
+    const bool differs = c.activation != CASE_FAST_IDENTITY;
+    int64_t most = grad_x ? kernel.scratch(c.depth, outputs) : 0, along = 0;  // along: outputs of weights whose rows are dense
+    for (int32_t s = 0; s < c.sources; ++s) {
+        const case_fast_linear_weight &w = weights[s];
+        if (!w.grad) continue;
+        const bool dense = rows_are_dense(c, w);
+        along += dense ? w.outputs : 0;
+        most = std::max(most, kernel.scratch(dense ? c.depth : w.outputs, c.rows));
+    }
+    Workspace workspace;
+    T *const scratch = workspace.take<T>(workers * most);
+    T *const differentiated = differs ? workspace.take<T>(c.rows * stride) : nullptr;
+    T *const sums = grad_bias ? workspace.take<T>(blocks * stride) : nullptr;
+    LinearRows<T> *const all_parts = workspace.take<LinearRows<T>>(workers * c.sources);
+    if (grad_x) prepare_output(grad_x, size_t(c.rows) * size_t(c.groups) * size_t(c.depth) * sizeof(T));
+
+    if (differs || grad_bias)
+        in_turn(std::min(workers, std::max<int64_t>(blocks, 1)), blocks, [&](int64_t block, int64_t) {
+            const int64_t first = block * linear_rows, at = first * stride;
+            kernel.differentiate(c.activation, std::min(linear_rows, c.rows - first), stride, grad_y + at, differs ? kept + at : nullptr,
+                                 differs ? differentiated + at : nullptr, grad_bias ? sums + block * stride : nullptr);
+        });
+    if (grad_bias) std::fill_n(grad_bias, stride, T(0));
+    for (int64_t block = 0; grad_bias && block < blocks; ++block)
+        for (int64_t j = 0; j < stride; ++j) grad_bias[j] += sums[block * stride + j];
+    const T *const grad_z = differs ? differentiated : grad_y;
+
+    // the gradients of weights whose rows are dense: their rows [begin, end), end to end
+    const auto of_rows = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
+        LinearRows<T> *const parts = all_parts + worker * c.sources;
+        int64_t count = 0, first = 0, place = 0;
+        for (int32_t s = 0; s < c.sources; first += weights[s++].outputs) {
             const case_fast_linear_weight &w = weights[s];
-            const T *const weight = static_cast<const T *>(w.weight) + group * w.group;
-            const int64_t at = group * outputs + first;
-            if (transposed) {
-                const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, w.outputs);
-                if (from < to)
-                    parts[count++] = {{weight + from * w.row, w.row, w.column}, to - from, y + at + from, bias ? bias + at + from : nullptr,
-                                     z ? z + at + from : nullptr};
-            } else if (w.outputs > 0) {
-                const LinearRows<T> rows = {{x + begin * c.x_row + group * c.x_group, c.x_row, 1}, end - begin, y + begin * stride + at,
-                                            bias ? bias + at : nullptr, z ? z + begin * stride + at : nullptr};
-                kernel.product({w.outputs, c.depth, {weight, w.row, w.column}, stride, false, false, c.activation}, &rows, 1, memory);
-            }
-            first += w.outputs;
+            if (!w.grad || !rows_are_dense(c, w)) continue;
+            const int64_t from = std::max(begin - place, int64_t(0)), to = std::min(end - place, w.outputs);
+            place += w.outputs;
+            if (from < to)
+                parts[count++] = {{grad_z + group * outputs + first + from, 1, stride}, to - from,
+                                  static_cast<T *>(w.grad) + group * w.grad_group + from * w.grad_row, w.grad_row, nullptr, nullptr};
         }
-        if (transposed)
-            kernel.product({c.rows, c.depth, {x + group * c.x_group, c.x_row, 1}, stride, true, false, c.activation}, parts, count,
-                           memory);
+        kernel.product({c.depth, c.rows, {x + group * c.x_group, 1, c.x_row}, false, false, CASE_FAST_IDENTITY}, parts, count,
+                       scratch + worker * most);
+    };
+    // the gradient of one whose columns are dense: its columns [begin, end)
+    const auto of_columns = [&](const case_fast_linear_weight &w, int64_t first, int64_t group, int64_t begin, int64_t end, int64_t worker) {
+        const LinearRows<T> rows = {{x + group * c.x_group + begin, 1, c.x_row}, end - begin,
+                                    static_cast<T *>(w.grad) + group * w.grad_group + begin * w.grad_column, w.grad_column, nullptr, nullptr};
+        kernel.product({w.outputs, c.rows, {grad_z + group * outputs + first, 1, stride}, false, false, CASE_FAST_IDENTITY}, &rows, 1,
+                       scratch + worker * most);
+    };
+    const auto of_x = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
+        T *const to = grad_x + (begin * c.groups + group) * c.depth;
+        bool more = false;
+        const auto add = [&](int64_t first, int64_t count, LinearOperand<T> b) {
+            const LinearRows<T> rows = {{grad_z + begin * stride + group * outputs + first, stride, 1}, end - begin, to, c.groups * c.depth,
+                                        nullptr, nullptr};
+            kernel.product({c.depth, count, b, false, more, CASE_FAST_IDENTITY}, &rows, 1, scratch + worker * most);
+            more = true;
+        };
+        each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
+            add(first, w.outputs, {static_cast<const T *>(w.weight) + group * w.group, w.column, w.row});
+        });
+        if (!more) add(0, 0, {nullptr, 1, 1});  // zeros
+    };
+    in_turn(workers, 3 * workers, [&](int64_t task, int64_t worker) {
+        const int64_t part = task % workers;
+        if (task < workers) {
+            share(part, workers, c.groups, along, [&](int64_t group, int64_t begin, int64_t end) { of_rows(group, begin, end, worker); });
+        } else if (task < 2 * workers) {
+            int64_t first = 0;
+            for (int32_t s = 0; s < c.sources; first += weights[s++].outputs)
+                if (weights[s].grad && !rows_are_dense(c, weights[s]))
+                    share(part, workers, c.groups, c.depth, [&](int64_t group, int64_t begin, int64_t end) {
+                        of_columns(weights[s], first, group, begin, end, worker);
+                    });
+        } else if (grad_x) {
+            share(part, workers, c.groups, c.rows, [&](int64_t group, int64_t begin, int64_t end) { of_x(group, begin, end, worker); });
+        }
     });
     return CASE_FAST_OK;
 }
@@ -99,12 +208,29 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
 
 extern "C" int case_fast_linear_forward_cpu(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x,
                                             const void *bias, void *y, void *z, int threads) {
-    const int status = check(call, weights, {y});
+    const int status = check(call, weights, x, {y});
     if (status != CASE_FAST_OK) return status;
-    if (call->depth > 0 && call->rows > 0 && call->groups > 0 && !x) return CASE_FAST_BAD_ARGUMENT;
     return guarded(call->dtype, [&](auto like) {
         using T = decltype(like);
         return forward<T>(*call, weights, static_cast<const T *>(x), static_cast<const T *>(bias), static_cast<T *>(y),
                           static_cast<T *>(z), threads);
+    });
+}
+
+extern "C" int case_fast_linear_backward_cpu(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x,
+                                             const void *kept, const void *grad_y, void *grad_x, void *grad_bias, int threads) {
+    const int status = check(call, weights, x, {grad_y});
+    if (status != CASE_FAST_OK) return status;
+    if (call->activation != CASE_FAST_IDENTITY && check(call, weights, x, {kept}) != CASE_FAST_OK) return CASE_FAST_BAD_ARGUMENT;
+    for (int32_t s = 0; s < call->sources; ++s) {
+        const case_fast_linear_weight &w = weights[s];
+        if (!w.grad) continue;
+        const bool dense = w.grad_column == 1 || w.grad_row == 1 || call->depth <= 1 || w.outputs <= 1;
+        if (w.grad_group < 0 || w.grad_row < 0 || w.grad_column < 0 || !dense) return CASE_FAST_BAD_ARGUMENT;
+    }
+    return guarded(call->dtype, [&](auto like) {
+        using T = decltype(like);
+        return backward<T>(*call, weights, static_cast<const T *>(x), static_cast<const T *>(kept), static_cast<const T *>(grad_y),
+                           static_cast<T *>(grad_x), static_cast<T *>(grad_bias), threads);
     });
 }

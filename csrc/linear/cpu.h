@@ -19,6 +19,7 @@ struct LinearRows {
     LinearOperand<T> a;
     int64_t rows;
     T *c;            // (rows, columns), or (columns, rows) where transposed
+    int64_t stride;  // from one row of c to the next
     const T *bias;   // of columns, or of rows where transposed; NULL: none
     T *z;            // what f is applied to, as c; NULL: not wanted
 };
@@ -28,19 +29,22 @@ template <class T>
 struct LinearProduct {
     int64_t columns, depth;
     LinearOperand<T> b;
-    int64_t c_stride;  // from one row of c to the next
-    bool transposed;   // depth is at most `most_transposed` pieces
-    bool add;          // to what stands in c
+    bool transposed;  // depth is at most `linear_transposed`
+    bool add;         // to what stands in c
     int32_t activation;
 };
 
 constexpr int64_t linear_piece = 384;        // most depth that is summed up in registers
 constexpr int64_t linear_transposed = 1152;  // most depth of a product that is stored transposed
 
+constexpr int64_t linear_rows = 32;  // whose gradients of bias are summed one after the other
+
 template <class T>
 struct LinearKernels {
-    int64_t (*scratch)(int64_t columns, int64_t depth);  // elements
+    int64_t (*scratch)(int64_t columns, int64_t depth);  // elements that products of so many or fewer need
     void (*product)(const LinearProduct<T> &, const LinearRows<T> *parts, int64_t count, T *scratch);
+    // grad_z (rows, columns) = grad_y f'; grad_z NULL: f is the identity. sums (columns): of the rows of grad_z; NULL: not wanted
+    void (*differentiate)(int32_t activation, int64_t rows, int64_t columns, const T *grad_y, const T *kept, T *grad_z, T *sums);
 };
 
 CASE_FAST_DECLARE_KERNELS(KernelsOf<LinearKernels>, linear);

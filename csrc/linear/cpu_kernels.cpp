@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int64_t group_bytes = int64_t(400) << 10;  // of a group of B: of a second cache of 1 MiB
+constexpr int64_t group_bytes = int64_t(400) << 10;  // of a group of B, at most: of a second cache of 1 MiB
+static_assert(group_bytes >= int64_t(sizeof(double)) * Tile<double>::columns * linear_transposed, "a panel may be a group");
 
 template <class T>
 struct Division {
@@ -25,49 +26,151 @@ CASE_FAST_INLINE Division<T> divide(int64_t columns, int64_t depth) {
     return {piece, span, panels_of(panels, groups) * width};
 }
 
+// Enough for that many columns and depth, and for fewer.
 template <class T>
 int64_t scratch(int64_t columns, int64_t depth) {
-    const Division<T> d = divide<T>(columns, depth);
-    return d.group * d.span + Tile<T>::rows * (d.span + d.group);
+    constexpr int64_t most = group_bytes / int64_t(sizeof(T));
+    const int64_t span = least(depth > 0 ? depth : 1, linear_transposed), group = least(packed_columns<T>(columns, 1), most);
+    return least(group * span, most) + Tile<T>::rows * (span + 2 * group);
 }
 
 // ---- what follows a product
 
 template <class T>
-CASE_FAST_INLINE Vector<T> activated(Vector<T> z, int32_t activation) {
-    constexpr int width = Lanes<T>::width;
-    if (activation == CASE_FAST_RELU) return z < T(0) ? Vector<T>{} : z;  // NaN goes through
-    if (activation == CASE_FAST_GELU)
-        for (int i = 0; i < width; ++i) z[i] *= T(0.5) * (T(1) + T(::erf(double(z[i]) * M_SQRT1_2)));
-    if (activation == CASE_FAST_TANH)
-        for (int i = 0; i < width; ++i) z[i] = T(::tanh(double(z[i])));
-    return z;
+CASE_FAST_INLINE Vector<T> absolute(Vector<T> x) {
+    return x < T(0) ? -x : x;
 }
 
-// c (rows, columns) = f(c + bias), and z.
-template <class T>
-void finish(T *c, int64_t stride, int64_t rows, int64_t columns, const T *bias, T *z, int32_t activation) {
-    for (int64_t i = 0; i < rows; ++i, c += stride, z = z ? z + stride : z)
-        each_vector<T>(columns, [=](int64_t j, auto get, auto put) __attribute__((always_inline)) {
-            Vector<T> sum = get(c + j);
-            if (bias) sum += get(bias + j);
-            if (z) put(z + j, sum);
-            put(c + j, activated<T>(sum, activation));
-        });
+// Within 2 units in the last place, after N. Juffa: near 0 a polynomial, beyond it 1 - e^polynomial.
+CASE_FAST_INLINE Vector<float> error_function(Vector<float> x) {
+    const Vector<float> zero = {}, t = absolute<float>(x), s = x * x;
+    Vector<float> far = zero - 1.72853470e-5f, even = zero - 3.88396438e-3f;
+    far = far * t + 3.83197126e-4f;
+    even = even * t + 2.42546219e-2f;
+    far = far * s + even;
+    far = far * t - 1.06777877e-1f;
+    far = far * t - 6.34846687e-1f;
+    far = far * t - 1.28717512e-1f;
+    far = far * t - t;
+    far = 1.0f - exp_nonpositive(t > 5.0f ? zero - 100.0f : far);
+    far = x < 0.0f ? -far : far;
+    Vector<float> near = zero - 5.96761703e-4f;
+    near = near * s + 4.99119423e-3f;
+    near = near * s - 2.67681349e-2f;
+    near = near * s + 1.12819925e-1f;
+    near = near * s - 3.76125336e-1f;
+    near = near * s + 1.28379166e-1f;
+    near = near * x + x;
+    return t > 0.927734375f ? far : near;  // NaN goes through
+}
+CASE_FAST_INLINE Vector<float> hyperbolic_tangent(Vector<float> x) {
+    const Vector<float> zero = {}, t = absolute<float>(x), s = x * x;
+    const Vector<float> e = exp_nonpositive(-2.0f * t), far = (1.0f - e) / (1.0f + e);
+    Vector<float> near = zero + 1.57394409e-2f;
+    near = near * s - 5.23025580e-2f;
+    near = near * s + 1.33152470e-1f;
+    near = near * s - 3.33327681e-1f;
+    near = near * s;
+    near = near * x + x;
+    return t > 0.55f ? (x < 0.0f ? -far : far) : near;
+}
+// Lane by lane, as exp_nonpositive in double.
+CASE_FAST_INLINE Vector<double> error_function(Vector<double> x) {
+    for (int i = 0; i < Lanes<double>::width; ++i) x[i] = ::erf(x[i]);
+    return x;
+}
+CASE_FAST_INLINE Vector<double> hyperbolic_tangent(Vector<double> x) {
+    for (int i = 0; i < Lanes<double>::width; ++i) x[i] = ::tanh(x[i]);
+    return x;
 }
 
-// The same for a strip (rows, columns) that goes to c (columns, rows), with a bias a row.
 template <class T>
-void finish_transposed(const T *strip, int64_t width, int64_t rows, int64_t columns, T *c, int64_t stride, const T *bias, T *z,
-                       int32_t activation) {
-    for (int64_t j = 0; j < columns; ++j)
+CASE_FAST_INLINE Vector<T> normal_distribution(Vector<T> z) {
+    return T(0.5) + T(0.5) * error_function(z * T(M_SQRT1_2));
+}
+
+// Calls body(f, derivative), which take vectors: f of z, and f' of what is kept.
+template <class T, class Body>
+CASE_FAST_INLINE void with_activation(int32_t activation, Body body) {
+    switch (activation) {
+        case CASE_FAST_RELU:
+            return body([](Vector<T> z) __attribute__((always_inline)) { return z < T(0) ? Vector<T>{} : z; },  // NaN goes through
+                        [](Vector<T> y) __attribute__((always_inline)) { return y <= T(0) ? Vector<T>{} : Vector<T>{} + T(1); });
+        case CASE_FAST_GELU:
+            return body([](Vector<T> z) __attribute__((always_inline)) { return z * normal_distribution<T>(z); },
+                        [](Vector<T> z) __attribute__((always_inline)) {
+                            constexpr T scale = T(0.5 * M_2_SQRTPI * M_SQRT1_2);  // 1 / sqrt(2 pi)
+                            return normal_distribution<T>(z) + z * (scale * exp_nonpositive(T(-0.5) * z * z));
+                        });
+        case CASE_FAST_TANH:
+            return body([](Vector<T> z) __attribute__((always_inline)) { return hyperbolic_tangent(z); },
+                        [](Vector<T> y) __attribute__((always_inline)) { return T(1) - y * y; });
+        default:
+            return body([](Vector<T> z) __attribute__((always_inline)) { return z; },
+                        [](Vector<T>) __attribute__((always_inline)) { return Vector<T>{} + T(1); });
+    }
+}
+
+// c (rows, columns) = f(c + bias), with a bias a column, or a row where transposed; and z (rows, columns), apart as c.
+template <class T>
+void finish(T *c, int64_t stride, int64_t rows, int64_t columns, const T *bias, bool transposed, T *z, int32_t activation) {
+    with_activation<T>(activation, [=](auto f, auto) __attribute__((always_inline)) {
         for (int64_t i = 0; i < rows; ++i) {
-            T sum = strip[i * width + j];
-            if (bias) sum += bias[i];
-            if (z) z[j * stride + i] = sum;
-            const Vector<T> all = activated<T>(Vector<T>{} + sum, activation);
-            c[j * stride + i] = all[0];
+            T *const to = c + i * stride, *const before = z ? z + i * stride : nullptr;
+            each_vector<T>(columns, [=](int64_t j, auto get, auto put) __attribute__((always_inline)) {
+                Vector<T> sum = get(to + j);
+                if (bias) sum += transposed ? Vector<T>{} + bias[i] : get(bias + j);
+                if (before) put(before + j, sum);
+                put(to + j, f(sum));
+            });
         }
+    });
+}
+
+// to[j * stride + i] = from[i * width + j]
+template <class T>
+void store_transposed(const T *from, int64_t width, int64_t rows, int64_t columns, T *to, int64_t stride) {
+    int64_t i = 0;
+#if defined(__x86_64__)
+    if constexpr (sizeof(T) == 4)
+        for (; i + 4 <= rows; i += 4) {
+            int64_t j = 0;
+            for (; j + 4 <= columns; j += 4) {
+                const float *const source = from + i * width + j;
+                float *const target = to + j * stride + i;
+                __m128 a = _mm_loadu_ps(source), b = _mm_loadu_ps(source + width);
+                __m128 c = _mm_loadu_ps(source + 2 * width), d = _mm_loadu_ps(source + 3 * width);
+                _MM_TRANSPOSE4_PS(a, b, c, d);
+                _mm_storeu_ps(target, a);
+                _mm_storeu_ps(target + stride, b);
+                _mm_storeu_ps(target + 2 * stride, c);
+                _mm_storeu_ps(target + 3 * stride, d);
+            }
+            for (; j < columns; ++j)
+                for (int64_t l = i; l < i + 4; ++l) to[j * stride + l] = from[l * width + j];
+        }
+#endif
+    for (int64_t j = 0; j < columns; ++j)
+        for (int64_t l = i; l < rows; ++l) to[j * stride + l] = from[l * width + j];
+}
+
+template <class T>
+void differentiate(int32_t activation, int64_t rows, int64_t columns, const T *grad_y, const T *kept, T *grad_z, T *sums) {
+    for (int64_t j = 0; sums && j < columns; ++j) sums[j] = T(0);
+    with_activation<T>(activation, [=](auto, auto derivative) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const T *const given = grad_y + i * columns, *const at = grad_z ? kept + i * columns : nullptr;
+            T *const to = grad_z ? grad_z + i * columns : nullptr;
+            each_vector<T>(columns, [=](int64_t j, auto get, auto put) __attribute__((always_inline)) {
+                Vector<T> g = get(given + j);
+                if (to) {
+                    g *= derivative(get(at + j));
+                    put(to + j, g);
+                }
+                if (sums) put(sums + j, get(sums + j) + g);
+            });
+        }
+    });
 }
 
 // ---- products
@@ -100,6 +203,7 @@ void product(const LinearProduct<T> &p, const LinearRows<T> *parts, int64_t part
     constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
     const Division<T> d = divide<T>(p.columns, p.depth);
     T *const panels = memory, *const packed = panels + d.group * d.span, *const strip = packed + height * d.span;
+    T *const strip_z = strip + height * d.group;
     for (int64_t j = 0; j < p.columns; j += d.group) {
         const int64_t columns = least(d.group, p.columns - j);
         int64_t k = 0;
@@ -115,9 +219,9 @@ void product(const LinearProduct<T> &p, const LinearRows<T> *parts, int64_t part
                     const T *const a = part.a.data + i * part.a.lane + k * part.a.depth;
                     const bool packs = !direct || count < height;
                     if (packs) pack_rows(a, part.a.lane, part.a.depth, count, span, packed);
-                    const int64_t at = p.transposed ? j * p.c_stride + i : i * p.c_stride + j;
+                    const int64_t at = p.transposed ? j * part.stride + i : i * part.stride + j;
                     T *const to = p.transposed ? strip : part.c + at;
-                    const int64_t stride = p.transposed ? d.group : p.c_stride;
+                    const int64_t stride = p.transposed ? d.group : part.stride;
                     int64_t l = 0;
                     do {
                         const int64_t steps = least(d.piece, span - l);
@@ -129,11 +233,13 @@ void product(const LinearProduct<T> &p, const LinearRows<T> *parts, int64_t part
                     } while (l < span);
                     if (!last) continue;
                     T *const z = part.z ? part.z + at : nullptr;
-                    if (p.transposed)
-                        finish_transposed(strip, d.group, count, columns, part.c + at, p.c_stride, part.bias ? part.bias + i : nullptr,
-                                          z, p.activation);
-                    else if (part.bias || z || p.activation != CASE_FAST_IDENTITY)
-                        finish(to, p.c_stride, count, columns, part.bias ? part.bias + j : nullptr, z, p.activation);
+                    const T *const bias = part.bias ? part.bias + (p.transposed ? i : j) : nullptr;
+                    T *const before = p.transposed && z ? strip_z : z;
+                    if (bias || z || p.activation != CASE_FAST_IDENTITY)
+                        finish(to, stride, count, columns, bias, p.transposed, before, p.activation);
+                    if (!p.transposed) continue;
+                    store_transposed(strip, stride, count, columns, part.c + at, part.stride);
+                    if (z) store_transposed(strip_z, stride, count, columns, z, part.stride);
                 }
             }
             k += d.span;
@@ -143,4 +249,5 @@ void product(const LinearProduct<T> &p, const LinearRows<T> *parts, int64_t part
 
 }  // namespace
 
-const KernelsOf<LinearKernels> CASE_FAST_KERNELS_HERE(linear) = {{scratch<float>, product<float>}, {scratch<double>, product<double>}};
+const KernelsOf<LinearKernels> CASE_FAST_KERNELS_HERE(linear) = {{scratch<float>, product<float>, differentiate<float>},
+                                                               {scratch<double>, product<double>, differentiate<double>}};

@@ -42,9 +42,14 @@ void bench(int64_t rows, int64_t depth, int64_t outputs, int threads, int repeti
     int status = 0;
     for (int i = 0; i < repetitions; ++i)
         forward.take([&] { status |= case_fast_linear_forward_cpu(&call, &of, x.data(), bias.data(), y.data(), nullptr, threads); });
+    for (int i = 0; i < repetitions; ++i)
+        backward.take([&] {
+            status |= case_fast_linear_backward_cpu(&call, &of, x.data(), nullptr, grad_y.data(), grad_x.data(), nullptr, threads);
+        });
     const double flops = 2.0 * double(rows) * double(depth) * double(outputs);
     std::printf("%5lld %5lld -> %5lld", static_cast<long long>(rows), static_cast<long long>(depth), static_cast<long long>(outputs));
     forward.show("forward", flops);
+    backward.show("backward", 2 * flops);
     std::printf(status ? "  status %d\n" : "\n", status);
 }
 

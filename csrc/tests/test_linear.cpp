@@ -85,6 +85,18 @@ struct Call {
         return sum;
     }
     int64_t size() const { return s.rows * s.groups * total; }
+    std::vector<std::vector<T>> gradients() {  // of the weights, full of NaN
+        std::vector<std::vector<T>> found;
+        for (size_t i = 0; i < weights.size(); ++i) {
+            case_fast_linear_weight &w = weights[i];
+            found.push_back(nan_filled<T>(s.groups * w.outputs * s.depth));
+            w.grad_group = w.outputs * s.depth;
+            w.grad_row = s.layout == COLUMNS ? 1 : s.depth;
+            w.grad_column = s.layout == COLUMNS ? w.outputs : 1;
+            w.grad = found.back().data();
+        }
+        return found;
+    }
     int forward(std::vector<T> &y, std::vector<T> *z, int threads) const {
         return case_fast_linear_forward_cpu(&call, weights.data(), x.data(), s.bias ? bias.data() : nullptr, y.data(),
                                             z ? z->data() : nullptr, threads);
@@ -142,6 +154,73 @@ void test_against_a_naive_loop(const Shape &s) {
     }
 }
 
+double slope(double kept, int activation) {
+    switch (activation) {
+        case CASE_FAST_RELU: return kept > 0 ? 1 : 0;
+        case CASE_FAST_GELU: return 0.5 * (1 + std::erf(kept * std::sqrt(0.5))) + kept * std::exp(-0.5 * kept * kept) / std::sqrt(2 * M_PI);
+        case CASE_FAST_TANH: return 1 - kept * kept;
+        default: return 1;
+    }
+}
+
+template <class T>
+void test_gradients(const Shape &s) {
+    Call<T> c(s);
+    const std::vector<T> kept = noise<T>(c.size()), grad_y = noise<T>(c.size());
+    const int64_t depth = s.depth, total = c.total, groups = s.groups;
+    std::vector<double> grad_z(grad_y.size());
+    for (size_t i = 0; i < grad_y.size(); ++i) grad_z[i] = double(grad_y[i]) * slope(kept[i], s.activation);
+    std::vector<T> first_x, first_bias;
+    std::vector<std::vector<T>> first;
+    for (const int threads : {1, 2, 3, 7}) {
+        auto found = c.gradients();
+        std::vector<T> grad_x = nan_filled<T>(s.rows * groups * depth), grad_bias = nan_filled<T>(groups * total);
+        const auto run = [&](bool x, bool bias) {
+            return case_fast_linear_backward_cpu(&c.call, c.weights.data(), c.x.data(), s.activation ? kept.data() : nullptr, grad_y.data(),
+                                                 x ? grad_x.data() : nullptr, bias ? grad_bias.data() : nullptr, threads);
+        };
+        CHECK(run(true, true) == CASE_FAST_OK);
+        if (threads > 1) {
+            CHECK(same_bits(grad_x, first_x) && same_bits(grad_bias, first_bias));
+            for (size_t i = 0; i < found.size(); ++i) CHECK(same_bits(found[i], first[i]));
+            continue;
+        }
+        first_x = grad_x, first_bias = grad_bias, first = found;
+        for (int64_t g = 0; g < groups; ++g) {
+            for (int64_t i = 0; i < s.rows; ++i)
+                for (int64_t k = 0; k < depth; ++k) {
+                    double sum = 0;
+                    for (int64_t o = 0; o < total; ++o) sum += grad_z[size_t((i * groups + g) * total + o)] * c.at_weight(g, o, k);
+                    check_close<T>(grad_x[size_t((i * groups + g) * depth + k)], sum, double(total));
+                }
+            size_t place = 0;
+            for (int64_t o = 0, at = 0; o < total; ++o, ++at) {
+                while (at >= c.weights[place].outputs) at -= c.weights[place++].outputs;
+                double sum = 0;
+                for (int64_t i = 0; i < s.rows; ++i) sum += grad_z[size_t((i * groups + g) * total + o)];
+                check_close<T>(grad_bias[size_t(g * total + o)], sum, double(s.rows));
+                const case_fast_linear_weight &w = c.weights[place];
+                for (int64_t k = 0; k < depth; ++k) {
+                    double product = 0;
+                    for (int64_t i = 0; i < s.rows; ++i) product += grad_z[size_t((i * groups + g) * total + o)] * c.at_x(i, g, k);
+                    check_close<T>(found[place][size_t(g * w.grad_group + at * w.grad_row + k * w.grad_column)], product, double(s.rows));
+                }
+            }
+        }
+        // each alone is what it is with the others
+        for (const int wanted : {0, 1, 2}) {
+            auto again = c.gradients();
+            grad_x = nan_filled<T>(s.rows * groups * depth), grad_bias = nan_filled<T>(groups * total);
+            for (size_t i = 0; i < again.size(); ++i)
+                if (wanted != 2 || i + 1 < again.size()) c.weights[i].grad = nullptr;
+            CHECK(run(wanted == 0, wanted == 1) == CASE_FAST_OK);
+            CHECK(wanted != 0 || same_bits(grad_x, first_x));
+            CHECK(wanted != 1 || same_bits(grad_bias, first_bias));
+            CHECK(wanted != 2 || same_bits(again.back(), first.back()));
+        }
+    }
+}
+
 void test_wrong_arguments() {
     const Call<float> c({4, 2, 3, {5, 2}});
     std::vector<float> y(size_t(c.size()), -9.0f);
@@ -161,6 +240,15 @@ void test_wrong_arguments() {
         if (member == 8) call.activation = -1;
         CHECK(refused(call, c.weights, c.x.data(), y.data()));
     }
+    Call<float> b({4, 2, 3, {5, 2}, ROWS, 0, CASE_FAST_TANH});
+    auto gradients = b.gradients();
+    const auto backward = [&](const void *kept, const void *grad_y) {
+        return case_fast_linear_backward_cpu(&b.call, b.weights.data(), b.x.data(), kept, grad_y, nullptr, nullptr, 1);
+    };
+    CHECK(backward(y.data(), y.data()) == CASE_FAST_OK);
+    CHECK(backward(nullptr, y.data()) == CASE_FAST_BAD_ARGUMENT && backward(y.data(), nullptr) == CASE_FAST_BAD_ARGUMENT);
+    b.weights[0].grad_column = b.weights[0].grad_row = 2;
+    CHECK(backward(y.data(), y.data()) == CASE_FAST_BAD_ARGUMENT);
     for (int member = 0; member < 5; ++member) {
         std::vector<case_fast_linear_weight> weights = c.weights;
         if (member < 4) (&weights[1].outputs)[member] = -1;
@@ -174,6 +262,7 @@ void test_all() {
         {0, 1, 3, {4}}, {1, 1, 1, {1}}, {5, 1, 0, {3}}, {3, 0, 4, {2}}, {4, 1, 3, {0}}, {7, 1, 5, {0, 3, 0}}, {13, 1, 7, {1}},
         {1, 1, 300, {300}}, {16, 1, 300, {300}}, {33, 1, 17, {31, 2, 33}, ROWS, 3}, {131, 1, 67, {97}, COLUMNS}, {131, 1, 67, {97}, APART, 1},
         {97, 2, 67, {31, 12}, COLUMNS}, {12, 3, 33, {40}}, {250, 2, 150, {300}}, {40, 2, 300, {150}, COLUMNS},
+        {16, 1, 300, {300, 31}}, {350, 1, 300, {300, 31}}, {30, 1, 20, {900, 300}},
         {50, 1, 385, {30}}, {20, 1, 770, {40}}, {50, 1, 900, {30}, ROWS, 0}, {20, 1, 1200, {40}}, {500, 1, 40, {700}}, {700, 1, 30, {41}},
     };
     const size_t count = shapes.size();
@@ -186,6 +275,8 @@ void test_all() {
     for (const Shape &s : shapes) {
         test_against_a_naive_loop<float>(s);
         test_against_a_naive_loop<double>(s);
+        test_gradients<float>(s);
+        test_gradients<double>(s);
     }
     test_wrong_arguments();
 }
