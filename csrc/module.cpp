@@ -26,6 +26,7 @@
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "packed_attention/packed_attention.h"
 #include "pooled_attention/pooled_attention.h"
+#include "residual_norm/residual_norm.h"
 #include "segment_sum/segment_sum.h"
 
 namespace py = pybind11;
@@ -235,6 +236,9 @@ PyMethodDef functions[] = {
     ON_CPU(linear_cross_entropy_forward),
     ON_CPU(linear_cross_entropy_backward),
     ON_CPU(top_words),
+    ON_CPU(residual_norm_forward),
+    ON_CPU(residual_norm_backward),
+    ON_CPU(residual_norm_drop),
     ON_CPU(segment_sum_forward),
     ON_CPU(segment_sum_backward),
 #ifdef CASE_FAST_WITH_CUDA

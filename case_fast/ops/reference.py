@@ -297,24 +297,26 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Any], e
 
 
 def residual_keep(rows: int, width: int, dropout_p: float, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
-    """(rows, width) bool: the elements of what a layer adds that dropout keeps; a function of (seed, row, column) alone, on every
-    backend.
+    """(rows, width) bool: what of an update dropout keeps; a function of (seed, row, column) alone, on every backend.
 
-    keep(i, j): word j mod 4 of Philox(counter = (i low, i high, j div 4, 1), key = seed) >= floor(p 2^32). The four words of a
-    counter serve four neighbours, where `dropout_keep` takes the first alone: a quarter of the rounds, which are most of the
-    work. The last number keeps the counters apart from those of attention weights under the same seed.
+    keep(i, j): half word >= floor(p 2^16), of Philox(counter = (i low, i high, j div 8, 1), key = seed) the low half of word
+    (j div 2) mod 4 where j is even, else the high one. So a counter serves eight neighbours, where `dropout_keep` takes one for
+    each: an eighth of the rounds, which would be most of the work. The counter's 1 keeps these draws apart from those of
+    attention weights under the same seed.
     """
-    quads = (width + 3) // 4
-    row = torch.arange(rows, device=device).repeat_interleave(quads)
-    quad = torch.arange(quads, device=device).repeat(rows)
-    words = philox4x32(torch.stack([row & 0xFFFFFFFF, row >> 32, quad, torch.ones_like(row)], dim=1), _key(seed))
-    return (words >= math.floor(dropout_p * 2**32)).view(rows, 4 * quads)[:, :width]
+    eights = (width + 7) // 8
+    row = torch.arange(rows, device=device).repeat_interleave(eights)
+    eight = torch.arange(eights, device=device).repeat(rows)
+    words = philox4x32(torch.stack([row & 0xFFFFFFFF, row >> 32, eight, torch.ones_like(row)], dim=1), _key(seed))
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).view(rows, 8 * eights)[:, :width]
+    return halves >= math.floor(dropout_p * 2**16)
 
 
 def residual(x: Tensor, update: Tensor, dropout_p: float = 0.0, seed: int | Tensor = 0) -> Tensor:
-    """x + dropout(update), both (n, d); what is kept (`residual_keep`) is divided by 1 - dropout_p."""
+    """x + dropout(update), both (n, d); what is kept (`residual_keep`) is divided by 1 - p, p in whole 2^-16."""
     if dropout_p > 0:
-        update = update * residual_keep(*update.shape, dropout_p, seed, update.device) / (1 - dropout_p)
+        keep = residual_keep(*update.shape, dropout_p, seed, update.device)
+        update = update * keep / (1 - math.floor(dropout_p * 2**16) / 2**16)
     return x + update
 
 

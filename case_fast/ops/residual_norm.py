@@ -27,9 +27,10 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
         update: (n, d) as x, or None: nothing is added, and total is x.
         weight, bias: (d,) as x; for half precision on GPU also float32.
         eps: of the layer norm.
-        dropout_p, seed: probability in [0, 1) that an element of update is dropped; the others are divided by 1 - p. Which ones
-            is a function of (seed, row, column) alone, the same on every backend. seed: in [0, 2^63), or an int64 tensor of one
-            element on the device of x, whose value, modulo 2^63, is read when the kernels run.
+        dropout_p, seed: probability in [0, 1) that an element of update is dropped, rounded down to a multiple of 2^-16; the
+            others are divided by 1 - p. Which ones is a function of (seed, row, column) alone, the same on every backend
+            (`case_fast.ops.reference.residual_keep`). seed: in [0, 2^63), or an int64 tensor of one element on the device of x,
+            whose value, modulo 2^63, is read when the kernels run.
 
     Returns:
         total and normed, (n, d) each, in the dtype of x. Under autocast: in autocast's dtype on GPU, in float32 on CPU.
@@ -52,10 +53,18 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
         if of.shape != x.shape[1:] or of.dtype != x.dtype or of.device != x.device:  # asked here too: before every call
             _check_norm(name, of, x)
     common.check_finite("eps", eps)
-    common.seed_pair(seed, x.device)
-    backend.choose(FAMILY, device)
-    with torch.autocast(device, enabled=False):
-        total, normed = reference.residual_norm(x, update, weight, bias, eps, dropout_p, seed)
+    numbers = (eps, dropout_p if update is not None else 0.0, *common.seed_pair(seed, x.device))
+    runs = backend.choose(FAMILY, device)
+    if runs == "reference":
+        with torch.autocast(device, enabled=False):
+            total, normed = reference.residual_norm(x, update, weight, bias, *numbers[:2], seed)
+    elif torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or bias.requires_grad or (update is not None and update.requires_grad)
+    ):
+        total, normed = _ResidualNorm.apply(runs, x, update, weight, bias, *numbers)
+    else:
+        total, normed, _ = common.call(_forward_op, _forward, runs, x, update, weight, bias, *numbers)
+        total = x if update is None else total
     return common.restored(total, given), common.restored(normed, given)
 
 
@@ -66,11 +75,13 @@ def residual(x: Tensor, update: Tensor, dropout_p: float = 0.0, seed: int | Tens
     if differs:
         x, update = common.cast(compute, x, update)
     _check(x, update, dropout_p)
-    common.seed_pair(seed, x.device)
+    number, seed_at = common.seed_pair(seed, x.device)
     if dropout_p == 0:
         return common.restored(x + update, given)
-    backend.choose(FAMILY, device)
-    return common.restored(reference.residual(x, update, dropout_p, seed), given)
+    runs = backend.choose(FAMILY, device)
+    if runs == "reference":
+        return common.restored(reference.residual(x, update, dropout_p, seed), given)
+    return common.restored(_dropped(runs, update, x, dropout_p, number, seed_at), given)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -93,3 +104,142 @@ def _check_norm(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be (d,) = ({like.shape[1]},) as x, not {tuple(x.shape)}")
     half = like.dtype in common.HALF and x.dtype == torch.float32
     common.check_like(name, x, x.dtype if half else like.dtype, like.device, "x")
+
+
+# ------------------------------------------------------------------------------------------------------------ registered ops
+
+
+def _outputs(x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised total, which is empty where nothing is added, normed and stats."""
+    total = x.new_empty(0) if update is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return total, normed, x.new_empty(2, x.shape[0], dtype=common.sum_dtype(x))
+
+
+def _forward(runs: str, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int,
+             seed_at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    x, update, weight, bias = common.contiguous(x, update, weight, bias)
+    out = _outputs(x, update)
+    if runs == "triton":
+        from case_fast.ops import residual_norm_triton as triton
+
+        triton.forward(x, update, weight, bias, eps, dropout_p, seed, seed_at, *out)
+    else:
+        total, normed, stats = out
+        total = None if update is None else total
+        _run("forward", x, (eps, dropout_p, seed, seed_at), (x, update, weight, bias, total, normed, stats))
+    return out
+
+
+def _gradients(total: Tensor, weight: Tensor, dropout_p: float) -> list[Tensor]:
+    """Uninitialised gradients of x, with dropout of update, else that is the same, of weight and of bias."""
+    return common.empty_like(*[total] * (1 + (dropout_p > 0)), weight, weight)
+
+
+def _backward(runs: str, grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, stats: Tensor, weight: Tensor,
+              dropout_p: float, seed: int, seed_at: Tensor | None) -> list[Tensor]:
+    inputs = common.contiguous(total, stats, weight, grad_total, grad_normed)
+    found = _gradients(total, weight, dropout_p)
+    grads = found if dropout_p > 0 else [found[0], None, *found[1:]]
+    if runs == "triton":
+        from case_fast.ops import residual_norm_triton as triton
+
+        triton.backward(*inputs, dropout_p, seed, seed_at, *grads)
+    else:
+        _run("backward", total, (0.0, dropout_p, seed, seed_at), (*inputs, *grads))
+    return found
+
+
+def _drop(runs: str, update: Tensor, base: Tensor | None, dropout_p: float, seed: int, seed_at: Tensor | None) -> Tensor:
+    update, base = common.contiguous(update, base)
+    out = torch.empty_like(update)
+    if runs == "triton":
+        from case_fast.ops import residual_norm_triton as triton
+
+        triton.drop(update, base, dropout_p, seed, seed_at, out)
+    else:
+        _run("drop", update, (0.0, dropout_p, seed, seed_at), (update, base, out))
+    return out
+
+
+def _run(name: str, like: Tensor, numbers: tuple, arguments: tuple[Tensor | None, ...]) -> None:
+    """Runs the native kernel. numbers: eps to seed_at."""
+    *numbers, seed_at = numbers
+    call = (*like.shape, common.DTYPES[like.dtype], *numbers, 0 if seed_at is None else seed_at.data_ptr())
+    status = common.run_native(f"{FAMILY}_{name}", like, call, common.pointers(*arguments))
+    if status:
+        common.refuse(FAMILY, status)
+
+
+_DRAWS = "float dropout_p, SymInt seed, Tensor? seed_at"  # SymInt: a new seed does not compile again
+# total, which is empty where nothing is added, normed and stats (2, n): mean and 1 / standard deviation of each row of total, in
+# the dtype of sums.
+_forward_op = common.register(
+    f"{FAMILY}_forward(str backend, Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps, {_DRAWS}) -> "
+    "(Tensor, Tensor, Tensor)", _forward, lambda runs, x, update, *rest: _outputs(x, update),
+)
+# Gradients of x, of update where dropout_p > 0, of weight and of bias.
+_backward_op = common.register(
+    f"{FAMILY}_backward(str backend, Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor stats, Tensor weight, {_DRAWS})"
+    " -> Tensor[]", _backward,
+    lambda runs, grad_total, grad_normed, total, stats, weight, dropout_p, *rest: _gradients(total, weight, dropout_p),
+)
+# base + dropout(update); without a base the gradient of update.
+_drop_op = common.register(
+    f"{FAMILY}_drop(str backend, Tensor update, Tensor? base, {_DRAWS}) -> Tensor", _drop,
+    lambda runs, update, *rest: torch.empty_like(update, memory_format=torch.contiguous_format),
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- autograd
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Keeps total, which goes on as the residual stream, and two numbers a row; draws again what was dropped."""
+
+    @staticmethod
+    def forward(ctx, runs, x, update, weight, bias, eps, dropout_p, seed, seed_at):
+        given = (x, update, weight, bias, eps, dropout_p, seed, seed_at)
+        total, normed, stats = common.call(_forward_op, _forward, runs, *given)
+        if update is None:
+            total = x.view_as(x)
+        ctx.save_for_backward(total, stats, weight, seed_at)
+        ctx.set_materialize_grads(False)
+        ctx.runs, ctx.updates, ctx.numbers = runs, update is not None, (dropout_p, seed)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_normed):
+        runs, numbers, seed_at = ctx.runs, ctx.numbers, ctx.saved_tensors[-1]
+        weight = bias = None
+        if grad_normed is None:  # of the residual stream alone, and of nothing where grad_total is None too
+            x = update = grad_total
+            if grad_total is not None and numbers[0] > 0:
+                update = _dropped(runs, grad_total, None, *numbers, seed_at)
+        else:
+            def call(grad_total, grad_normed, total, stats, weight, seed_at):
+                given = (grad_total, grad_normed, total, stats, weight)
+                return common.call(_backward_op, _backward, runs, *given, *numbers, seed_at)
+
+            x, *update, weight, bias = common.gradients(FAMILY, call, (grad_total, grad_normed, *ctx.saved_tensors))
+            update = update[0] if update else x
+        return None, x, update if ctx.updates else None, weight, bias, None, None, None, None
+
+
+def _dropped(runs: str, update: Tensor, base: Tensor | None, dropout_p: float, seed: int, seed_at: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and (update.requires_grad or (base is not None and base.requires_grad)):
+        return _Dropped.apply(runs, update, base, dropout_p, seed, seed_at)
+    return common.call(_drop_op, _drop, runs, update, base, dropout_p, seed, seed_at)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, runs, update, base, dropout_p, seed, seed_at):
+        ctx.save_for_backward(seed_at)
+        ctx.runs, ctx.adds, ctx.numbers = runs, base is not None, (dropout_p, seed)
+        return common.call(_drop_op, _drop, runs, update, base, dropout_p, seed, seed_at)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad = _dropped(ctx.runs, grad_out, None, *ctx.numbers, *ctx.saved_tensors)
+        return None, grad, grad_out if ctx.adds else None, None, None, None

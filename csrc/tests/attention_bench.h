@@ -22,7 +22,7 @@ std::vector<float> noise(int64_t count, float scale = 1) {
 }
 
 // Offsets of sequences with `length` rows, or 1 .. 2 * length - 1 where ragged.
-std::vector<int64_t> offsets(int64_t sequences, int64_t length, bool ragged) {
+[[maybe_unused]] std::vector<int64_t> offsets(int64_t sequences, int64_t length, bool ragged) {
     std::vector<int64_t> cu = {0};
     for (int64_t s = 0; s < sequences; ++s)
         cu.push_back(cu.back() + (ragged && length > 1 ? 1 + int64_t(random_bits() % uint64_t(2 * length - 1)) : length));

@@ -64,7 +64,7 @@ class Case:
     VARIED: ClassVar[list[dict]]  # rows 6 and 11: chosen to reach each way through a kernel
     AVERAGE: ClassVar[list[tuple[dict, int, float, float]]]  # recipe, cases, most error of results and gradients over plain's
     DRAWN: ClassVar[list[dict]]  # with dropout or negatives, whose draws a seed decides
-    STATUSES: ClassVar[list[tuple[int, str]]]  # of the kernel for a wrong index, and what is said
+    STATUSES: ClassVar[list[tuple[int, str]]]  # of the kernel for a wrong index, and what is said; none where there is no index
     COMPILED: ClassVar[list[tuple[str, str, bool | None, list[dict]]]]  # backend, compiler, dynamic, calls of one function
     ON_GPU: ClassVar[dict[str, dict]]  # by name; the first three are replayed from CUDA graphs
     VARIANTS: ClassVar[list[dict]] = [{}]  # what each of those is run with
@@ -86,7 +86,7 @@ class Case:
 
     @classmethod
     def damaged(cls, number: int, g: torch.Generator, device: str) -> Damaged:
-        """Row 4."""
+        """Row 4, of an op with an index."""
         raise NotImplementedError
 
     @classmethod

@@ -150,10 +150,9 @@ ROWS = {1: check_opcheck, 2: check_gradcheck, 3: check_fuzz, 4: check_bad_indice
 
 
 def full_size(family: Family, row: int) -> int:
-    """The cases of a row of the scorecard; none of wrong indices of a family that takes none."""
-    if row == 4 and not family.STATUSES:
-        return 0
-    return {1: len(family.OPCHECK), 2: len(family.GRADCHECK), 3: 10_000, 4: 1_000, 5: 500, 6: 3, 11: 10}[row]
+    """The cases of a row of the scorecard; of row 4 none where an op has no index."""
+    indexed = 1_000 if family.STATUSES else 0
+    return {1: len(family.OPCHECK), 2: len(family.GRADCHECK), 3: 10_000, 4: indexed, 5: 500, 6: 3, 11: 10}[row]
 
 
 # ---- what checks and tests look with
