@@ -1,8 +1,11 @@
-"""Packing examples into a `Batch`: one packer a part."""
+"""Packing examples into a `Batch`: one packer a part, each by arithmetic on whole arrays.
+
+Examples made from raw text and rows of a store come in by the same door: as the ragged arrays of their fields.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,15 +14,18 @@ from torch import Tensor
 
 from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs
 from case_fast.data.featurizer import Example
-from case_fast.data.graphs import CSR
+from case_fast.data.ragged import Beside, Ragged, offsets_of, spans
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER
 from case_fast.errors import ConfigError
+
+Read = Callable[[str], Ragged]
+"""A field of the examples of a batch (`Example.column`), a row an example."""
 
 
 class Texts(Protocol):
     """A table of knowledge texts; `TextTable` and a store's own table are two."""
 
-    def tokens(self, index: int) -> np.ndarray: ...
+    def rows(self, ids: np.ndarray) -> Ragged: ...
 
 
 def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] = PARTS, seed: int = 0) -> Batch:
@@ -32,94 +38,90 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
     Raises:
         ValueError: no examples; ConfigError: a part that does not exist.
     """
-    if not examples:
+    emotion = np.array([e.emotion for e in examples], dtype=np.int64)
+    return pack(lambda name: Ragged.of([e.column(name) for e in examples]), emotion, texts, parts, seed)
+
+
+def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], seed: int) -> Batch:
+    """The batch of the examples that ``read`` reads and whose labels are ``emotion`` (B,); the rest as `make_batch`."""
+    if not len(emotion):
         raise ValueError("a batch needs at least one example")
     parts = list(parts)
     if unknown := [part for part in parts if part not in PARTS]:
         raise ConfigError(f"a batch has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
-    cls, bos, eos = (np.array([token], dtype=np.int32) for token in (CLS, BOS, EOS))
+    context, response = read("context"), read("response")
+    heard, said = Beside(1, context.sizes), Beside(1, response.sizes)
     return Batch(
-        size=len(examples),
+        size=len(emotion),
         seed=torch.tensor(seed),
-        context=_long([part for e in examples for part in (cls, e.context)]),
-        context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
-        cu_context=_tensor(_cu_context(examples)),
-        decoder_input=_long([part for e in examples for part in (bos, e.response)]),
-        target=_long([part for e in examples for part in (e.response, eos)]),
-        cu_target=_tensor(_offsets([1 + len(e.response) for e in examples])),
-        emotion=torch.tensor([e.emotion for e in examples]),
-        case=_pack_case(examples, texts) if "case" in parts else None,
-        concept=_pack_concept(examples) if "concept" in parts else None,
+        context=_tensor(heard(CLS, context.values)),
+        context_role=_tensor(heard(SPEAKER, read("context_role").values)),
+        cu_context=_tensor(heard.offsets),
+        decoder_input=_tensor(said(BOS, response.values)),
+        target=_tensor(Beside(response.sizes, 1)(response.values, EOS)),
+        cu_target=_tensor(said.offsets),
+        emotion=_tensor(emotion),
+        case=_pack_case(read, texts, heard.offsets, response) if "case" in parts else None,
+        concept=_pack_concept(read, context) if "concept" in parts else None,
     )
 
 
-def _cu_context(examples: Sequence[Example]) -> np.ndarray:
-    return _offsets([1 + len(e.context) for e in examples])
+def _pack_case(read: Read, texts: Texts, cu_context: np.ndarray, response: Ragged) -> CasePart:
+    said = Beside(1, response.sizes)
+    subs, knowledge = read("sub_utterance"), read("knowledge")
+    dialogues = np.arange(len(subs))
+    vertices = Beside(subs.sizes, knowledge.sizes)
+    knowledge_dialogue = np.repeat(dialogues, knowledge.sizes)
 
+    distinct, vertex_text = np.unique(vertices(subs.values, knowledge.values), return_inverse=True)
+    words = texts.rows(distinct)
+    rows = Beside(1, words.sizes)
+    text, position = rows(CLS, words.values), spans(0, rows.sizes)
+    pairs, text_distinct = np.unique(text << 32 | position, return_inverse=True)
 
-def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
-    dialogues, cu_context = np.arange(len(examples)), _cu_context(examples)
-    used = [np.concatenate([e.sub_utterance, e.knowledge]) for e in examples]
-    distinct, place = np.unique(np.concatenate(used), return_inverse=True)
-    cls = np.array([CLS], dtype=np.int32)
-    text_rows = [texts.tokens(index) for index in distinct.tolist()]
-    text = np.concatenate([part for row in text_rows for part in (cls, row)])
-    text_sizes = np.array([1 + len(row) for row in text_rows])
-    cu_text = _offsets(text_sizes)
-    position = np.arange(len(text)) - np.repeat(cu_text[:-1], text_sizes)
-    pairs, text_distinct = np.unique(text.astype(np.int64) << 32 | position, return_inverse=True)
+    # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
+    sub_dialogue = np.repeat(dialogues, subs.sizes)
+    _, first, same = np.unique(sub_dialogue << 32 | subs.values, return_index=True, return_inverse=True)
+    is_first = np.zeros(len(sub_dialogue), dtype=bool)
+    is_first[first] = True
+    sub_row = (np.cumsum(is_first) - 1)[first[same]]
+    reaction_dialogue = sub_dialogue[is_first]
 
-    sizes_cs = np.array([len(rows) for rows in used])
-    subs = np.array([len(e.sub_utterance) for e in examples])
-    first_vertex = _offsets(sizes_cs)
-    knowledge_sizes = sizes_cs - subs
+    said_sub = read("reaction_sub")
+    sub = said_sub.values + np.repeat(subs.offsets[:-1], said_sub.sizes)
+    kept = np.flatnonzero(is_first[sub])
+    kept = kept[np.argsort(sub[kept], kind="stable")]
+    reactions = texts.rows(read("reaction").values[kept])
+    cu_reaction = reactions.offsets[np.searchsorted(sub_row[sub[kept]], np.arange(len(reaction_dialogue) + 1))]
 
-    reaction_rows: list[np.ndarray] = []
-    reaction_dialogue: list[int] = []
-    reaction_first: list[int] = []
-    of_knowledge: list[np.ndarray] = []
-    for dialogue, e in enumerate(examples):
-        # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
-        row_of: dict[int, int] = {}
-        sub_row = []
-        for sub, index in enumerate(e.sub_utterance.tolist()):
-            if index not in row_of:
-                row_of[index] = len(reaction_rows)
-                words = [texts.tokens(int(found)) for found in e.reaction[e.reaction_sub == sub]]
-                reaction_rows.append(np.concatenate(words) if words else np.zeros(0, dtype=np.int32))
-                reaction_dialogue.append(dialogue)
-            sub_row.append(row_of[index])
-        reaction_first.append(sub_row[0])
-        of_knowledge.append(np.array(sub_row)[e.knowledge_sub])
-    reaction_sizes = np.array([len(row) for row in reaction_rows])
-    fused = [np.arange(cu_context[d], cu_context[d + 1]) for d in reaction_dialogue]
-    knowledge_reaction = np.concatenate(of_knowledge)
-    (paired,) = (reaction_sizes[knowledge_reaction] > 0).nonzero()
-    (with_reaction,) = (reaction_sizes > 0).nonzero()
+    knowledge_reaction = sub_row[read("knowledge_sub").values + subs.offsets[knowledge_dialogue]]
+    has_reaction = cu_reaction[1:] > cu_reaction[:-1]
+    with_reaction, paired = np.flatnonzero(has_reaction), np.flatnonzero(has_reaction[knowledge_reaction])
     positive = np.searchsorted(with_reaction, knowledge_reaction[paired])
+    fused = (cu_context[1:] - cu_context[:-1])[reaction_dialogue]
 
     return CasePart(
-        response=_long([part for e in examples for part in (cls, e.response)]),
-        response_role=torch.full((sum(1 + len(e.response) for e in examples),), LISTENER),
-        cu_response=_tensor(_offsets([1 + len(e.response) for e in examples])),
+        response=_tensor(said(CLS, response.values)),
+        response_role=torch.full((int(said.offsets[-1]),), LISTENER),
+        cu_response=_tensor(said.offsets),
         text=_tensor(text),
-        cu_text=_tensor(cu_text),
+        cu_text=_tensor(rows.offsets),
         distinct_word=_tensor(pairs >> 32),
         distinct_position=_tensor(pairs & 0xFFFFFFFF),
-        text_distinct=_tensor(text_distinct.reshape(-1)),
-        cognition=_graphs([e.cognition_graph for e in examples]),
-        cognition_text=_tensor(place.reshape(-1)),
-        knowledge=_long([first_vertex[d] + np.arange(subs[d], sizes_cs[d]) for d in dialogues]),
-        cu_knowledge=_tensor(_offsets(knowledge_sizes)),
-        knowledge_dialogue=_tensor(np.repeat(dialogues, knowledge_sizes)),
+        text_distinct=_tensor(text_distinct),
+        cognition=_graphs(read, "cognition"),
+        cognition_text=_tensor(vertex_text),
+        knowledge=_tensor(spans(vertices.offsets[:-1] + subs.sizes, knowledge.sizes)),
+        cu_knowledge=_tensor(knowledge.offsets),
+        knowledge_dialogue=_tensor(knowledge_dialogue),
         knowledge_reaction=_tensor(knowledge_reaction),
-        reaction=_long(reaction_rows),
-        cu_reaction=_tensor(_offsets(reaction_sizes)),
-        reaction_dialogue=torch.tensor(reaction_dialogue),
-        reaction_first=torch.tensor(reaction_first),
-        reaction_context=_long(fused),
-        cu_reaction_context=_tensor(_offsets([len(row) for row in fused])),
-        known=_tensor(knowledge_sizes.nonzero()[0]),
+        reaction=_tensor(reactions.values),
+        cu_reaction=_tensor(cu_reaction),
+        reaction_dialogue=_tensor(reaction_dialogue),
+        reaction_first=_tensor(sub_row[subs.offsets[:-1]]),
+        reaction_context=_tensor(spans(cu_context[reaction_dialogue], fused)),
+        cu_reaction_context=_tensor(offsets_of(fused)),
+        known=_tensor(np.flatnonzero(knowledge.sizes)),
         with_reaction=_tensor(with_reaction),
         paired=_tensor(paired),
         positive=_tensor(positive),
@@ -128,45 +130,31 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
     )
 
 
-def _pack_concept(examples: Sequence[Example]) -> ConceptPart:
-    kept = [1 + len(e.context) for e in examples]  # [CLS] and the words
+def _pack_concept(read: Read, context: Ragged) -> ConceptPart:
+    concept = read("concept")
+    vertices = Beside(1, context.sizes, concept.sizes)
+    intensity = vertices(0.0, read("context_intensity").values, read("concept_intensity").values, dtype=np.float32)
     return ConceptPart(
-        graph=_graphs([e.concept_graph for e in examples]),
-        word=_long([part for e in examples for part in (np.array([CLS]), e.context, e.concept)]),
-        position=_long([part for e, n in zip(examples, kept, strict=True) for part in (np.arange(n), e.concept_position)]),
-        type=_long([part for e, n in zip(examples, kept, strict=True) for part in (np.zeros(n), np.ones(len(e.concept)))]),
-        intensity=torch.from_numpy(np.concatenate(
-            [part for e in examples for part in (np.zeros(1), e.context_intensity, e.concept_intensity)]
-        ).astype(np.float32)),
+        graph=_graphs(read, "concept"),
+        word=_tensor(vertices(CLS, context.values, concept.values)),
+        position=_tensor(vertices(0, spans(1, context.sizes), read("concept_position").values)),
+        type=_tensor(vertices(0, 0, 1)),
+        intensity=torch.from_numpy(intensity),
     )
 
 
-def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
-    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
+def _graphs(read: Read, name: str) -> Graphs:
+    """The graphs of that name, local to their examples, as one block-diagonal CSR."""
+    degree, neighbour = read(f"{name}_degree"), read(f"{name}_indices")
+    first_vertex = np.repeat(degree.offsets[:-1], neighbour.sizes)
+    return Graphs(
+        indptr=torch.from_numpy(offsets_of(degree.values).astype(np.int32)),
+        indices=torch.from_numpy((neighbour.values + first_vertex).astype(np.int32)),
+        relation=torch.from_numpy(read(f"{name}_relation").values.astype(np.int32)),
+        cu_vertices=_tensor(degree.offsets),
+        dialogue=_tensor(np.repeat(np.arange(len(degree)), degree.sizes)),
+    )
 
 
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
-
-
-def _long(parts: list[np.ndarray]) -> Tensor:
-    return _tensor(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
-
-
-def _graphs(graphs: Sequence[CSR]) -> Graphs:
-    vertices = [len(graph.indptr) - 1 for graph in graphs]
-    cu_vertices, cu_edges = _offsets(vertices), _offsets([len(graph.indices) for graph in graphs])
-    start = [np.zeros(1, dtype=np.int64)]
-    return Graphs(
-        indptr=torch.from_numpy(
-            np.concatenate(start + [g.indptr[1:] + cu_edges[i] for i, g in enumerate(graphs)]).astype(np.int32)
-        ),
-        indices=torch.from_numpy(
-            np.concatenate([g.indices + cu_vertices[i] for i, g in enumerate(graphs)]).astype(np.int32)
-        ),
-        relation=torch.from_numpy(np.concatenate([g.relation for g in graphs]).astype(np.int32)),
-        cu_vertices=_tensor(cu_vertices),
-        dialogue=_tensor(np.repeat(np.arange(len(graphs)), vertices)),
-    )
