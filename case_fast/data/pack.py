@@ -38,16 +38,27 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
     if unknown := [part for part in parts if part not in PARTS]:
         raise ConfigError(f"a batch has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
     cls, bos, eos = (np.array([token], dtype=np.int32) for token in (CLS, BOS, EOS))
+    cu_context = _cu_context(examples)
+    target_sizes = np.array([1 + len(e.response) for e in examples])
+    cu_target = _offsets(target_sizes)
     return Batch(
         size=len(examples),
         seed=torch.tensor(seed),
+        sizes=torch.tensor([len(examples), int(cu_target[-1])]),
         context=_long([part for e in examples for part in (cls, e.context)]),
         context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
-        cu_context=_tensor(_cu_context(examples)),
+        context_position=_positions(cu_context),
+        context_segment=_segments(cu_context),
+        cu_context=_tensor(cu_context),
         decoder_input=_long([part for e in examples for part in (bos, e.response)]),
         target=_long([part for e in examples for part in (e.response, eos)]),
-        cu_target=_tensor(_offsets([1 + len(e.response) for e in examples])),
+        target_position=_positions(cu_target),
+        target_segment=_segments(cu_target),
+        cu_target=_tensor(cu_target),
         emotion=torch.tensor([e.emotion for e in examples]),
+        dialogue_weight=torch.full((len(examples),), 1 / len(examples), dtype=torch.float64),
+        target_weight=torch.full((int(cu_target[-1]),), 1 / int(cu_target[-1]), dtype=torch.float64),
+        bow_weight=torch.from_numpy(np.repeat(1 / (len(examples) * target_sizes), target_sizes)),
         case=_pack_case(examples, texts) if "case" in parts else None,
         concept=_pack_concept(examples) if "concept" in parts else None,
     )
@@ -66,8 +77,8 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
     text = np.concatenate([part for row in text_rows for part in (cls, row)])
     text_sizes = np.array([1 + len(row) for row in text_rows])
     cu_text = _offsets(text_sizes)
-    position = np.arange(len(text)) - np.repeat(cu_text[:-1], text_sizes)
-    pairs, text_distinct = np.unique(text.astype(np.int64) << 32 | position, return_inverse=True)
+    text_position = _positions(cu_text)
+    pairs, text_distinct = np.unique(text.astype(np.int64) << 32 | text_position.numpy(), return_inverse=True)
 
     sizes_cs = np.array([len(rows) for rows in used])
     subs = np.array([len(e.sub_utterance) for e in examples])
@@ -92,17 +103,23 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
         reaction_first.append(sub_row[0])
         of_knowledge.append(np.array(sub_row)[e.knowledge_sub])
     reaction_sizes = np.array([len(row) for row in reaction_rows])
+    cu_reaction = _offsets(reaction_sizes)
     fused = [np.arange(cu_context[d], cu_context[d + 1]) for d in reaction_dialogue]
+    cu_fused = _offsets([len(row) for row in fused])
+    cu_response = _offsets([1 + len(e.response) for e in examples])
     knowledge_reaction = np.concatenate(of_knowledge)
     (paired,) = (reaction_sizes[knowledge_reaction] > 0).nonzero()
     (with_reaction,) = (reaction_sizes > 0).nonzero()
     positive = np.searchsorted(with_reaction, knowledge_reaction[paired])
+    known = knowledge_sizes.nonzero()[0]
 
     return CasePart(
         response=_long([part for e in examples for part in (cls, e.response)]),
-        response_role=torch.full((sum(1 + len(e.response) for e in examples),), LISTENER),
-        cu_response=_tensor(_offsets([1 + len(e.response) for e in examples])),
+        response_role=torch.full((int(cu_response[-1]),), LISTENER),
+        response_position=_positions(cu_response),
+        cu_response=_tensor(cu_response),
         text=_tensor(text),
+        text_position=text_position,
         cu_text=_tensor(cu_text),
         distinct_word=_tensor(pairs >> 32),
         distinct_position=_tensor(pairs & 0xFFFFFFFF),
@@ -114,17 +131,22 @@ def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
         knowledge_dialogue=_tensor(np.repeat(dialogues, knowledge_sizes)),
         knowledge_reaction=_tensor(knowledge_reaction),
         reaction=_long(reaction_rows),
-        cu_reaction=_tensor(_offsets(reaction_sizes)),
+        reaction_position=_positions(cu_reaction),
+        reaction_segment=_segments(cu_reaction),
+        cu_reaction=_tensor(cu_reaction),
         reaction_dialogue=torch.tensor(reaction_dialogue),
         reaction_first=torch.tensor(reaction_first),
         reaction_context=_long(fused),
-        cu_reaction_context=_tensor(_offsets([len(row) for row in fused])),
-        known=_tensor(knowledge_sizes.nonzero()[0]),
+        reaction_context_segment=_segments(cu_fused),
+        cu_reaction_context=_tensor(cu_fused),
+        known=_tensor(known),
         with_reaction=_tensor(with_reaction),
         paired=_tensor(paired),
         positive=_tensor(positive),
         negatives_affection=torch.full((len(paired),), max(len(with_reaction) - 1, 0)),
         negatives_cognition=_tensor(len(paired) - np.bincount(positive, minlength=1)[positive]),
+        coarse_sizes=torch.tensor([len(known), len(known)]),
+        fine_sizes=torch.tensor([len(paired), len(with_reaction)]),
     )
 
 
@@ -145,6 +167,16 @@ def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
     offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=offsets[1:])
     return offsets
+
+
+def _segments(offsets: np.ndarray) -> Tensor:
+    """The sequence that each row belongs to."""
+    return _tensor(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)))
+
+
+def _positions(offsets: np.ndarray) -> Tensor:
+    """The place of each row in its sequence."""
+    return _tensor(np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets)))
 
 
 def _tensor(array: np.ndarray) -> Tensor:
