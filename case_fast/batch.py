@@ -143,6 +143,7 @@ class Batch(_Tensors):
 
     Attributes:
         size: B.
+        longest: one more than the greatest of all positions.
         seed: () int64, of everything that is drawn in a forward pass by counter (dropout, negatives), in [0, 2^63): one number a
             step. A tensor, for kernels to read: a step that was captured draws by what it holds when the step runs.
         sizes: (2,) B and M: the dialogues and the target words that losses are over.
@@ -156,6 +157,7 @@ class Batch(_Tensors):
     """
 
     size: int
+    longest: int
     seed: Tensor
     sizes: Tensor
     context: Tensor

@@ -41,26 +41,33 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
     cu_context = _cu_context(examples)
     target_sizes = np.array([1 + len(e.response) for e in examples])
     cu_target = _offsets(target_sizes)
+    context_position, target_position = _positions(cu_context), _positions(cu_target)
+    case = _pack_case(examples, texts) if "case" in parts else None
+    concept = _pack_concept(examples) if "concept" in parts else None
+    positions = [context_position, target_position]
+    positions += [] if case is None else [case.response_position, case.text_position, case.reaction_position]
+    positions += [] if concept is None else [concept.position]
     return Batch(
         size=len(examples),
+        longest=1 + max(int(position.max()) for position in positions if position.numel()),
         seed=torch.tensor(seed),
         sizes=torch.tensor([len(examples), int(cu_target[-1])]),
         context=_long([part for e in examples for part in (cls, e.context)]),
         context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
-        context_position=_positions(cu_context),
+        context_position=context_position,
         context_segment=_segments(cu_context),
         cu_context=_tensor(cu_context),
         decoder_input=_long([part for e in examples for part in (bos, e.response)]),
         target=_long([part for e in examples for part in (e.response, eos)]),
-        target_position=_positions(cu_target),
+        target_position=target_position,
         target_segment=_segments(cu_target),
         cu_target=_tensor(cu_target),
         emotion=torch.tensor([e.emotion for e in examples]),
         dialogue_weight=torch.full((len(examples),), 1 / len(examples), dtype=torch.float64),
         target_weight=torch.full((int(cu_target[-1]),), 1 / int(cu_target[-1]), dtype=torch.float64),
         bow_weight=torch.from_numpy(np.repeat(1 / (len(examples) * target_sizes), target_sizes)),
-        case=_pack_case(examples, texts) if "case" in parts else None,
-        concept=_pack_concept(examples) if "concept" in parts else None,
+        case=case,
+        concept=concept,
     )
 
 

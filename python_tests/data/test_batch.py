@@ -21,7 +21,7 @@ from case_fast.errors import ConfigError
 
 def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     """The fields of the batch and of its parts as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
-    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "seed", "case", "concept")}
+    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "longest", "seed", "case", "concept")}
     home |= {item.name: "case." for item in fields(CasePart)}
     out: dict[str, list] = {name: [0] if name.startswith("cu_") else [] for name in home}
     concept: dict[str, list] = {name: [] for name in ("word", "position", "type", "intensity")}
@@ -124,6 +124,7 @@ def check(examples: list[Example], texts: TextTable) -> Batch:
     assert batch.size == len(batch) == len(examples)
     found = dict(tensors(batch))
     assert found.pop("seed").item() == 0
+    assert batch.longest == 1 + max(int(x.max()) for name, x in found.items() if name.endswith("position") and x.numel())
     expected = slow_batch(examples, texts)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
