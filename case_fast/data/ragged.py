@@ -65,7 +65,7 @@ class Beside:
     """
 
     def __init__(self, *sizes: np.ndarray | int):
-        self.offsets = offsets_of(np.sum(np.broadcast_arrays(*sizes), axis=0))
+        self.offsets = offsets_of(sum(sizes))
         self._places = []
         start = self.offsets[:-1]
         for size in sizes:

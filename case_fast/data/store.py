@@ -223,7 +223,7 @@ class Store:
             ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part.
         """
         arrays, size = self._split(split), self.size(split)
-        rows = np.array(indices, dtype=np.int64)
+        rows = np.asarray(indices, dtype=np.int64)
         for index in rows[(rows < 0) | (rows >= size)]:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
