@@ -52,16 +52,16 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
     size, context, response = len(emotion), read("context"), read("response")
     heard, said = Beside(1, context.sizes), Beside(1, response.sizes)
     words = int(said.offsets[-1])
-    case = _pack_case(read, texts, heard.sizes, response) if "case" in parts else None
+    case = _pack_case(read, texts, heard, said) if "case" in parts else None
     concept = _pack_concept(read, context) if "concept" in parts else None
-    context_position, target_position = positions = [_positions(heard.sizes), _positions(said.sizes)]
+    context_position, target_position = positions = [_positions(heard.offsets), _positions(said.offsets)]
     positions += [] if case is None else [case.response_position, case.text_position, case.reaction_position]
     positions += [] if concept is None else [concept.position]
     return Batch(
         size=size,
         longest=1 + max(int(position.max()) for position in positions if position.numel()),
         seed=torch.tensor(seed),
-        sizes=torch.tensor([size, words]),
+        sizes=_tensor(np.array([size, words])),
         context=_tensor(heard(CLS, context.values)),
         context_role=_tensor(heard(SPEAKER, read("context_role").values)),
         context_position=context_position,
@@ -73,42 +73,42 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
         target_segment=_segments(said.sizes),
         cu_target=_tensor(said.offsets),
         emotion=_tensor(emotion),
-        dialogue_weight=torch.full((size,), 1 / size, dtype=torch.float64),
-        target_weight=torch.full((words,), 1 / words, dtype=torch.float64),
+        dialogue_weight=torch.from_numpy(np.full(size, 1 / size)),
+        target_weight=torch.from_numpy(np.full(words, 1 / words)),
         bow_weight=torch.from_numpy(np.repeat(1 / (size * said.sizes), said.sizes)),
         case=case,
         concept=concept,
     )
 
 
-def _pack_case(read: Read, texts: Texts, heard: np.ndarray, response: Ragged) -> CasePart:
-    """``heard``: (B,) rows of the context of each dialogue."""
-    cu_context, said = offsets_of(heard), Beside(1, response.sizes)
+def _pack_case(read: Read, texts: Texts, heard: Beside, said: Beside) -> CasePart:
+    """``heard``, ``said``: a token and the context, a token and the reply."""
     subs, knowledge = read("sub_utterance"), read("knowledge")
     vertices = Beside(subs.sizes, knowledge.sizes)
-    dialogue, sub_dialogue = (np.repeat(np.arange(len(subs)), rows.sizes) for rows in (knowledge, subs))
+    dialogue, sub_dialogue = (np.arange(len(subs)).repeat(rows.sizes) for rows in (knowledge, subs))
 
     of_vertex = vertices(subs.values, knowledge.values)
     first, vertex_text = _distinct(of_vertex)
     words = texts.rows(of_vertex[first])
     rows = Beside(1, words.sizes)
-    text, position = rows(CLS, words.values), spans(0, rows.sizes)
+    text, position = rows(CLS, words.values), spans(0, rows.offsets)
     pair, text_distinct = _distinct(text * (1 + position.max()) + position)
 
     # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
     first, same = _distinct(sub_dialogue * (1 + subs.values.max()) + subs.values)
     is_first = np.zeros(len(sub_dialogue), dtype=bool)
     is_first[first] = True
-    sub_row = (np.cumsum(is_first) - 1)[first[same]]
+    sub_row = (is_first.cumsum() - 1)[first[same]]
     reaction_dialogue = sub_dialogue[is_first]
 
     reaction, reaction_sub = read("reaction"), read("reaction_sub")
-    sub = reaction_sub.values + np.repeat(subs.offsets[:-1], reaction_sub.sizes)
+    sub = reaction_sub.values + subs.offsets[:-1].repeat(reaction_sub.sizes)
     kept = np.flatnonzero(is_first[sub])
     kept = kept[np.argsort(sub[kept], kind="stable")]
     felt = texts.rows(reaction.values[kept])
     cu_reaction = felt.offsets[np.searchsorted(sub_row[sub[kept]], np.arange(len(reaction_dialogue) + 1))]
-    reaction_sizes, fused = np.diff(cu_reaction), heard[reaction_dialogue]
+    reaction_sizes, fused = np.diff(cu_reaction), heard.sizes[reaction_dialogue]
+    cu_fused = offsets_of(fused)
 
     knowledge_reaction = sub_row[read("knowledge_sub").values + subs.offsets[dialogue]]
     known, with_reaction = np.flatnonzero(knowledge.sizes), np.flatnonzero(reaction_sizes)
@@ -116,10 +116,10 @@ def _pack_case(read: Read, texts: Texts, heard: np.ndarray, response: Ragged) ->
     positive = np.searchsorted(with_reaction, knowledge_reaction[paired])
 
     return CasePart(
-        response=_tensor(said(CLS, response.values)),
-        response_role=torch.full((int(said.offsets[-1]),), LISTENER),
-        response_position=_positions(said.sizes),
-        cu_response=_tensor(said.offsets),
+        response=_tensor(said(CLS, read("response").values)),
+        response_role=_tensor(said(LISTENER, LISTENER)),
+        response_position=_positions(said.offsets),
+        cu_response=_tensor(said.offsets.copy()),
         text=_tensor(text),
         text_position=_tensor(position),
         cu_text=_tensor(rows.offsets),
@@ -128,27 +128,27 @@ def _pack_case(read: Read, texts: Texts, heard: np.ndarray, response: Ragged) ->
         text_distinct=_tensor(text_distinct),
         cognition=_graphs(read, "cognition"),
         cognition_text=_tensor(vertex_text),
-        knowledge=_tensor(spans(vertices.offsets[:-1] + subs.sizes, knowledge.sizes)),
+        knowledge=_tensor(spans(vertices.offsets[:-1] + subs.sizes, knowledge.offsets)),
         cu_knowledge=_tensor(knowledge.offsets),
         knowledge_dialogue=_tensor(dialogue),
         knowledge_reaction=_tensor(knowledge_reaction),
         reaction=_tensor(felt.values),
-        reaction_position=_positions(reaction_sizes),
+        reaction_position=_positions(cu_reaction),
         reaction_segment=_segments(reaction_sizes),
         cu_reaction=_tensor(cu_reaction),
         reaction_dialogue=_tensor(reaction_dialogue),
         reaction_first=_tensor(sub_row[subs.offsets[:-1]]),
-        reaction_context=_tensor(spans(cu_context[reaction_dialogue], fused)),
+        reaction_context=_tensor(spans(heard.offsets[reaction_dialogue], cu_fused)),
         reaction_context_segment=_segments(fused),
-        cu_reaction_context=_tensor(offsets_of(fused)),
+        cu_reaction_context=_tensor(cu_fused),
         known=_tensor(known),
         with_reaction=_tensor(with_reaction),
         paired=_tensor(paired),
         positive=_tensor(positive),
-        negatives_affection=torch.full((len(paired),), max(len(with_reaction) - 1, 0)),
+        negatives_affection=_tensor(np.full(len(paired), max(len(with_reaction) - 1, 0))),
         negatives_cognition=_tensor(len(paired) - np.bincount(positive, minlength=1)[positive]),
-        coarse_sizes=torch.tensor([len(known), len(known)]),
-        fine_sizes=torch.tensor([len(paired), len(with_reaction)]),
+        coarse_sizes=_tensor(np.array([len(known), len(known)])),
+        fine_sizes=_tensor(np.array([len(paired), len(with_reaction)])),
     )
 
 
@@ -159,7 +159,7 @@ def _pack_concept(read: Read, context: Ragged) -> ConceptPart:
     return ConceptPart(
         graph=_graphs(read, "concept"),
         word=_tensor(vertices(CLS, context.values, concept.values)),
-        position=_tensor(vertices(0, spans(1, context.sizes), read("concept_position").values)),
+        position=_tensor(vertices(0, spans(1, context.offsets), read("concept_position").values)),
         type=_tensor(vertices(0, 0, 1)),
         intensity=torch.from_numpy(intensity),
     )
@@ -168,7 +168,7 @@ def _pack_concept(read: Read, context: Ragged) -> ConceptPart:
 def _graphs(read: Read, name: str) -> Graphs:
     """The graphs of that name, local to their examples, as one block-diagonal CSR."""
     degree, neighbour = read(f"{name}_degree"), read(f"{name}_indices")
-    first_vertex = np.repeat(degree.offsets[:-1], neighbour.sizes)
+    first_vertex = degree.offsets[:-1].repeat(neighbour.sizes)
     return Graphs(
         indptr=torch.from_numpy(offsets_of(degree.values).astype(np.int32)),
         indices=torch.from_numpy((neighbour.values + first_vertex).astype(np.int32)),
@@ -188,18 +188,18 @@ def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     new = np.ones(len(keys), dtype=bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     place = np.empty(len(keys), dtype=np.int64)
-    place[order] = np.cumsum(new) - 1
+    place[order] = new.cumsum() - 1
     return order[new], place
 
 
 def _segments(sizes: np.ndarray) -> Tensor:
     """The sequence that each row belongs to."""
-    return _tensor(np.repeat(np.arange(len(sizes)), sizes))
+    return _tensor(np.arange(len(sizes)).repeat(sizes))
 
 
-def _positions(sizes: np.ndarray) -> Tensor:
+def _positions(offsets: np.ndarray) -> Tensor:
     """The place of each row in its sequence."""
-    return _tensor(spans(0, sizes))
+    return _tensor(spans(0, offsets))
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -14,14 +14,13 @@ import numpy as np
 def offsets_of(sizes: np.ndarray) -> np.ndarray:
     """(n + 1,) int64: 0, and where each of n rows of these sizes ends."""
     offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=offsets[1:])
+    sizes.cumsum(out=offsets[1:])
     return offsets
 
 
-def spans(starts: np.ndarray | int, sizes: np.ndarray) -> np.ndarray:
-    """starts[i], starts[i] + 1, ...: sizes[i] numbers for each row i, end to end."""
-    ends = np.cumsum(sizes)
-    return np.repeat(starts - ends + sizes, sizes) + np.arange(ends[-1] if len(ends) else 0)
+def spans(starts: np.ndarray | int, offsets: np.ndarray) -> np.ndarray:
+    """starts[i], starts[i] + 1, ... for each row i of these offsets, end to end."""
+    return (starts - offsets[:-1]).repeat(offsets[1:] - offsets[:-1]) + np.arange(offsets[-1])
 
 
 @dataclass(frozen=True)
@@ -49,35 +48,38 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """These rows, copied, in this order."""
-        starts = self.offsets.take(rows)
-        sizes = self.offsets.take(rows + 1) - starts
-        return Ragged(self.values.take(spans(starts, sizes)), offsets_of(sizes))
+        places, offsets = places_of(self.offsets, rows)
+        return Ragged(self.values.take(places), offsets)
+
+
+def places_of(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the values of these rows lie in arrays of these offsets, and the offsets of the rows themselves."""
+    starts = offsets.take(rows)
+    taken = offsets_of(offsets.take(rows + 1) - starts)
+    return spans(starts, taken), taken
 
 
 class Beside:
     """Row i of several ragged arrays beside each other, as row i of one.
 
     Args:
-        sizes: of each array, (n,) or one number for all its rows.
+        sizes: of each array, (n,) or 1 for an array of one value a row.
 
     Attributes:
-        offsets: (n + 1,) of the joined rows.
+        offsets, sizes: (n + 1,) and (n,) of the joined rows.
     """
 
     def __init__(self, *sizes: np.ndarray | int):
-        self.offsets = offsets_of(sum(sizes))
+        self.sizes: np.ndarray = sum(sizes)
+        self.offsets = offsets_of(self.sizes)
         self._places = []
         start = self.offsets[:-1]
         for size in sizes:
-            self._places.append(start if isinstance(size, int) and size == 1 else spans(start, size))
+            self._places.append(start if isinstance(size, int) else spans(start, offsets_of(size)))
             start = start + size
 
-    @property
-    def sizes(self) -> np.ndarray:
-        return self.offsets[1:] - self.offsets[:-1]
-
     def __call__(self, *values: np.ndarray | float, dtype: type = np.int64) -> np.ndarray:
-        """The joined rows of these arrays' values, or of one value for each place of an array."""
+        """The joined rows of these arrays' values, or of one value for every place of an array."""
         joined = np.empty(self.offsets[-1], dtype=dtype)
         for place, value in zip(self._places, values, strict=True):
             joined[place] = value

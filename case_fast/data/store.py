@@ -29,7 +29,7 @@ from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS
 from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
 from case_fast.data.pack import pack
-from case_fast.data.ragged import Ragged, offsets_of
+from case_fast.data.ragged import Ragged, offsets_of, places_of
 from case_fast.errors import DataError
 from case_fast.files import sha256, write_json
 from case_fast.text_files import read_json, require_file, require_folder
@@ -127,6 +127,8 @@ class _Arrays:
                 if found.offsets[0] != 0 or found.offsets[-1] != len(found.values) or (found.sizes < 0).any():
                     raise ValueError(f"the offsets of {name} do not fit")
                 sizes.add(len(found))
+                shape = next((one for one in self.ragged.values() if np.array_equal(one.offsets, found.offsets)), found)
+                self.ragged[name] = Ragged(found.values, shape.offsets)  # fields of one shape share their offsets
             if len(sizes) != 1:
                 raise ValueError("arrays of different lengths")
         except KeyError as error:
@@ -150,6 +152,22 @@ class _Arrays:
             start, end = item["data_offsets"]
             arrays[name] = whole[start:end].view(_DTYPES[item["dtype"]]).reshape(item["shape"])
         return arrays
+
+
+class _Rows:
+    """Fields of some examples, copied. Where their values lie is worked out once for all fields of one shape."""
+
+    def __init__(self, fields: dict[str, Ragged], rows: np.ndarray):
+        self.fields, self.rows = fields, rows
+        self.places: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, name: str) -> Ragged:
+        field = self.fields[name]
+        key = id(field.offsets)
+        if key not in self.places:
+            self.places[key] = places_of(field.offsets, self.rows)
+        places, offsets = self.places[key]
+        return Ragged(field.values.take(places), offsets)
 
 
 class _StoredTexts:
@@ -227,7 +245,7 @@ class Store:
         for index in rows[(rows < 0) | (rows >= size)]:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        return pack(lambda name: arrays.ragged[name].take(rows), arrays.scalars["emotion"][rows], self.texts, parts, seed)
+        return pack(_Rows(arrays.ragged, rows), arrays.scalars["emotion"][rows], self.texts, parts, seed)
 
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         """Word ids (n,) and their pretrained vectors (n, d), or None when the store was prepared without any."""
