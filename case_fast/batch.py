@@ -63,28 +63,34 @@ class CasePart(_Tensors):
     """What CASE reads of B dialogues beside their words: knowledge texts, G_CS, reactions, and the reply as the encoders read it.
 
     Attributes:
-        response, response_role: (Y,) [CLS] and the reply's words, as the two encoders read the reply; cu_response (B + 1,).
-        text: (S,) [CLS] + words of the distinct knowledge texts of the batch; cu_text (n_text + 1,).
+        response, response_role, response_position: (Y,) [CLS] and the reply's words, as the two encoders read the reply;
+            cu_response (B + 1,).
+        text, text_position: (S,) [CLS] + words of the distinct knowledge texts of the batch; cu_text (n_text + 1,).
         distinct_word, distinct_position: (U,) the distinct pairs of a word and its place in a text, in order; text_distinct (S,)
             the pair at each row of ``text``: what depends on these two alone need be computed U times instead of S. No model
             reads them yet: it would move the last bits of gradients.
         cognition: graphs G_CS; cognition_text (V_cs,) the text of each vertex.
         knowledge: (K,) the vertices of G_CS that are commonsense knowledge, in order; cu_knowledge (B + 1,),
             knowledge_dialogue (K,), knowledge_reaction (K,) row of the reaction er_i that belongs to the same sub-utterance.
-        reaction: (r,) words of the reactions of each distinct sub-utterance of a dialogue, end to end; cu_reaction (R + 1,).
+        reaction, reaction_position: (r,) words of the reactions of each distinct sub-utterance of a dialogue, end to end;
+            cu_reaction (R + 1,), reaction_segment (r,) the reaction row that each word belongs to.
         reaction_dialogue: (R,); reaction_first: (B,) row of er_0.
-        reaction_context: (C,) positions of the context that each reaction row is fused with; cu_reaction_context (R + 1,).
+        reaction_context: (C,) rows of the context that each reaction row is fused with; cu_reaction_context (R + 1,),
+            reaction_context_segment (C,) its reaction row.
         known: (B',) the dialogues that have knowledge, the pairs of L_coarse.
         with_reaction: (R',) the reaction rows that have a text.
         paired: (P,) the places in ``knowledge`` whose sub-utterance has such a reaction, the pairs of L_fine; positive (P,) the
             place of that reaction in ``with_reaction``; negatives_affection, negatives_cognition (P,): how many negatives each
             pair has over reactions and over knowledge (Eq. 11).
+        coarse_sizes, fine_sizes: (2,) how many pairs, and rows beside them, L_coarse and L_fine are over: B' and B', P and R'.
     """
 
     response: Tensor
     response_role: Tensor
+    response_position: Tensor
     cu_response: Tensor
     text: Tensor
+    text_position: Tensor
     cu_text: Tensor
     distinct_word: Tensor
     distinct_position: Tensor
@@ -96,10 +102,13 @@ class CasePart(_Tensors):
     knowledge_dialogue: Tensor
     knowledge_reaction: Tensor
     reaction: Tensor
+    reaction_position: Tensor
+    reaction_segment: Tensor
     cu_reaction: Tensor
     reaction_dialogue: Tensor
     reaction_first: Tensor
     reaction_context: Tensor
+    reaction_context_segment: Tensor
     cu_reaction_context: Tensor
     known: Tensor
     with_reaction: Tensor
@@ -107,6 +116,8 @@ class CasePart(_Tensors):
     positive: Tensor
     negatives_affection: Tensor
     negatives_cognition: Tensor
+    coarse_sizes: Tensor
+    fine_sizes: Tensor
 
 
 @dataclass
@@ -127,27 +138,42 @@ class ConceptPart(_Tensors):
 
 @dataclass
 class Batch(_Tensors):
-    """B listener turns. All index tensors are int64.
+    """B listener turns. All index tensors are int64. ``*_position``: the place of each row in its sequence, ``*_segment``: the
+    sequence, from 0, so that no model has to work them out of offsets.
 
     Attributes:
         size: B.
+        longest: one more than the greatest of all positions.
         seed: () int64, of everything that is drawn in a forward pass by counter (dropout, negatives), in [0, 2^63): one number a
             step. A tensor, for kernels to read: a step that was captured draws by what it holds when the step runs.
-        context, context_role: (T,) [CLS] and the context's words, with role tokens; cu_context (B + 1,).
-        decoder_input, target: (M,) BOS + words, and words + EOS; cu_target (B + 1,).
+        sizes: (2,) B and M: the dialogues and the target words that losses are over.
+        context, context_role, context_position, context_segment: (T,) [CLS] and the context's words, with role tokens;
+            cu_context (B + 1,).
+        decoder_input, target, target_position, target_segment: (M,) BOS + words, and words + EOS; cu_target (B + 1,).
         emotion: (B,) label, -1 where unknown.
+        dialogue_weight (B,), target_weight, bow_weight (M,): float64, each row's share in a mean over dialogues, over target
+            words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
         case, concept: the other parts, or None.
     """
 
     size: int
+    longest: int
     seed: Tensor
+    sizes: Tensor
     context: Tensor
     context_role: Tensor
+    context_position: Tensor
+    context_segment: Tensor
     cu_context: Tensor
     decoder_input: Tensor
     target: Tensor
+    target_position: Tensor
+    target_segment: Tensor
     cu_target: Tensor
     emotion: Tensor
+    dialogue_weight: Tensor
+    target_weight: Tensor
+    bow_weight: Tensor
     case: CasePart | None = None
     concept: ConceptPart | None = None
 

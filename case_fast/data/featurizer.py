@@ -15,6 +15,7 @@ import numpy as np
 
 from case_fast.data.empathetic_dialogues import EMOTION_IDS, Turn
 from case_fast.data.graphs import CONCEPT, CSR, cognition_graph, concept_graph
+from case_fast.data.ragged import Ragged
 from case_fast.data.text import is_word, normalize_space, split_sentences, tokenize
 from case_fast.data.vocabulary import LISTENER, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError, DataError
@@ -73,6 +74,9 @@ class TextTable:
     def tokens(self, index: int) -> np.ndarray:
         return self.words[index]
 
+    def rows(self, ids: np.ndarray) -> Ragged:
+        return Ragged.of([self.words[index] for index in ids.tolist()])
+
     def text(self, index: int) -> str:
         return self.texts[index]
 
@@ -111,6 +115,15 @@ class Example:
     concept_graph: CSR
     truncated: int
     source: dict
+
+    def column(self, name: str) -> np.ndarray:
+        """A field as it is stored and packed; of a graph its degrees (vertices), neighbours or relations (edges): cognition_degree,
+        cognition_indices, cognition_relation, and the same of concept."""
+        graph, _, part = name.partition("_")
+        if graph not in ("cognition", "concept") or part not in ("degree", "indices", "relation"):
+            return getattr(self, name)
+        csr = getattr(self, f"{graph}_graph")
+        return np.diff(csr.indptr) if part == "degree" else getattr(csr, part)
 
     def tokens_of_concepts(self, words: Sequence[str]) -> list[tuple[str, ...]]:
         """The distinct context words that each concept is joined to; ``words`` (n,): the context's, as many as were kept."""

@@ -1,8 +1,11 @@
-"""Packing examples into a `Batch`: one packer a part."""
+"""Packing examples into a `Batch`: one packer a part, each by arithmetic on whole arrays.
+
+Examples made from raw text and rows of a store come in by the same door: as the ragged arrays of their fields.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,15 +14,18 @@ from torch import Tensor
 
 from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs
 from case_fast.data.featurizer import Example
-from case_fast.data.graphs import CSR
+from case_fast.data.ragged import Beside, Ragged, offsets_of, spans
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER
 from case_fast.errors import ConfigError
+
+Read = Callable[[str], Ragged]
+"""A field of the examples of a batch (`Example.column`), a row an example."""
 
 
 class Texts(Protocol):
     """A table of knowledge texts; `TextTable` and a store's own table are two."""
 
-    def tokens(self, index: int) -> np.ndarray: ...
+    def rows(self, ids: np.ndarray) -> Ragged: ...
 
 
 def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] = PARTS, seed: int = 0) -> Batch:
@@ -32,141 +38,169 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
     Raises:
         ValueError: no examples; ConfigError: a part that does not exist.
     """
-    if not examples:
+    emotion = np.array([e.emotion for e in examples], dtype=np.int64)
+    return pack(lambda name: Ragged.of([e.column(name) for e in examples]), emotion, texts, parts, seed)
+
+
+def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], seed: int) -> Batch:
+    """The batch of the examples that ``read`` reads and whose labels are ``emotion`` (B,); the rest as `make_batch`."""
+    if not len(emotion):
         raise ValueError("a batch needs at least one example")
     parts = list(parts)
     if unknown := [part for part in parts if part not in PARTS]:
         raise ConfigError(f"a batch has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
-    cls, bos, eos = (np.array([token], dtype=np.int32) for token in (CLS, BOS, EOS))
+    size, context, response = len(emotion), read("context"), read("response")
+    heard, said = Beside(1, context.sizes), Beside(1, response.sizes)
+    words = int(said.offsets[-1])
+    case = _pack_case(read, texts, heard, said) if "case" in parts else None
+    concept = _pack_concept(read, context) if "concept" in parts else None
+    context_position, target_position = positions = [_positions(heard.offsets), _positions(said.offsets)]
+    positions += [] if case is None else [case.response_position, case.text_position, case.reaction_position]
+    positions += [] if concept is None else [concept.position]
     return Batch(
-        size=len(examples),
+        size=size,
+        longest=1 + max(int(position.max()) for position in positions if position.numel()),
         seed=torch.tensor(seed),
-        context=_long([part for e in examples for part in (cls, e.context)]),
-        context_role=_long([part for e in examples for part in (np.array([SPEAKER]), e.context_role)]),
-        cu_context=_tensor(_cu_context(examples)),
-        decoder_input=_long([part for e in examples for part in (bos, e.response)]),
-        target=_long([part for e in examples for part in (e.response, eos)]),
-        cu_target=_tensor(_offsets([1 + len(e.response) for e in examples])),
-        emotion=torch.tensor([e.emotion for e in examples]),
-        case=_pack_case(examples, texts) if "case" in parts else None,
-        concept=_pack_concept(examples) if "concept" in parts else None,
+        sizes=_tensor(np.array([size, words])),
+        context=_tensor(heard(CLS, context.values)),
+        context_role=_tensor(heard(SPEAKER, read("context_role").values)),
+        context_position=context_position,
+        context_segment=_segments(heard.sizes),
+        cu_context=_tensor(heard.offsets),
+        decoder_input=_tensor(said(BOS, response.values)),
+        target=_tensor(Beside(response.sizes, 1)(response.values, EOS)),
+        target_position=target_position,
+        target_segment=_segments(said.sizes),
+        cu_target=_tensor(said.offsets),
+        emotion=_tensor(emotion),
+        dialogue_weight=torch.from_numpy(np.full(size, 1 / size)),
+        target_weight=torch.from_numpy(np.full(words, 1 / words)),
+        bow_weight=torch.from_numpy(np.repeat(1 / (size * said.sizes), said.sizes)),
+        case=case,
+        concept=concept,
     )
 
 
-def _cu_context(examples: Sequence[Example]) -> np.ndarray:
-    return _offsets([1 + len(e.context) for e in examples])
+def _pack_case(read: Read, texts: Texts, heard: Beside, said: Beside) -> CasePart:
+    """``heard``, ``said``: a token and the context, a token and the reply."""
+    subs, knowledge = read("sub_utterance"), read("knowledge")
+    vertices = Beside(subs.sizes, knowledge.sizes)
+    dialogue, sub_dialogue = (np.arange(len(subs)).repeat(rows.sizes) for rows in (knowledge, subs))
 
+    of_vertex = vertices(subs.values, knowledge.values)
+    first, vertex_text = _distinct(of_vertex)
+    words = texts.rows(of_vertex[first])
+    rows = Beside(1, words.sizes)
+    text, position = rows(CLS, words.values), spans(0, rows.offsets)
+    pair, text_distinct = _distinct(text * (1 + position.max()) + position)
 
-def _pack_case(examples: Sequence[Example], texts: Texts) -> CasePart:
-    dialogues, cu_context = np.arange(len(examples)), _cu_context(examples)
-    used = [np.concatenate([e.sub_utterance, e.knowledge]) for e in examples]
-    distinct, place = np.unique(np.concatenate(used), return_inverse=True)
-    cls = np.array([CLS], dtype=np.int32)
-    text_rows = [texts.tokens(index) for index in distinct.tolist()]
-    text = np.concatenate([part for row in text_rows for part in (cls, row)])
-    text_sizes = np.array([1 + len(row) for row in text_rows])
-    cu_text = _offsets(text_sizes)
-    position = np.arange(len(text)) - np.repeat(cu_text[:-1], text_sizes)
-    pairs, text_distinct = np.unique(text.astype(np.int64) << 32 | position, return_inverse=True)
+    # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
+    first, same = _distinct(sub_dialogue * (1 + subs.values.max()) + subs.values)
+    is_first = np.zeros(len(sub_dialogue), dtype=bool)
+    is_first[first] = True
+    sub_row = (is_first.cumsum() - 1)[first[same]]
+    reaction_dialogue = sub_dialogue[is_first]
 
-    sizes_cs = np.array([len(rows) for rows in used])
-    subs = np.array([len(e.sub_utterance) for e in examples])
-    first_vertex = _offsets(sizes_cs)
-    knowledge_sizes = sizes_cs - subs
+    reaction, reaction_sub = read("reaction"), read("reaction_sub")
+    sub = reaction_sub.values + subs.offsets[:-1].repeat(reaction_sub.sizes)
+    kept = np.flatnonzero(is_first[sub])
+    kept = kept[np.argsort(sub[kept], kind="stable")]
+    felt = texts.rows(reaction.values[kept])
+    cu_reaction = felt.offsets[np.searchsorted(sub_row[sub[kept]], np.arange(len(reaction_dialogue) + 1))]
+    reaction_sizes, fused = np.diff(cu_reaction), heard.sizes[reaction_dialogue]
+    cu_fused = offsets_of(fused)
 
-    reaction_rows: list[np.ndarray] = []
-    reaction_dialogue: list[int] = []
-    reaction_first: list[int] = []
-    of_knowledge: list[np.ndarray] = []
-    for dialogue, e in enumerate(examples):
-        # Sub-utterances of equal text share one row, so that none is a negative of itself (docs/paper.md, L_fine).
-        row_of: dict[int, int] = {}
-        sub_row = []
-        for sub, index in enumerate(e.sub_utterance.tolist()):
-            if index not in row_of:
-                row_of[index] = len(reaction_rows)
-                words = [texts.tokens(int(found)) for found in e.reaction[e.reaction_sub == sub]]
-                reaction_rows.append(np.concatenate(words) if words else np.zeros(0, dtype=np.int32))
-                reaction_dialogue.append(dialogue)
-            sub_row.append(row_of[index])
-        reaction_first.append(sub_row[0])
-        of_knowledge.append(np.array(sub_row)[e.knowledge_sub])
-    reaction_sizes = np.array([len(row) for row in reaction_rows])
-    fused = [np.arange(cu_context[d], cu_context[d + 1]) for d in reaction_dialogue]
-    knowledge_reaction = np.concatenate(of_knowledge)
-    (paired,) = (reaction_sizes[knowledge_reaction] > 0).nonzero()
-    (with_reaction,) = (reaction_sizes > 0).nonzero()
+    knowledge_reaction = sub_row[read("knowledge_sub").values + subs.offsets[dialogue]]
+    known, with_reaction = np.flatnonzero(knowledge.sizes), np.flatnonzero(reaction_sizes)
+    paired = np.flatnonzero(reaction_sizes[knowledge_reaction])
     positive = np.searchsorted(with_reaction, knowledge_reaction[paired])
 
     return CasePart(
-        response=_long([part for e in examples for part in (cls, e.response)]),
-        response_role=torch.full((sum(1 + len(e.response) for e in examples),), LISTENER),
-        cu_response=_tensor(_offsets([1 + len(e.response) for e in examples])),
+        response=_tensor(said(CLS, read("response").values)),
+        response_role=_tensor(said(LISTENER, LISTENER)),
+        response_position=_positions(said.offsets),
+        cu_response=_tensor(said.offsets.copy()),
         text=_tensor(text),
-        cu_text=_tensor(cu_text),
-        distinct_word=_tensor(pairs >> 32),
-        distinct_position=_tensor(pairs & 0xFFFFFFFF),
-        text_distinct=_tensor(text_distinct.reshape(-1)),
-        cognition=_graphs([e.cognition_graph for e in examples]),
-        cognition_text=_tensor(place.reshape(-1)),
-        knowledge=_long([first_vertex[d] + np.arange(subs[d], sizes_cs[d]) for d in dialogues]),
-        cu_knowledge=_tensor(_offsets(knowledge_sizes)),
-        knowledge_dialogue=_tensor(np.repeat(dialogues, knowledge_sizes)),
+        text_position=_tensor(position),
+        cu_text=_tensor(rows.offsets),
+        distinct_word=_tensor(text[pair]),
+        distinct_position=_tensor(position[pair]),
+        text_distinct=_tensor(text_distinct),
+        cognition=_graphs(read, "cognition"),
+        cognition_text=_tensor(vertex_text),
+        knowledge=_tensor(spans(vertices.offsets[:-1] + subs.sizes, knowledge.offsets)),
+        cu_knowledge=_tensor(knowledge.offsets),
+        knowledge_dialogue=_tensor(dialogue),
         knowledge_reaction=_tensor(knowledge_reaction),
-        reaction=_long(reaction_rows),
-        cu_reaction=_tensor(_offsets(reaction_sizes)),
-        reaction_dialogue=torch.tensor(reaction_dialogue),
-        reaction_first=torch.tensor(reaction_first),
-        reaction_context=_long(fused),
-        cu_reaction_context=_tensor(_offsets([len(row) for row in fused])),
-        known=_tensor(knowledge_sizes.nonzero()[0]),
+        reaction=_tensor(felt.values),
+        reaction_position=_positions(cu_reaction),
+        reaction_segment=_segments(reaction_sizes),
+        cu_reaction=_tensor(cu_reaction),
+        reaction_dialogue=_tensor(reaction_dialogue),
+        reaction_first=_tensor(sub_row[subs.offsets[:-1]]),
+        reaction_context=_tensor(spans(heard.offsets[reaction_dialogue], cu_fused)),
+        reaction_context_segment=_segments(fused),
+        cu_reaction_context=_tensor(cu_fused),
+        known=_tensor(known),
         with_reaction=_tensor(with_reaction),
         paired=_tensor(paired),
         positive=_tensor(positive),
-        negatives_affection=torch.full((len(paired),), max(len(with_reaction) - 1, 0)),
+        negatives_affection=_tensor(np.full(len(paired), max(len(with_reaction) - 1, 0))),
         negatives_cognition=_tensor(len(paired) - np.bincount(positive, minlength=1)[positive]),
+        coarse_sizes=_tensor(np.array([len(known), len(known)])),
+        fine_sizes=_tensor(np.array([len(paired), len(with_reaction)])),
     )
 
 
-def _pack_concept(examples: Sequence[Example]) -> ConceptPart:
-    kept = [1 + len(e.context) for e in examples]  # [CLS] and the words
+def _pack_concept(read: Read, context: Ragged) -> ConceptPart:
+    concept = read("concept")
+    vertices = Beside(1, context.sizes, concept.sizes)
+    intensity = vertices(0.0, read("context_intensity").values, read("concept_intensity").values, dtype=np.float32)
     return ConceptPart(
-        graph=_graphs([e.concept_graph for e in examples]),
-        word=_long([part for e in examples for part in (np.array([CLS]), e.context, e.concept)]),
-        position=_long([part for e, n in zip(examples, kept, strict=True) for part in (np.arange(n), e.concept_position)]),
-        type=_long([part for e, n in zip(examples, kept, strict=True) for part in (np.zeros(n), np.ones(len(e.concept)))]),
-        intensity=torch.from_numpy(np.concatenate(
-            [part for e in examples for part in (np.zeros(1), e.context_intensity, e.concept_intensity)]
-        ).astype(np.float32)),
+        graph=_graphs(read, "concept"),
+        word=_tensor(vertices(CLS, context.values, concept.values)),
+        position=_tensor(vertices(0, spans(1, context.offsets), read("concept_position").values)),
+        type=_tensor(vertices(0, 0, 1)),
+        intensity=torch.from_numpy(intensity),
     )
 
 
-def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
-    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
+def _graphs(read: Read, name: str) -> Graphs:
+    """The graphs of that name, local to their examples, as one block-diagonal CSR."""
+    degree, neighbour = read(f"{name}_degree"), read(f"{name}_indices")
+    first_vertex = degree.offsets[:-1].repeat(neighbour.sizes)
+    return Graphs(
+        indptr=torch.from_numpy(offsets_of(degree.values).astype(np.int32)),
+        indices=torch.from_numpy((neighbour.values + first_vertex).astype(np.int32)),
+        relation=torch.from_numpy(read(f"{name}_relation").values.astype(np.int32)),
+        cu_vertices=_tensor(degree.offsets),
+        dialogue=_segments(degree.sizes),
+    )
+
+
+def _distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of n keys, from 0 to 2^63 / 2n: (d,) where each distinct one comes first, by rising key, and (n,) the place of each key among
+    them. As `np.unique` does it, but by sorting numbers, key and place in one, which is several times as fast as sorting places."""
+    bits = len(keys).bit_length()
+    ordered = np.sort(keys << bits | np.arange(len(keys)))
+    order = ordered & ((1 << bits) - 1)
+    ordered >>= bits
+    new = np.ones(len(keys), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    place = np.empty(len(keys), dtype=np.int64)
+    place[order] = new.cumsum() - 1
+    return order[new], place
+
+
+def _segments(sizes: np.ndarray) -> Tensor:
+    """The sequence that each row belongs to."""
+    return _tensor(np.arange(len(sizes)).repeat(sizes))
+
+
+def _positions(offsets: np.ndarray) -> Tensor:
+    """The place of each row in its sequence."""
+    return _tensor(spans(0, offsets))
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _long(parts: list[np.ndarray]) -> Tensor:
-    return _tensor(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
-
-
-def _graphs(graphs: Sequence[CSR]) -> Graphs:
-    vertices = [len(graph.indptr) - 1 for graph in graphs]
-    cu_vertices, cu_edges = _offsets(vertices), _offsets([len(graph.indices) for graph in graphs])
-    start = [np.zeros(1, dtype=np.int64)]
-    return Graphs(
-        indptr=torch.from_numpy(
-            np.concatenate(start + [g.indptr[1:] + cu_edges[i] for i, g in enumerate(graphs)]).astype(np.int32)
-        ),
-        indices=torch.from_numpy(
-            np.concatenate([g.indices + cu_vertices[i] for i, g in enumerate(graphs)]).astype(np.int32)
-        ),
-        relation=torch.from_numpy(np.concatenate([g.relation for g in graphs]).astype(np.int32)),
-        cu_vertices=_tensor(cu_vertices),
-        dialogue=_tensor(np.repeat(np.arange(len(graphs)), vertices)),
-    )
+    return torch.from_numpy(array.astype(np.int64, copy=False))

@@ -28,7 +28,8 @@ from case_fast.batch import PARTS, Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS
 from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
-from case_fast.data.pack import make_batch
+from case_fast.data.pack import pack
+from case_fast.data.ragged import Ragged, offsets_of, places_of
 from case_fast.errors import DataError
 from case_fast.files import sha256, write_json
 from case_fast.text_files import read_json, require_file, require_folder
@@ -80,17 +81,9 @@ class SplitWriter:
         self.scalars = {name: array("i") for name in _SCALARS}
 
     def add(self, example: Example) -> None:
-        graphs = {"cognition": example.cognition_graph, "concept": example.concept_graph}
         for name in _FIELDS:
-            graph, _, part = name.partition("_")
-            if name == "source":
-                row: np.ndarray | bytes = json.dumps(example.source, ensure_ascii=False).encode()
-            elif graph in graphs and part in ("degree", "indices", "relation"):
-                csr = graphs[graph]
-                row = np.diff(csr.indptr) if part == "degree" else getattr(csr, part)
-            else:
-                row = getattr(example, name)
-            self.ragged.append(name, row)
+            source = name == "source"
+            self.ragged.append(name, json.dumps(example.source, ensure_ascii=False).encode() if source else example.column(name))
         for name in _SCALARS:
             self.scalars[name].append(getattr(example, name))
 
@@ -126,13 +119,16 @@ class _Arrays:
         try:
             with safe_open(path, framework="numpy"):  # checks lengths, types and places of all arrays
                 pass
-            self._map()
-            sizes = {len(self.arrays[name]) for name in scalars}
-            for name in ragged:
-                offsets = self.arrays[f"{name}.offsets"]
-                if offsets[0] != 0 or offsets[-1] != len(self.arrays[name]) or (offsets[1:] < offsets[:-1]).any():
+            arrays = self._map()
+            self.scalars = {name: arrays[name] for name in scalars}
+            self.ragged = {name: Ragged(arrays[name], arrays[f"{name}.offsets"]) for name in ragged}
+            sizes = {len(values) for values in self.scalars.values()}
+            for name, found in self.ragged.items():
+                if found.offsets[0] != 0 or found.offsets[-1] != len(found.values) or (found.sizes < 0).any():
                     raise ValueError(f"the offsets of {name} do not fit")
-                sizes.add(len(offsets) - 1)
+                sizes.add(len(found))
+                shape = next((one for one in self.ragged.values() if np.array_equal(one.offsets, found.offsets)), found)
+                self.ragged[name] = Ragged(found.values, shape.offsets)  # fields of one shape share their offsets
             if len(sizes) != 1:
                 raise ValueError("arrays of different lengths")
         except KeyError as error:
@@ -140,41 +136,56 @@ class _Arrays:
         except (SafetensorError, OSError, ValueError, IndexError, TypeError) as error:
             raise DataError(path, f"damaged ({error})", _REMEDY) from error
 
-    def _map(self) -> None:
+    def _map(self) -> dict[str, np.ndarray]:
         # safetensors copies what it hands to numpy; its header says where each array lies, so map the file instead
         with open(self.path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         filled = self.path.stat().st_size > 8 + size  # an empty file part cannot be mapped
-        whole = np.memmap(self.path, dtype=np.uint8, mode="r", offset=8 + size) if filled else np.zeros(0, np.uint8)
-        self.arrays: dict[str, np.ndarray] = {}
+        # as a plain array: each view of a memmap would cost a microsecond in Python
+        whole = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r", offset=8 + size) if filled else np.zeros(0, np.uint8))
+        arrays: dict[str, np.ndarray] = {}
         for name, item in header.items():
             if item["dtype"] not in _DTYPES:
                 raise ValueError(f"{name} is of type {item['dtype']}")
             start, end = item["data_offsets"]
-            self.arrays[name] = whole[start:end].view(_DTYPES[item["dtype"]]).reshape(item["shape"])
+            arrays[name] = whole[start:end].view(_DTYPES[item["dtype"]]).reshape(item["shape"])
+        return arrays
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
 
-    def row(self, name: str, index: int) -> np.ndarray:
-        offsets = self.arrays[f"{name}.offsets"]
-        return self.arrays[name][offsets[index] : offsets[index + 1]]
+class _Rows:
+    """Fields of some examples, copied. Where their values lie is worked out once for all fields of one shape."""
+
+    def __init__(self, fields: dict[str, Ragged], rows: np.ndarray):
+        self.fields, self.rows = fields, rows
+        self.places: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, name: str) -> Ragged:
+        field = self.fields[name]
+        key = id(field.offsets)
+        if key not in self.places:
+            self.places[key] = places_of(field.offsets, self.rows)
+        places, offsets = self.places[key]
+        return Ragged(field.values.take(places), offsets)
 
 
 class _StoredTexts:
     def __init__(self, path: Path):
-        self._arrays = _Arrays(path, ("words", "text"))
+        found = _Arrays(path, ("words", "text")).ragged
+        self._words, self._text = found["words"], found["text"]
 
     def __len__(self) -> int:
-        return len(self._arrays["words.offsets"]) - 1
+        return len(self._words)
 
     def tokens(self, index: int) -> np.ndarray:
-        return self._arrays.row("words", index)
+        return self._words.row(index)
+
+    def rows(self, ids: np.ndarray) -> Ragged:
+        return self._words.take(ids)
 
     def text(self, index: int) -> str:
-        return self._arrays.row("text", index).tobytes().decode()
+        return self._text.row(index).tobytes().decode()
 
 
 class Store:
@@ -197,7 +208,7 @@ class Store:
 
     def size(self, split: str) -> int:
         """Number of examples of a split."""
-        return len(self._split(split)["emotion"])
+        return len(self._split(split).scalars["emotion"])
 
     def _split(self, split: str) -> _Arrays:
         if split not in self._splits:
@@ -209,20 +220,14 @@ class Store:
         arrays, size = self._split(split), self.size(split)
         if not 0 <= index < size:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
-        return self._read(arrays, index, with_source=True)
-
-    def _read(self, arrays: _Arrays, index: int, with_source: bool) -> Example:
+        row = {name: found.row(index) for name, found in arrays.ragged.items()}
         graphs = {}
         for name in _GRAPHS:
-            degree = arrays.row(f"{name}_degree", index)
-            indptr = np.zeros(len(degree) + 1, dtype=np.int32)
-            np.cumsum(degree, out=indptr[1:])
-            indices, relation = arrays.row(f"{name}_indices", index), arrays.row(f"{name}_relation", index)
-            graphs[f"{name}_graph"] = CSR(indptr, indices, relation)
-        fields = {name: arrays.row(name, index) for name in Example.__dataclass_fields__ if name in _FIELDS and name != "source"}
-        scalars = {name: int(arrays[name][index]) for name in _SCALARS}
-        source = json.loads(arrays.row("source", index).tobytes()) if with_source else {}
-        return Example(**fields, **scalars, **graphs, source=source)
+            indptr = offsets_of(row[f"{name}_degree"]).astype(np.int32)
+            graphs[f"{name}_graph"] = CSR(indptr, row[f"{name}_indices"], row[f"{name}_relation"])
+        fields = {name: values for name, values in row.items() if name in Example.__dataclass_fields__}
+        scalars = {name: int(values[index]) for name, values in arrays.scalars.items()}
+        return Example(**fields | scalars | graphs | {"source": json.loads(row["source"].tobytes())})
 
     def batch(self, split: str, indices: Sequence[int], parts: Iterable[str] = PARTS, seed: int | None = None) -> Batch:
         """The packed batch of these examples, on the CPU.
@@ -236,12 +241,11 @@ class Store:
             ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part.
         """
         arrays, size = self._split(split), self.size(split)
-        for index in indices:
-            if not 0 <= index < size:
-                raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
+        rows = np.asarray(indices, dtype=np.int64)
+        for index in rows[(rows < 0) | (rows >= size)]:
+            raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        examples = [self._read(arrays, int(index), with_source=False) for index in indices]
-        return make_batch(examples, self.texts, parts, seed)
+        return pack(_Rows(arrays.ragged, rows), arrays.scalars["emotion"][rows], self.texts, parts, seed)
 
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         """Word ids (n,) and their pretrained vectors (n, d), or None when the store was prepared without any."""

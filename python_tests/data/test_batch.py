@@ -21,7 +21,7 @@ from case_fast.errors import ConfigError
 
 def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     """The fields of the batch and of its parts as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
-    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "seed", "case", "concept")}
+    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "longest", "seed", "case", "concept")}
     home |= {item.name: "case." for item in fields(CasePart)}
     out: dict[str, list] = {name: [0] if name.startswith("cu_") else [] for name in home}
     concept: dict[str, list] = {name: [] for name in ("word", "position", "type", "intensity")}
@@ -90,6 +90,15 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
             graph["indices"] += [first + int(v) for v in csr.indices]
             graph["relation"] += csr.relation.tolist()
             graph["cu_vertices"].append(first + vertices)
+    for rows in ("context", "target", "response", "text", "reaction", "reaction_context"):
+        sequences = list(enumerate(pairwise(out[f"cu_{rows}"])))
+        for name, of_row in (("position", lambda s, a, i: i - a), ("segment", lambda s, a, i: s)):
+            if f"{rows}_{name}" in home:
+                out[f"{rows}_{name}"] = [of_row(s, a, i) for s, (a, b) in sequences for i in range(a, b)]
+    words = [b - a for a, b in pairwise(out["cu_target"])]
+    out["sizes"] = [len(examples), sum(words)]
+    out["dialogue_weight"], out["target_weight"] = [1 / len(examples)] * len(examples), [1 / sum(words)] * sum(words)
+    out["bow_weight"] = [1 / (len(examples) * m) for m in words for _ in range(m)]
     out["with_reaction"] = [row for row, said in enumerate(said_by_row) if said]
     for place, row in enumerate(out["knowledge_reaction"]):
         if said_by_row[row]:
@@ -98,8 +107,9 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     for own in out["positive"]:
         out["negatives_affection"].append(sum(row != own for row in range(len(out["with_reaction"]))))
         out["negatives_cognition"].append(sum(other != own for other in out["positive"]))
-    places = [place for a, b in pairwise(out["cu_text"]) for place in range(b - a)]
-    rows = list(zip(out["text"], places, strict=True))
+    out["coarse_sizes"] = [len(out["known"])] * 2
+    out["fine_sizes"] = [len(out["paired"]), len(out["with_reaction"])]
+    rows = list(zip(out["text"], out["text_position"], strict=True))
     distinct = sorted(set(rows))
     out["distinct_word"], out["distinct_position"] = map(list, zip(*distinct, strict=True))
     out["text_distinct"] = [distinct.index(row) for row in rows]
@@ -114,12 +124,15 @@ def check(examples: list[Example], texts: TextTable) -> Batch:
     assert batch.size == len(batch) == len(examples)
     found = dict(tensors(batch))
     assert found.pop("seed").item() == 0
+    assert batch.longest == 1 + max(int(x.max()) for name, x in found.items() if name.endswith("position") and x.numel())
     expected = slow_batch(examples, texts)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         tensor = found[name]
         if name == "concept.intensity":
             assert tensor.dtype == torch.float32
+        elif name.endswith("_weight"):
+            assert tensor.dtype == torch.float64
         else:
             small = name.rpartition(".")[2] in ("indptr", "indices", "relation")
             assert tensor.dtype == (torch.int32 if small else torch.int64), name
