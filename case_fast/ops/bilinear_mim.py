@@ -218,8 +218,8 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
         return triton.forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic, sizes)
     found = _outputs(runs, x, y, weight, num_negatives, score)
     if sizes is not None:
-        for of_pairs in found[:3]:
-            of_pairs.zero_()
+        for result in found:
+            result.zero_()
     _run("forward", x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, found)
     return found
 

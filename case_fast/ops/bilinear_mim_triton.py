@@ -98,8 +98,8 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
 
 @triton.jit(do_not_specialize=["pairs", "rows", "first", "all_rows", "first_pair"])
 def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_peak, own_gradient, out, flag, pairs, rows,
-                   first, all_rows, stride, first_pair, sizes, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+                   first, all_rows, stride, first_pair, sizes, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr,
+                   BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """out (pairs, stride): the loss's gradient of the scores of these rows of x with rows [first, first + rows) of y. Columns
     from ``rows`` on are undefined: stride, a multiple of BLOCK_Q, has room for whole tiles, which are stored without a mask.
 
@@ -502,7 +502,7 @@ def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, n
     xw = _projected(x, weight, dim)
     pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at, sizes)
     z = saved.view(pairs, 1 + 2 * num_negatives)
-    logit = z[:, 0]
+    (logit,) = _of_existing(sizes, z[:, 0])
     gradients, own = [], 0.0
     for grad, scores in ((grad_side_y, z[:, 1 : 1 + num_negatives]), (grad_side_x, z[:, 1 + num_negatives :])):
         weight_of, total, peak = _sampled_sums(scores, dot)

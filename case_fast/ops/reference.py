@@ -323,7 +323,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num
         raise ValueError(f"score must be bilinear_sigmoid with a weight or dot without, not {score!r}")
     x, y, positive = full_precision(x), full_precision(y), positive.long()
     if sizes is not None:
-        exist_x, exist_y = (torch.arange(rows.shape[0], device=rows.device) < size for rows, size in zip((x, y), sizes, strict=True))
+        exist_x, exist_y = (torch.arange(len(rows), device=rows.device) < size for rows, size in zip((x, y), sizes, strict=True))
         x, y = torch.where(exist_x.unsqueeze(1), x, 0), torch.where(exist_y.unsqueeze(1), y, 0)
         positive = torch.where(exist_x, positive, 0)
     projected = x if weight is None else x @ full_precision(weight)
@@ -408,7 +408,6 @@ def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: i
         n = eligible.view(-1, 1)
         return ((word >> 16) * n + (((word & 0xFFFF) * n) >> 16)) >> 16  # (word * n) >> 32 for n < 2^31
 
-    exist = pair_count = None
     if sizes is not None:  # pairs that do not exist are a group of their own, behind all others
         pair_count, row_count = sizes
         exist = torch.arange(pairs, device=device) < pair_count
