@@ -34,9 +34,18 @@ CASE_FAST_INLINE void products(const VocabularyRows<T> &a, int64_t first, int64_
         multiply(a.hidden_rows + first * a.dim, s.word_columns, count, words, a.dim, tile, stride, false);
 }
 
+// Rows of words, which lie end to end, into the second cache: packing and products go through them in steps that the core does not
+// foresee.
+template <class T, int write>
+CASE_FAST_INLINE void fetch(const T *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, write, 2);
+}
+
 template <class T>
 CASE_FAST_INLINE void pack_words(const VocabularyRows<T> &a, int64_t begin, int64_t words, const Scratch<T> &s) {
-    if (!a.few) pack_columns(a.weight + begin * a.dim, 1, a.dim, a.dim, words, s.word_columns);
+    if (a.few) return;
+    fetch<T, 0>(a.weight + begin * a.dim, words * a.dim);
+    pack_columns(a.weight + begin * a.dim, 1, a.dim, a.dim, words, s.word_columns);
 }
 
 // ---- the losses
@@ -188,10 +197,12 @@ void backward(const VocabularyRows<T> &a, int64_t begin, int64_t end, T *grad_hi
     for (int64_t v = begin; v < end; v += block_words) {
         const int64_t words = least(block_words, end - v);
         if (!a.kept_scores) pack_words(a, v, words, s);
-        if (grad_hidden) pack_columns(a.weight + v * dim, dim, 1, words, dim, s.word_rows);
+        if (grad_hidden) {
+            fetch<T, 0>(a.weight + v * dim, words * dim);
+            pack_columns(a.weight + v * dim, dim, 1, words, dim, s.word_rows);
+        }
         for (int64_t i = 0; i < words; ++i) s.bias_sum[i] = T(0);
-        if (a.grad_weight)  // written panel by panel below, which the core does not foresee: each store would wait for its line
-            for (int64_t i = 0; i < words * dim; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(a.grad_weight + v * dim + i, 1, 2);
+        if (a.grad_weight) fetch<T, 1>(a.grad_weight + v * dim, words * dim);
         for (int64_t first = 0; first < a.rows; first += block) {
             const int64_t count = least(block, a.rows - first);
             if (!a.kept_scores) products(a, first, count, v, words, s.tile, tile_stride, s);
