@@ -17,7 +17,7 @@ from case_fast.ops.cross_attention import FLOATS
 
 WIDTH, HEADS, SOURCES = 300, 2, 3  # of the paper
 SIZES = ["step1", "step16", "step128", "beams16x5", *(f"keys{n}" for n in (0, 16, 64, 256, 512)),
-         *(f"rows{4**n}" for n in range(2, 7)), "ragged"]
+         *(f"rows{4**n}" for n in range(2, 7)), "batch", "ragged"]
 QUICK_SIZES = ["step4", "rows16", "rows64"]
 AXIS = "words of replies of about 16 words"
 
@@ -109,7 +109,8 @@ def skewed(mean: int, count: int, generator: torch.Generator) -> list[int]:
 
 def case_of(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ReplyCase:
     """stepB: one word for each of B replies, about 100 keys a source. beamsBxK: K hypotheses each. keysN: 16 replies, N keys a
-    source. rowsN: training, N words in replies of about 16. ragged: training, lengths skewed.
+    source. rowsN: training, N words in replies of about 16. batch: training, as a step of the paper's has it. ragged: training,
+    lengths skewed.
 
     Raises:
         ConfigError: no such size.
@@ -136,6 +137,9 @@ def case_of(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         rows = about(16, max(1, total // 16), g)
         rows = torch.tensor([0, *rows]).cumsum(0).mul(total).div(sum(rows)).round().long().diff().tolist()
         return make_case(size, f"training, {len(rows)} replies", rows, keys(len(rows)), **more)
+    if size == "batch":
+        lengths = [about(45, 16, g, 0.2) for _ in range(SOURCES)]
+        return make_case(size, "training, 16 replies of 15 words, about 45 keys a source", [15] * 16, lengths, **more)
     if size == "ragged":
         rows = [max(1, n) for n in skewed(16, 64, g)]
         return make_case(size, "training, 64 replies, lengths skewed", rows, [skewed(n, 64, g) for n in (60, 90, 40)], **more)

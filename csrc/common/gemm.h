@@ -46,6 +46,42 @@ CASE_FAST_INLINE int64_t depth_piece(int64_t depth) {
     return panels_of(depth > 0 ? depth : 1, pieces * Tile<T>::columns) * Tile<T>::columns;
 }
 
+#if CASE_FAST_VECTOR_BYTES == 64
+// The same as pack_panel for rows whose elements lie together, 16 rows by 4 elements at once. Returns up to which k: whole fours.
+template <int width>
+CASE_FAST_INLINE int64_t transpose(const float *from, int64_t lane_stride, int64_t count, int64_t depth, float *to) {
+    const int64_t whole = depth / 4 * 4;
+    for (int64_t l = 0; l < count; l += 16) {
+        const float *row[16];
+        for (int64_t i = 0; i < 16; ++i) row[i] = from + least(l + i, count - 1) * lane_stride;
+        const __mmask16 real = __mmask16(count - l < 16 ? (1u << (count - l)) - 1 : 0xFFFF);
+        const __mmask16 own = __mmask16(width - l < 16 ? (1u << (width - l)) - 1 : 0xFFFF);
+        for (int64_t k = 0; k < whole; k += 4) {
+            __m512 x[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                x[i] = _mm512_castps128_ps512(_mm_loadu_ps(row[i] + k));
+                x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row[i + 4] + k), 1);
+                x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row[i + 8] + k), 2);
+                x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row[i + 12] + k), 3);
+            }
+            const __m512d a = (__m512d)_mm512_unpacklo_ps(x[0], x[1]), b = (__m512d)_mm512_unpackhi_ps(x[0], x[1]);
+            const __m512d c = (__m512d)_mm512_unpacklo_ps(x[2], x[3]), d = (__m512d)_mm512_unpackhi_ps(x[2], x[3]);
+            const __m512d y[4] = {_mm512_unpacklo_pd(a, c), _mm512_unpackhi_pd(a, c), _mm512_unpacklo_pd(b, d), _mm512_unpackhi_pd(b, d)};
+            float *const target = to + k * width + l;
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                if (real == 0xFFFF)
+                    _mm512_storeu_ps(target + i * width, (__m512)y[i]);
+                else
+                    _mm512_mask_storeu_ps(target + i * width, own, _mm512_maskz_mov_ps(real, (__m512)y[i]));
+            }
+        }
+    }
+    return whole;
+}
+#endif
+
 // to[l] = from[l * stride] for `count` of `width` lanes and 0 beyond, for each k: lane l lies at from + l * lane_stride.
 template <class T, int width>
 CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t depth_stride, int64_t count, int64_t depth, T *to) {
@@ -58,8 +94,12 @@ CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t dep
     if (count < width)
         for (int64_t i = 0; i < depth; ++i)
             for (int64_t l = count; l < width; ++l) to[i * width + l] = T(0);
+#if CASE_FAST_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4)
+        if (depth_stride == 1) k = transpose<width>(from, lane_stride, count, depth, to);
+#endif
 #if defined(__x86_64__)
-    if (depth_stride == 1) {  // blocks of 16 bytes squared are transposed in registers
+    if (depth_stride == 1 && k == 0) {  // blocks of 16 bytes squared are transposed in registers
         constexpr int block = 16 / int(sizeof(T));
         for (; k + block <= depth; k += block) {
             int l = 0;

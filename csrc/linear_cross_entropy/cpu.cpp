@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int64_t most_chunks = 64;
-constexpr int64_t forward_rows = 17 * block_rows, backward_rows = 2 * block_rows;  // at once; for more, weight is packed again
+constexpr int64_t forward_rows = 16 * block_rows, backward_rows = 2 * block_rows;  // at once; for more, weight is packed again
 constexpr int64_t part_bytes = int64_t(8) << 20;  // of all parts of grad_hidden
 constexpr int64_t top_rows = 96;                  // of a tile when the most probable words are looked for
 
@@ -149,15 +149,15 @@ int forward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *w
     Workspace workspace;
     const Targets targets(c, workspace);
     const auto bounds = chunk_bounds(c.vocabulary, most_chunks);
-    const int64_t chunks = int64_t(bounds.size()) - 1, most = std::min(c.rows, forward_rows);
+    const int64_t chunks = int64_t(bounds.size()) - 1, most = even_block(c.rows, forward_rows);
     const int workers = int(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
     const auto scratch = scratches<T>(workspace, c.dim, workers);
     RowSum<T> *const sums = workspace.take<RowSum<T>>(chunks * most);
     T *const panels = workspace.take<T>(packed_rows<T>(most, c.dim));
     if (kept) prepare_output(kept, size_t(c.rows) * size_t(c.vocabulary) * sizeof(T));
-    for (int64_t first = 0; first < c.rows; first += forward_rows) {
+    for (int64_t first = 0; first < c.rows; first += most) {
         VocabularyRows<T> a = {};
-        a.rows = std::min(forward_rows, c.rows - first);
+        a.rows = std::min(most, c.rows - first);
         a.vocabulary = c.vocabulary;
         a.dim = c.dim;
         a.hidden = hidden + first * c.dim;
@@ -210,7 +210,7 @@ int backward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *
         for (int64_t m = targets.begin[row]; m < targets.begin[row + 1]; ++m) any |= grad_nll[m] != 0;
         if (any) active[count++] = row;
     }
-    const int64_t most = std::min(count, backward_rows), part = most * c.dim;
+    const int64_t most = even_block(count, backward_rows), part = most * c.dim;
     int64_t chunks = most_chunks;
     if (grad_hidden && part) chunks = std::max<int64_t>(1, std::min(chunks, part_bytes / (part * int64_t(sizeof(T)))));
     const auto bounds = chunk_bounds(c.vocabulary, chunks);
@@ -231,9 +231,9 @@ int backward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *
         zero(grad_bias, c.vocabulary);
     }
     if (count < c.rows) zero(grad_hidden, c.rows * c.dim);
-    for (int64_t first = 0; first < count; first += backward_rows) {
+    for (int64_t first = 0; first < count; first += most) {
         VocabularyRows<T> a = {};
-        a.rows = std::min(backward_rows, count - first);
+        a.rows = std::min(most, count - first);
         a.vocabulary = c.vocabulary;
         a.dim = c.dim;
         a.weight = weight;
@@ -268,8 +268,9 @@ int backward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *
         if (!kept) pack_rows(a, row_panels, threads);
         if (grad_weight) {
             a.hidden_columns = column_panels;
-            for (int64_t i = 0; i < a.rows; i += block_rows)
-                kernel.pack_columns(a.hidden + i * c.dim, std::min(block_rows, a.rows - i), c.dim,
+            const int64_t block = even_block(a.rows, block_rows);
+            for (int64_t i = 0; i < a.rows; i += block)
+                kernel.pack_columns(a.hidden + i * c.dim, std::min(block, a.rows - i), c.dim,
                                     column_panels + kernel.column_panels(i, c.dim));
         }
         share(workers, chunks, [&](int64_t chunk, int64_t worker) {
@@ -364,7 +365,7 @@ int top(int64_t rows, int64_t vocabulary, int64_t k, int32_t dim, const T *hidde
                     kernel.scores(a, from, count, begin, end, own + from, peak, s);
                     for (int64_t i = 0; many && i < count; ++i) {
                         Best<T> &row = best[worker * most + from + i];
-                        if (!(peak[i] < row.limit)) row.add(s.tile + i * block_words, end - begin, begin, k, enough);
+                        if (!(peak[i] < row.limit)) row.add(s.tile + i * tile_stride, end - begin, begin, k, enough);
                     }
                 }
             }

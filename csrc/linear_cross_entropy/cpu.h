@@ -6,8 +6,15 @@
 #include "common/kernels.h"
 
 constexpr int64_t block_words = 192;  // scores are computed in tiles of so many words: whole panels of every instruction set
-constexpr int64_t block_rows = 240;   // and so many rows, likewise; a tile of float is 180 KiB
+constexpr int64_t block_rows = 264;   // and at most so many rows, likewise
+constexpr int64_t tile_stride = block_words + 16;  // from row to row: a column of the tile lies in all sets of the first cache
 constexpr int64_t few_rows = 24;      // up to so many, rows of `weight` are read as they lie; beyond, packing them is repaid
+
+// How many of `rows` make a block, where each has at most `most`: about equally many, and whole panels.
+__attribute__((always_inline)) static inline int64_t even_block(int64_t rows, int64_t most) {
+    const int64_t blocks = rows > most ? (rows + most - 1) / most : 1;
+    return ((rows + blocks - 1) / blocks + 11) / 12 * 12;
+}
 
 // Sums of a row over the words seen so far.
 template <class T>
@@ -21,10 +28,9 @@ struct RowSum {
 // Arrays of one thread. Sizes in elements: see Kernels::scratch.
 template <class T>
 struct Scratch {
-    T *tile;           // (block_rows, block_words)
+    T *tile;           // (block_rows, tile_stride)
     T *word_columns;   // a block of `weight` transposed, as column panels
     T *word_rows;      // the same untransposed, as column panels
-    T *left;           // a tile, or a tile transposed, as row panels
     T *bias_sum;       // (2, block_words): of all rows, and of a few
 };
 
@@ -45,7 +51,7 @@ struct VocabularyRows {
     // backward
     const T *kept_scores;             // as kept, or NULL
     const int64_t *kept_row;          // (rows): where each row lies there
-    const T *hidden_columns;          // per block_rows rows: column panels
+    const T *hidden_columns;          // per even_block of rows: column panels
     const T *top, *log_sum, *scale;   // (rows): state; sum of grad_nll over the row's targets
     const T *grad_nll;                // (M)
     T *grad_weight, *grad_bias;       // whole, or NULL

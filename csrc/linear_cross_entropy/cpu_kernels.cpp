@@ -34,9 +34,18 @@ CASE_FAST_INLINE void products(const VocabularyRows<T> &a, int64_t first, int64_
         multiply(a.hidden_rows + first * a.dim, s.word_columns, count, words, a.dim, tile, stride, false);
 }
 
+// Rows of words, which lie end to end, into the second cache: packing and products go through them in steps that the core does not
+// foresee.
+template <class T, int write>
+CASE_FAST_INLINE void fetch(const T *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, write, 2);
+}
+
 template <class T>
 CASE_FAST_INLINE void pack_words(const VocabularyRows<T> &a, int64_t begin, int64_t words, const Scratch<T> &s) {
-    if (!a.few) pack_columns(a.weight + begin * a.dim, 1, a.dim, a.dim, words, s.word_columns);
+    if (a.few) return;
+    fetch<T, 0>(a.weight + begin * a.dim, words * a.dim);
+    pack_columns(a.weight + begin * a.dim, 1, a.dim, a.dim, words, s.word_columns);
 }
 
 // ---- the losses
@@ -103,16 +112,17 @@ CASE_FAST_INLINE T absorb(RowSum<T> &sum, T *z, const T *bias, int64_t count, in
 
 template <class T>
 void forward(const VocabularyRows<T> &a, int64_t begin, int64_t end, RowSum<T> *sums, const Scratch<T> &s) {
+    const int64_t block = even_block(a.rows, block_rows);
     for (int64_t v = begin; v < end; v += block_words) {
         const int64_t words = least(block_words, end - v);
         pack_words(a, v, words, s);
-        for (int64_t first = 0; first < a.rows; first += block_rows) {
-            const int64_t count = least(block_rows, a.rows - first);
+        for (int64_t first = 0; first < a.rows; first += block) {
+            const int64_t count = least(block, a.rows - first);
             T *const kept = a.kept ? a.kept + v * a.kept_rows + (a.kept_first + first) * words : nullptr;
-            products(a, first, count, v, words, s.tile, block_words, s);
+            products(a, first, count, v, words, s.tile, tile_stride, s);
             for (int64_t i = 0; i < count; ++i) {
-                const T *const z = s.tile + i * block_words;
-                absorb(sums[first + i], s.tile + i * block_words, a.bias + v, words, v, kept ? kept + i * words : nullptr);
+                const T *const z = s.tile + i * tile_stride;
+                absorb(sums[first + i], s.tile + i * tile_stride, a.bias + v, words, v, kept ? kept + i * words : nullptr);
                 for (int64_t m = a.target_begin[first + i]; m < a.target_end[first + i]; ++m)
                     if (a.target[m] >= v && a.target[m] < v + words) a.target_score[m] = z[a.target[m] - v];
             }
@@ -124,9 +134,9 @@ void forward(const VocabularyRows<T> &a, int64_t begin, int64_t end, RowSum<T> *
 template <class T>
 void scores(const VocabularyRows<T> &a, int64_t first, int64_t count, int64_t begin, int64_t end, RowSum<T> *sums, T *highest,
             const Scratch<T> &s) {
-    products(a, first, count, begin, end - begin, s.tile, block_words, s);
+    products(a, first, count, begin, end - begin, s.tile, tile_stride, s);
     for (int64_t i = 0; i < count; ++i)
-        highest[i] = absorb(sums[i], s.tile + i * block_words, a.bias + begin, end - begin, begin);
+        highest[i] = absorb(sums[i], s.tile + i * tile_stride, a.bias + begin, end - begin, begin);
 }
 
 // ---- their gradients
@@ -163,7 +173,7 @@ CASE_FAST_INLINE void soften_tile(const VocabularyRows<T> &a, int64_t first, int
     T *const bias_sum = s.bias_sum + block_words;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t row = first + i;
-        T *const out = s.tile + i * block_words;
+        T *const out = s.tile + i * tile_stride;
         for (int64_t j = 0; j < words && i % few == 0; ++j) bias_sum[j] = T(0);
         if (a.kept_scores)
             soften<T, false>(a.kept_scores + v * a.kept_rows + a.kept_row[row] * words, nullptr, a.top[row], a.log_sum[row],
@@ -182,26 +192,30 @@ CASE_FAST_INLINE void soften_tile(const VocabularyRows<T> &a, int64_t first, int
 
 template <class T>
 void backward(const VocabularyRows<T> &a, int64_t begin, int64_t end, T *grad_hidden, const Scratch<T> &s) {
-    const int64_t dim = a.dim, padded = packed_columns<T>(dim, 1);
+    constexpr int64_t height = Tile<T>::rows, width = Tile<T>::columns;
+    const int64_t dim = a.dim, padded = packed_columns<T>(dim, 1), block = even_block(a.rows, block_rows);
     for (int64_t v = begin; v < end; v += block_words) {
         const int64_t words = least(block_words, end - v);
         if (!a.kept_scores) pack_words(a, v, words, s);
-        if (grad_hidden) pack_columns(a.weight + v * dim, dim, 1, words, dim, s.word_rows);
+        if (grad_hidden) {
+            fetch<T, 0>(a.weight + v * dim, words * dim);
+            pack_columns(a.weight + v * dim, dim, 1, words, dim, s.word_rows);
+        }
         for (int64_t i = 0; i < words; ++i) s.bias_sum[i] = T(0);
-        if (a.grad_weight)  // written panel by panel below, which the core does not foresee: each store would wait for its line
-            for (int64_t i = 0; i < words * dim; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(a.grad_weight + v * dim + i, 1, 2);
-        for (int64_t first = 0; first < a.rows; first += block_rows) {
-            const int64_t count = least(block_rows, a.rows - first);
-            if (!a.kept_scores) products(a, first, count, v, words, s.tile, block_words, s);
+        if (a.grad_weight) fetch<T, 1>(a.grad_weight + v * dim, words * dim);
+        for (int64_t first = 0; first < a.rows; first += block) {
+            const int64_t count = least(block, a.rows - first);
+            if (!a.kept_scores) products(a, first, count, v, words, s.tile, tile_stride, s);
             soften_tile(a, first, count, v, words, s);
             if (a.grad_weight) {
-                pack_rows(s.tile, 1, block_words, words, count, s.left);
-                multiply(s.left, a.hidden_columns + first * padded, words, dim, count, a.grad_weight + v * dim, dim,
-                         a.more || first > 0);
+                multiply_tiles<T, height, true>({s.tile, 1, tile_stride}, {1, tile_stride, INT64_MAX, 0},
+                                                {a.hidden_columns + first * padded, width * count, width},
+                                                {a.grad_weight + v * dim, dim, width}, words, dim, count, a.more || first > 0);
             }
             if (grad_hidden) {
-                pack_rows(s.tile, block_words, 1, count, words, s.left);
-                multiply(s.left, s.word_rows, count, dim, words, grad_hidden + first * dim, dim, v > begin);
+                multiply_tiles<T, height, true>({s.tile, tile_stride, 1}, {tile_stride, 1, INT64_MAX, 0},
+                                                {s.word_rows, width * words, width}, {grad_hidden + first * dim, dim, width}, count,
+                                                dim, words, v > begin);
             }
         }
         if (a.grad_bias)
@@ -237,11 +251,9 @@ Scratch<T> scratch(T *memory, int64_t dim, int64_t *elements) {
         return found;
     };
     Scratch<T> s;
-    s.tile = take(block_rows * block_words);
+    s.tile = take(block_rows * tile_stride);
     s.word_columns = take(packed_columns<T>(block_words, dim));
     s.word_rows = take(packed_columns<T>(dim, block_words));
-    const int64_t left = packed_rows<T>(block_rows, block_words), transposed = packed_rows<T>(block_words, block_rows);
-    s.left = take(left > transposed ? left : transposed);
     s.bias_sum = take(2 * block_words);
     *elements = used;
     return s;

@@ -6,7 +6,7 @@
 //
 // On the CPU: F32 and F64. Everything is checked before it is used, and where a check fails nothing has been written. Outputs are
 // written whole, whatever stood there. The results are the same bits for any number of threads, and those of a row do not depend
-// on the other rows, but on whether they are many (`case_fast_vocabulary_few`).
+// on the other rows, but on whether they are more than 24.
 #pragma once
 
 #include <stdint.h>

@@ -64,6 +64,8 @@ int main(int count, char **arguments) {
     bench_block("decode: 1 row, 3 x 100 keys", 1, 1, 100, 1, false, 0, false, threads, 10 * repetitions);
     bench_block("decode: 128 rows, 3 x 100 keys", 128, 1, 100, 1, false, 0, false, threads, repetitions);
     bench_block("decode: 16 x 5 beams, 3 x 100 keys", 16, 1, 100, 5, false, 0, false, threads, repetitions);
+    bench_block("train: 16 x 15 rows, 3 x 45 keys", 16, 15, 45, 1, false, 0, true, threads, repetitions);
+    bench_block("train, dropout 0.1: 16 x 15 rows, 3 x 45 keys", 16, 15, 45, 1, false, 0.1, true, threads, repetitions);
     bench_block("train: 16 x 30 rows, 3 x 100 keys", 16, 30, 100, 1, false, 0, true, threads, repetitions);
     bench_block("train: 16 x 1 .. 59 rows, 3 x 1 .. 199 keys", 16, 30, 100, 1, true, 0, true, threads, repetitions);
     bench_block("train, dropout 0.1", 16, 30, 100, 1, true, 0.1, true, threads, repetitions);

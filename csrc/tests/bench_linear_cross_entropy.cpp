@@ -1,5 +1,5 @@
-// Times of the vocabulary loss at the C level: bench_linear_cross_entropy [threads] [repetitions] [rows]. Least milliseconds, by the clock
-// and, on one thread, of its CPU time.
+// Times of the vocabulary loss at the C level: bench_linear_cross_entropy [threads] [repetitions] [rows] [words]. Least
+// milliseconds, by the clock and of the caller's CPU time.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -79,7 +79,6 @@ void bench(int64_t rows, int64_t vocabulary, int threads, int repetitions) {
 
 int main(int count, char **arguments) {
     const int threads = count > 1 ? std::atoi(arguments[1]) : 2, repetitions = count > 2 ? std::atoi(arguments[2]) : 20;
-    const int chosen = count > 3 ? std::atoi(arguments[3]) : 0;
-    for (const int64_t rows : {1, 16, 80, 480, 2048})
-        if (chosen == 0 || chosen == rows) bench(rows, 24000, threads, rows > 1000 ? repetitions / 4 + 1 : repetitions);
+    if (count > 3) return bench(std::atoi(arguments[3]), count > 4 ? std::atoi(arguments[4]) : 24000, threads, repetitions), 0;
+    for (const int64_t rows : {1, 16, 80, 480, 2048}) bench(rows, 24000, threads, rows > 1000 ? repetitions / 4 + 1 : repetitions);
 }

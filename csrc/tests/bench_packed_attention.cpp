@@ -1,12 +1,18 @@
-// Times of packed attention at the C level: bench_packed_attention [threads] [repetitions].
+// Times of packed attention at the C level: bench_packed_attention [threads] [repetitions] [cases].
+// cases: those whose name holds this.
 // Least over the repetitions, in microseconds: of the thread's CPU time with one thread, else wall time; and Gflop/s.
+#include <cstring>
+
 #include "attention_bench.h"
 #include "packed_attention/packed_attention.h"
 
 namespace {
 
+const char *chosen = "";
+
 void bench_packed(const char *name, int64_t batch, int64_t queries, int64_t keys, bool ragged, bool causal, double dropout_p,
                   int threads, int repetitions) {
+    if (!std::strstr(name, chosen)) return;
     const auto cu_query = offsets(batch, queries, ragged), cu_key = causal || queries == keys ? cu_query : offsets(batch, keys, ragged);
     const int64_t rows = cu_query.back(), key_rows = cu_key.back();
     double products = 0;
@@ -34,7 +40,13 @@ void bench_packed(const char *name, int64_t batch, int64_t queries, int64_t keys
 
 int main(int count, char **arguments) {
     const int threads = count > 1 ? std::atoi(arguments[1]) : 2, repetitions = count > 2 ? std::atoi(arguments[2]) : 100;
+    if (count > 3) chosen = arguments[3];
     bench_packed("decode: 16 x 1, 100 keys", 16, 1, 100, false, false, 0, threads, 10 * repetitions);
+    bench_packed("a step's contexts: 16 x 1 .. 71", 16, 36, 36, true, false, 0, threads, repetitions);
+    bench_packed("a step's texts: 430 x 1 .. 11", 430, 6, 6, true, false, 0, threads, repetitions);
+    bench_packed("a step's reactions: 32 x 1 .. 13", 32, 7, 7, true, false, 0, threads, repetitions);
+    bench_packed("a step's replies: causal, 16 x 1 .. 29", 16, 15, 15, true, true, 0, threads, repetitions);
+    bench_packed("the same, dropout 0.1", 16, 15, 15, true, true, 0.1, threads, repetitions);
     bench_packed("train: 16 x 30, 100 keys", 16, 30, 100, false, false, 0, threads, repetitions);
     bench_packed("train: 16 x 1 .. 59, 1 .. 199 keys", 16, 30, 100, true, false, 0, threads, repetitions);
     bench_packed("self: 16 x 50", 16, 50, 50, false, false, 0, threads, repetitions);
