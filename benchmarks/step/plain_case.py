@@ -13,7 +13,7 @@ each the most of any dialogue of the batch. Masks are True where there is someth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from case_fast.data.featurizer import Example
+from case_fast.data.featurizer import Example, TextTable
 from case_fast.data.graphs import CSR
-from case_fast.data.pack import Texts
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, PAD, SPEAKER
 from case_fast.equations import sinusoidal_position
 from case_fast.models.case import CASE, CASEConfig
 
+LENGTHS = ("n", "U", "Lu", "K", "Lk", "N", "R", "Lr", "m")
 NO_TARGET = -100  # of `cross_entropy`
 POSITIONS = 1024  # of the table: a context has at most 513 rows
 MASKED = -1e9
@@ -78,6 +78,12 @@ class PaddedBatch:
     response_mask: Tensor
     emotion: Tensor
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """n, U, Lu, K, Lk, N, R, Lr, m."""
+        tables = (self.context, self.utterance, self.knowledge, self.concept_word, self.reaction, self.response)
+        return dict(zip(LENGTHS, [size for table in tables for size in table.shape[1:]], strict=True))
+
     def to(self, device: torch.device | str) -> PaddedBatch:
         return PaddedBatch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
@@ -94,10 +100,10 @@ def padded(rows: Sequence[np.ndarray], fill: float = PAD, least: int = 0) -> tup
     return table, mask
 
 
-def slots(dialogues: Sequence[Sequence[np.ndarray]], empty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def slots(dialogues: Sequence[Sequence[np.ndarray]], empty: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of each dialogue as (B, most rows, longest), slots without a row as ``empty``, and where something stands."""
-    most = max(1, *map(len, dialogues))
-    table, mask = padded([row for rows in dialogues for row in [*rows, *[empty] * (most - len(rows))]], least=1)
+    most = max(rows, *map(len, dialogues))
+    table, mask = padded([row for rows in dialogues for row in [*rows, *[empty] * (most - len(rows))]], least=length)
     return table.reshape(len(dialogues), most, -1), mask.reshape(len(dialogues), most, -1)
 
 
@@ -112,15 +118,19 @@ def dense(graphs: Sequence[CSR], places: Sequence[np.ndarray], size: int) -> tup
     return edge, relation
 
 
-def collate(examples: Sequence[Example], texts: Texts) -> PaddedBatch:
-    """Pad examples whose text ids point into ``texts``: what `case_fast.data.pack.make_batch` packs."""
+def collate(examples: Sequence[Example], texts: TextTable, least: Mapping[str, int] | None = None) -> PaddedBatch:
+    """Pad examples whose text ids point into ``texts``: what `case_fast.data.pack.make_batch` packs.
+
+    ``least``: of each of `LENGTHS`, so that several batches can have one shape.
+    """
+    least = dict.fromkeys(LENGTHS, 1) if least is None else least
     cls, bos, eos, none = (np.array(ids, dtype=np.int32) for ids in ([CLS], [BOS], [EOS], []))
 
     def words(ids: np.ndarray) -> list[np.ndarray]:
         return [np.concatenate([cls, texts.tokens(int(index))]) for index in ids]
 
-    utterance, utterance_words = slots([words(e.sub_utterance) for e in examples], cls)
-    knowledge, knowledge_words = slots([words(e.knowledge) for e in examples], cls)
+    utterance, utterance_words = slots([words(e.sub_utterance) for e in examples], cls, least["U"], least["Lu"])
+    knowledge, knowledge_words = slots([words(e.knowledge) for e in examples], cls, least["K"], least["Lk"])
     first = utterance.shape[1]  # the vertex of the first inference
     places = [np.concatenate([np.arange(len(e.sub_utterance)), first + np.arange(len(e.knowledge))]) for e in examples]
     cognition = dense([e.cognition_graph for e in examples], places, first + knowledge.shape[1])
@@ -132,35 +142,35 @@ def collate(examples: Sequence[Example], texts: Texts) -> PaddedBatch:
                           for sub in firsts])
         reaction_of.append(row[e.knowledge_sub])
         reaction_first.append(row[0])
-    reaction, reaction_words = slots(reactions, none)
+    reaction, reaction_words = slots(reactions, none, least["R"], least["Lr"])
 
-    concept_word, concept_mask = padded([np.concatenate([cls, e.context, e.concept]) for e in examples])
+    n, k, vertices, m = least["n"], knowledge.shape[1], least["N"], least["m"]
+    concept_word, concept_mask = padded([np.concatenate([cls, e.context, e.concept]) for e in examples], PAD, vertices)
     tokens = [np.arange(1 + len(e.context)) for e in examples]
     places = [np.arange(mask.sum()) for mask in concept_mask]
     concept_edge, _ = dense([e.concept_graph for e in examples], places, concept_mask.shape[1])
-    context, context_mask = padded([np.concatenate([cls, e.context]) for e in examples])
-    response, response_mask = padded([np.concatenate([cls, e.response]) for e in examples])
+    context, context_mask = padded([np.concatenate([cls, e.context]) for e in examples], PAD, n)
+    response, response_mask = padded([np.concatenate([cls, e.response]) for e in examples], PAD, m)
+    concept_position = [np.concatenate([each, e.concept_position]) for each, e in zip(tokens, examples, strict=True)]
+    concept_type = [np.repeat([0, 1], [len(each), len(e.concept)]) for each, e in zip(tokens, examples, strict=True)]
+    intensity = [np.concatenate([np.zeros(1, np.float32), e.context_intensity, e.concept_intensity]) for e in examples]
     return PaddedBatch(
         context=_long(context), context_mask=torch.from_numpy(context_mask),
-        context_role=_long(padded([np.concatenate([[SPEAKER], e.context_role]) for e in examples])[0]),
+        context_role=_long(padded([np.concatenate([[SPEAKER], e.context_role]) for e in examples], PAD, n)[0]),
         utterance=_long(utterance), utterance_words=torch.from_numpy(utterance_words),
         knowledge=_long(knowledge), knowledge_words=torch.from_numpy(knowledge_words),
-        knowledge_mask=torch.from_numpy(padded([e.knowledge for e in examples], least=1)[1]),
-        knowledge_reaction=_long(padded(reaction_of, 0, least=1)[0]),
+        knowledge_mask=torch.from_numpy(padded([e.knowledge for e in examples], PAD, k)[1]),
+        knowledge_reaction=_long(padded(reaction_of, 0, k)[0]),
         cognition_edge=torch.from_numpy(cognition[0]), cognition_relation=torch.from_numpy(cognition[1]),
-        concept_word=_long(concept_word), concept_mask=torch.from_numpy(concept_mask),
-        concept_position=_long(padded(
-            [np.concatenate([n, e.concept_position]) for n, e in zip(tokens, examples, strict=True)], 0)[0]),
-        concept_type=_long(padded(
-            [np.repeat([0, 1], [len(n), len(e.concept)]) for n, e in zip(tokens, examples, strict=True)], 0)[0]),
-        concept_intensity=torch.from_numpy(padded(
-            [np.concatenate([[0.0], e.context_intensity, e.concept_intensity]) for e in examples], 0)[0].astype(np.float32)),
-        concept_edge=torch.from_numpy(concept_edge),
+        concept_word=_long(concept_word), concept_position=_long(padded(concept_position, 0, vertices)[0]),
+        concept_type=_long(padded(concept_type, 0, vertices)[0]),
+        concept_intensity=torch.from_numpy(padded(intensity, 0, vertices)[0]),
+        concept_mask=torch.from_numpy(concept_mask), concept_edge=torch.from_numpy(concept_edge),
         reaction=_long(reaction), reaction_words=torch.from_numpy(reaction_words),
         reaction_mask=torch.from_numpy(reaction_words.any(-1)), reaction_first=torch.tensor(reaction_first),
         response=_long(response), response_mask=torch.from_numpy(response_mask),
-        decoder_input=_long(padded([np.concatenate([bos, e.response]) for e in examples])[0]),
-        target=_long(padded([np.concatenate([e.response, eos]) for e in examples], NO_TARGET)[0]),
+        decoder_input=_long(padded([np.concatenate([bos, e.response]) for e in examples], PAD, m)[0]),
+        target=_long(padded([np.concatenate([e.response, eos]) for e in examples], NO_TARGET, m)[0]),
         emotion=torch.tensor([e.emotion for e in examples]),
     )
 
