@@ -1,4 +1,4 @@
-"""The command line: prepare | inspect | pack | unpack | train | evaluate | chat | report | merge-cache | demo | bench."""
+"""The command line: prepare, inspect, pack, unpack, train, evaluate, chat, report, merge-cache, demo, profile, bench."""
 
 from __future__ import annotations
 
@@ -121,6 +121,16 @@ def _merge_cache_arguments(parser: ArgumentParser) -> None:
 
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
+
+
+def _profile_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
+
+    parser.add_argument("--store", type=str, required=True, help="store that prepare made")
+    parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to take; default: the recipe")
+    parser.add_argument("--steps", type=int, default=5, help="training steps to record of each phase")
+    parser.add_argument("--out", type=str, default="profile", help="folder for PHASE.trace.json.gz, which ui.perfetto.dev opens")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
 
 
 def _benchmarks() -> Any:
@@ -323,6 +333,19 @@ def _demo(args: Namespace, console: Console) -> None:
     console.print(_REAL_DATA, highlight=False, soft_wrap=True)
 
 
+def _profile(args: Namespace, console: Console) -> None:
+    from rich.markdown import Markdown
+
+    from case_fast.data import open_store
+    from case_fast.training.profile import markdown, profile_training
+
+    rates, phases = profile_training(open_store(args.store), args.out, args.steps, args.run, args.device)
+    for profiled in phases:
+        text = markdown(profiled, rates)
+        console.print(Markdown(text)) if console.is_terminal else print(text)
+        _print_paths([profiled.trace], console)
+
+
 def _bench(args: Namespace, console: Console) -> None:
     _benchmarks()
     from rich.markdown import Markdown
@@ -373,6 +396,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
     "merge-cache": ("Add the inferences of other caches to one.", _merge_cache_arguments, _merge_cache),
     "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", _demo_arguments, _demo),
+    "profile": ("Where a training step's time goes: a trace for Perfetto, the ten largest parts beside their floor.",
+                _profile_arguments, _profile),
     "bench": ("Kernels against their peers, in a checkout: time and memory, checked before timed.", _bench_arguments, _bench),
 }
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "data": {"knowledge"},
     "runs": {"models", "data"},
     "references": {"models"},
-    "training": {"models", "data", "runs", "references", "generation"},
+    "training": {"models", "data", "runs", "references", "generation", "ops"},  # ops: profile measures what they can reach
     "generation": {"models", "data", "equations"},
     "evaluation": {"models", "data", "runs", "references", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
+from torch._C._autograd import _profiler_enabled as _profiled
 from torch._C._functorch import peek_interpreter_stack as _transform
 
 from case_fast.ops import backend
@@ -305,14 +306,16 @@ _PLAIN_OR_LIST = _PLAIN | {list}
 def call(op: Callable, implementation: Callable, *arguments):
     """``op(*arguments)``, a registered op of this package that runs ``implementation``: straight where nothing watches, since the
     dispatcher's way from Python to Python can take longer than a step of decoding. Compilers, dispatch modes (fake tensors,
-    tracing, counting), transforms of torch.func and subclasses of Tensor see the op.
+    tracing, counting), transforms of torch.func, subclasses of Tensor and torch's profiler see the op.
     """
     return (op if watched(arguments) else implementation)(*arguments)
 
 
 def watched(arguments: tuple) -> bool:
     """Whether anything but the op itself would see a call with these arguments."""
-    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or _transform() is not None or not _are_plain(arguments)
+    if torch.compiler.is_compiling() or _dispatch_modes() > 0 or _profiled():
+        return True
+    return _transform() is not None or not _are_plain(arguments)
 
 
 def _are_plain(arguments: tuple | list) -> bool:
