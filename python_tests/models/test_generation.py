@@ -307,7 +307,7 @@ def first_words(config: GenerationConfig, model: CASE, count: int = 4000) -> tup
     with torch.no_grad():
         reading = model.read(batch)
         state = model.start_decoding(reading)
-        logits = model.next_word_logits(torch.tensor([BOS]), 0, state)[0].double()
+        logits = model.next_word_logits(torch.tensor([BOS]), state)[0].double()
     logits[[w for w in range(len(SPECIALS)) if w != EOS]] = -math.inf
     seen: Counter = Counter()
     wide = make_batch(examples * 500, texts)
