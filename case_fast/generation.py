@@ -121,7 +121,7 @@ def _numbers(batch: Batch, first_index: int | Sequence[int]) -> Sequence[int]:
 
 
 def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequence[int] | None = None,
-                 config: GenerationConfig | None = None, batch_size: int = 16, device: torch.device | str | None = None,
+                 config: GenerationConfig | None = None, batch_size: int = 32, device: torch.device | str | None = None,
                  progress: Callable[[int, int], None] | None = None) -> list[Generated]:
     """Replies to the examples ``indices`` (None: all) of a store's split, in their order.
 
@@ -194,12 +194,12 @@ def _penalty(model: DialogueModel, config: GenerationConfig, step: int, device: 
     return _forbid(zero, config, step)[0]
 
 
-# ---- the searches: what they do for a word is theirs, when the host looks is that of `_carry_out`
+# ---- the searches
 
 
 class _Search:
-    """The search for the replies to a batch. A `step` says one word and asks the device for nothing; all that it changes lies in
-    tensors of its own, in place, where the dialogues that go on are the first rows: so the steps of a fixed state can be captured.
+    """The search for the replies to a batch. A `step` says one word and asks the device for nothing; what it changes stays where
+    it lies, in tensors of the search, the dialogues that go on in the first rows: the steps of a fixed state can be captured.
 
     Attributes:
         going: places in the batch of the dialogues that have no reply yet, in the order of their rows.

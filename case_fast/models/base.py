@@ -338,7 +338,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         rows = self.embedding(words) * self.config.d_model**0.5
         if state.start is not None:
             rows = torch.where(state.position == 0, state.of_hypotheses(state.start).to(rows.dtype), rows)
-        return self.decoder.step(rows + state.places.index_select(0, state.position.view(1)), state)
+        return self.decoder.step(rows + state.next_place(), state)
 
     # ---- weights on disk
 

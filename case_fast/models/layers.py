@@ -235,7 +235,7 @@ class DecoderState:
         # the rows of the words of each hypothesis, its ancestors' among them; and the place of each dialogue in the sources
         self.rows = self.own.unsqueeze(1) + torch.arange(words, device=like.device)
         self.key_of = torch.arange(self.size, device=like.device)
-        self.said = 0  # what position holds; without ``fixed``
+        self.filled = 0  # what position holds; with ``fixed`` only the device knows
         self._views: dict[int, tuple] = {}
         self.narrow(self.size)
 
@@ -280,14 +280,18 @@ class DecoderState:
         """Rows (size, d) of dialogues in the order of the sources, for each hypothesis that a step reads."""
         return rows.index_select(0, self.key_of[: self.dialogues]).repeat_interleave(self.beams, 0)
 
+    def next_place(self) -> Tensor:
+        """(1, d) what its place adds to the next word."""
+        if self.filled == self.words:
+            raise IndexError(f"there is room for {self.words} words, and all of them are said")
+        return self.places.index_select(0, self.position.view(1))
+
     def begin(self) -> None:
         """Find where the newest word's keys and values go, and which rows each hypothesis sees; once for all layers."""
         count, seen = self.dialogues * self.beams, self.words
         if not self.fixed:
-            if self.said == self.words:
-                raise IndexError(f"there is room for {self.words} words, and all of them are said")
-            self.said += 1
-            seen = self.said
+            self.filled += 1
+            seen = self.filled
         self.newest = self.own[:count] + self.position
         self.rows[:count].index_copy_(1, self.position.view(1), self.newest.unsqueeze(1))
         self.seen = self.rows[:count, :seen].flatten()
