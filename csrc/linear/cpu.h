@@ -34,7 +34,7 @@ struct LinearProduct {
     int32_t activation;
 };
 
-constexpr int64_t linear_piece = 384;        // most depth that is summed up in registers
+constexpr int64_t linear_piece = 192;        // most depth that is summed up in registers
 constexpr int64_t linear_transposed = 1152;  // most depth of a product that is stored transposed
 
 constexpr int64_t linear_rows = 32;  // whose gradients of bias are summed one after the other

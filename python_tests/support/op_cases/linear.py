@@ -119,8 +119,8 @@ class Linear(Case):
         width = st.one_of(st.integers(0, 20), st.integers(0, 70), st.sampled_from([127, 150, 300, 385]))
         return {
             "rows": draw(st.one_of(st.integers(0, 40), st.integers(0, 300))), "depth": draw(width), "outputs": draw(width),
-            "groups": draw(st.integers(0, 3)), "second": draw(st.one_of(st.none(), st.integers(0, 50))), "bias": draw(st.booleans()),
-            "activation": draw(st.sampled_from(ACTIVATIONS)), "columns": draw(st.booleans()),
+            "groups": draw(st.integers(0, 3)), "second": draw(st.one_of(st.none(), st.integers(0, 50))),
+            "bias": draw(st.booleans()), "activation": draw(st.sampled_from(ACTIVATIONS)), "columns": draw(st.booleans()),
         }
 
     @classmethod
