@@ -147,7 +147,7 @@ class Linear(Case):
 
     def registered(self, runs: str):
         kernels, weights = self.kernels(), [x for x in (self.weight, self.second) if x is not None]
-        keep = torch.rand_like(self.grad_out) if self.activation else self.x.new_empty(0)
+        keep = torch.rand_like(self.grad_out) if self.activation else None
         wanted = [True, self.bias is not None, *[True] * len(weights)]
         yield kernels._forward_op, (runs, self.x, weights, self.bias, self.activation, True)
         yield kernels._backward_op, (runs, self.grad_out, self.x, weights, keep, self.activation, wanted)
