@@ -18,8 +18,8 @@ from case_fast.ops.reference import ACTIVATIONS
 FAMILY = "linear"
 
 
-def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None
-           ) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None,
+           split: bool = False) -> Tensor | tuple[Tensor, ...]:
     """y = f(x W^T + b); y_ig = f(W_g x_ig + b_g) where there are groups.
 
     Replaces ``F.relu(F.linear(x, weight, bias))`` and its like, and with several weights
@@ -32,9 +32,12 @@ def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = N
             matrix. Any strides: a transposed view is not copied, and its gradient has its strides.
         bias: of all outputs, (N,), with groups (G, N); or None.
         activation: f: "relu", "gelu" (exact: z Phi(z)) or "tanh", or None.
+        split: a result for each weight, in place of all end to end: without f each lies by itself, and neither they nor their
+            gradients are ever copied together or apart.
 
     Returns:
-        (n, N) or (n, G, N), contiguous, in the dtype of x; under autocast on CPU float32 for half precision.
+        (n, N) or (n, G, N), contiguous, in the dtype of x; under autocast on CPU float32 for half precision. With ``split`` a
+        tuple of these, whose N are those of the weights; contiguous without f.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
@@ -47,23 +50,32 @@ def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = N
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     if not x.is_cpu:
         _check(x, weights, bias, activation)
-        return reference.linear(x, weights, bias, activation)
+        return _parts(reference.linear(x, weights, bias, activation), weights, split)
     compute, differs = common.compute_dtype(x)
     given = x.dtype
     if differs:
         x, bias, *weights = common.cast(compute, x, bias, *weights)
     _check(x, weights, bias, activation)
     runs = backend.choose(FAMILY, "cpu")
+    apart = split and activation is None and len(weights) > 1  # what is kept for f' lies end to end
     if runs == "reference":
         with torch.autocast("cpu", enabled=False):
             out = reference.linear(x, weights, bias, activation)
+        apart = False
     elif torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad) or any([w.requires_grad for w in weights])
     ):
-        out = _Linear.apply(runs, activation, x, bias, *weights)
+        out = _Linear.apply(runs, activation, apart, x, bias, *weights)
     else:
-        (out,) = common.call(_forward_op, _forward, runs, x, weights, bias, activation, False)
-    return common.restored(out, given) if differs else out
+        found = common.call(_forward_op, _forward, runs, x, weights, bias, activation, False, apart)
+        out = tuple(found) if apart else found[0]
+    if differs:
+        out = tuple([common.restored(y, given) for y in out]) if apart else common.restored(out, given)
+    return out if apart else _parts(out, weights, split)
+
+
+def _parts(y: Tensor, weights: list[Tensor], split: bool) -> Tensor | tuple[Tensor, ...]:
+    return y.split([w.shape[-2] for w in weights], -1) if split else y
 
 
 def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None) -> None:
@@ -94,10 +106,12 @@ def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: st
 # ------------------------------------------------------------------------------------------------------------ registered ops
 
 
-def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: bool) -> list[Tensor]:
-    """Uninitialised y; and to keep for the Gaussian unit's gradient, what it is applied to."""
-    outputs = weights[0].shape[-2] if len(weights) == 1 else sum([w.shape[-2] for w in weights])
-    y = x.new_empty((*x.shape[:-1], outputs))
+def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: bool, apart: bool) -> list[Tensor]:
+    """Uninitialised y, whole or of each weight; and to keep for the Gaussian unit's gradient, what it is applied to."""
+    of = x.shape[:-1]
+    if apart:
+        return [x.new_empty((*of, w.shape[-2])) for w in weights]
+    y = x.new_empty((*of, weights[0].shape[-2] if len(weights) == 1 else sum([w.shape[-2] for w in weights])))
     return [y, torch.empty_like(y)] if keep and activation == "gelu" else [y]
 
 
@@ -120,19 +134,26 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _run(direction: str, x: Tensor, weights: list[Tensor], grads: Sequence[Tensor | None], activation: str | None,
-         *others: Tensor | None) -> None:
-    """Runs the native kernel. others: what its arguments are beside x and the weights."""
+def _run(direction: str, x: Tensor, weights: list[Tensor], grads: Sequence[Tensor | None], results: Sequence[Tensor],
+         activation: str | None, *others: Tensor | None) -> None:
+    """Runs the native kernel. results: y or grad_y, whole or of each weight; others: what its arguments are beside these."""
     groups = x.shape[1] if x.dim() == 3 else 1
     *strides, _ = x.stride()
     call = (  # struct case_fast_linear
         x.shape[0], groups, x.shape[-1], strides[0], strides[-1], len(weights), common.DTYPES[x.dtype],
         ACTIVATIONS.index(activation),
     )
-    sources = [
-        (w.shape[-2], *_strides(w), w.data_ptr(), *(_NOTHING if grad is None else (grad.data_ptr(), *_strides(grad))))
-        for w, grad in zip(weights, grads, strict=True)
-    ]  # struct case_fast_linear_weight
+    sources = []
+    whole = results[0] if len(results) == 1 else None
+    at = 0 if whole is None else whole.data_ptr()
+    for place, w in enumerate(weights):  # struct case_fast_linear_weight
+        grad = grads[place] if grads else None
+        *apart, _ = (results[place] if whole is None else whole).stride()
+        sources.append((
+            w.shape[-2], *_strides(w), w.data_ptr(), *(_NOTHING if grad is None else (grad.data_ptr(), *_strides(grad))),
+            results[place].data_ptr() if whole is None else at, apart[0], apart[-1],
+        ))
+        at += w.shape[-2] * x.element_size()
     status = getattr(backend.native, direction)(call, sources, *common.pointers(x, *others), torch.get_num_threads())
     if status:
         common.refuse(FAMILY, status)
@@ -146,31 +167,32 @@ def _strides(weight: Tensor) -> tuple[int, int, int]:
     return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
 
 
-def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool
+def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool, apart: bool
              ) -> list[Tensor]:
     bias = None if bias is None else bias.contiguous()
-    y, *z = found = _outputs(x, weights, activation, keep)
-    _run("linear_forward", _rows(x), weights, [None] * len(weights), activation, bias, y, z[0] if z else None)
+    found = _outputs(x, weights, activation, keep, apart)
+    results, z = (found, None) if apart else (found[:1], found[1] if len(found) > 1 else None)
+    _run("linear_forward", _rows(x), weights, (), results, activation, bias, z)
     return found
 
 
-def _backward(runs: str, grad_y: Tensor, x: Tensor, weights: list[Tensor], kept: Tensor | None, activation: str | None,
+def _backward(runs: str, grad_y: list[Tensor], x: Tensor, weights: list[Tensor], kept: Tensor | None, activation: str | None,
               wanted: list[bool]) -> list[Tensor]:
     grad_x, grad_bias, *grads = found = _gradients(x, weights, wanted)
-    _run("linear_backward", _rows(x), weights, grads, activation, kept, grad_y.contiguous(), grad_x, grad_bias)
+    _run("linear_backward", _rows(x), weights, grads, [_rows(g) for g in grad_y], activation, kept, grad_x, grad_bias)
     return [gradient for gradient in found if gradient is not None]
 
 
 _INPUTS = "Tensor x, Tensor[] weights"
-# y; where it is to be kept, what the Gaussian unit is applied to
+# y, whole or of each weight; where it is to be kept, what the Gaussian unit is applied to
 _forward_op = common.register(
-    f"{FAMILY}_forward(str backend, {_INPUTS}, Tensor? bias, str? activation, bool keep) -> Tensor[]", _forward,
-    lambda runs, x, weights, bias, activation, keep: _outputs(x, weights, activation, keep),
+    f"{FAMILY}_forward(str backend, {_INPUTS}, Tensor? bias, str? activation, bool keep, bool apart) -> Tensor[]", _forward,
+    lambda runs, x, weights, bias, activation, keep, apart: _outputs(x, weights, activation, keep, apart),
 )
 # Gradients of those of x, bias and each weight that are wanted. kept: y where f is relu or tanh, what f is applied to where it is
 # gelu, else None.
 _backward_op = common.register(
-    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor? kept, str? activation, bool[] wanted) -> Tensor[]",
+    f"{FAMILY}_backward(str backend, Tensor[] grad_y, {_INPUTS}, Tensor? kept, str? activation, bool[] wanted) -> Tensor[]",
     _backward,
     lambda runs, grad_y, x, weights, kept, activation, wanted: [
         gradient for gradient in _gradients(x, weights, wanted) if gradient is not None
@@ -185,21 +207,24 @@ class _Linear(torch.autograd.Function):
     """Keeps the inputs, and y, or what the Gaussian unit was applied to."""
 
     @staticmethod
-    def forward(ctx, runs, activation, x, bias, *weights):
-        y, *z = common.call(_forward_op, _forward, runs, x, [*weights], bias, activation, True)
-        ctx.save_for_backward(x, z[0] if z else None if activation is None else y, *weights)
+    def forward(ctx, runs, activation, apart, x, bias, *weights):
+        found = common.call(_forward_op, _forward, runs, x, [*weights], bias, activation, True, apart)
+        ctx.save_for_backward(x, None if activation is None else found[-1], *weights)  # z is behind y
         ctx.runs, ctx.activation = runs, activation
-        return y
+        return tuple(found) if apart else found[0]
 
     @staticmethod
-    def backward(ctx, grad_y):
-        wanted = [*ctx.needs_input_grad[2:]]
+    def backward(ctx, *grad_y):
+        wanted, results = [*ctx.needs_input_grad[3:]], len(grad_y)
 
-        def call(grad_y, x, kept, *weights):
-            return common.call(_backward_op, _backward, ctx.runs, grad_y, x, [*weights], kept, ctx.activation, wanted)
+        def call(*tensors):
+            x, kept, *weights = tensors[results:]
+            return common.call(
+                _backward_op, _backward, ctx.runs, [*tensors[:results]], x, weights, kept, ctx.activation, wanted
+            )
 
-        found = common.gradients(FAMILY, call, (grad_y, *ctx.saved_tensors))
+        found = common.gradients(FAMILY, call, (*grad_y, *ctx.saved_tensors))
         if len(found) < len(wanted):
             given = iter(found)
             found = [next(given) if w else None for w in wanted]
-        return None, None, *found
+        return None, None, None, *found

@@ -87,7 +87,12 @@ class Linear(Case):
         ("native", "aot_eager", True, [call | {"activation": "gelu", "second": 3} for call in CALLS]),
         ("reference", "aot_eager", True, CALLS),
     ]
-    ON_GPU = {}
+    ON_GPU = {
+        "query, key and value": {"rows": 750, "depth": 300, "outputs": 300, "second": 600, "bias": False},
+        "wide": {"rows": 430, "depth": 300, "outputs": 600, "activation": "gelu"},
+        "heads": {"rows": 211, "depth": 150, "outputs": 300, "groups": 2, "columns": True, "activation": "tanh"},
+        "no rows": {"rows": 0, "depth": 5, "outputs": 4},
+    }
 
     @classmethod
     def made(cls, rows: int, depth: int, outputs: int, number: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -149,8 +154,12 @@ class Linear(Case):
         kernels, weights = self.kernels(), [x for x in (self.weight, self.second) if x is not None]
         keep = torch.rand_like(self.grad_out) if self.activation else None
         wanted = [True, self.bias is not None, *[True] * len(weights)]
-        yield kernels._forward_op, (runs, self.x, weights, self.bias, self.activation, True)
-        yield kernels._backward_op, (runs, self.grad_out, self.x, weights, keep, self.activation, wanted)
+        yield kernels._forward_op, (runs, self.x, weights, self.bias, self.activation, True, False)
+        yield kernels._backward_op, (runs, [self.grad_out], self.x, weights, keep, self.activation, wanted)
+        if self.second is not None:
+            yield kernels._forward_op, (runs, self.x, weights, self.bias, None, True, True)
+            apart = [x.contiguous() for x in self.grad_out.split([x.shape[-2] for x in weights], -1)]
+            yield kernels._backward_op, (runs, apart, self.x, weights, None, None, wanted)
 
 
 BASE = Linear.BASE = Linear.made(7, 5, 4, second=3)
