@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import families
 from benchmarks.gpu import DRY, ROOT, SKIPPED
 from case_fast.files import write_text
 
@@ -84,11 +85,12 @@ def _last(text: str) -> str:
 def _command(family: str) -> list[str]:
     """On a GPU, what needs only torch, numpy and pytest; in a dry run, a few of the tests of the CPU."""
     folder = "python_tests/ops"
+    chosen = " and not ".join([family, *(name for name in families() if family in name and name != family)])
     common = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider", "-q", "-k"]
     if DRY:
-        return [*common, f"{family} and refused", f"{folder}/test_families.py"]
+        return [*common, f"{chosen} and refused", f"{folder}/test_families.py"]
     files = [f"{folder}/test_gpu_families.py", f"{folder}/test_gpu_{family}.py"]
-    return [*common, family, "--noconftest", *(file for file in files if (ROOT / file).exists())]
+    return [*common, chosen, "--noconftest", *(file for file in files if (ROOT / file).exists())]
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from case_fast.ops.reference import ACTIVATIONS
 FAMILY = "linear"
 
 
-def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None
-           ) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None,
+           split: bool = False) -> Tensor | tuple[Tensor, ...]:
     """y = f(x W^T + b); y_ig = f(W_g x_ig + b_g) where there are groups.
 
-    Replaces ``F.relu(F.linear(x, weight, bias))`` and its like, and with several weights ``F.linear(x, torch.cat(weight), bias)``:
-    the queries, keys and values of one input are one product.
+    Replaces ``F.relu(F.linear(x, weight, bias))`` and its like, and with several weights
+    ``F.linear(x, torch.cat(weight), bias)``: the queries, keys and values of one input are one product.
 
     Args:
         x: (n, K); or with groups (n, G, K). float32 and float64; float16 and bfloat16 are computed in float32 on CPU. Any
@@ -32,9 +32,12 @@ def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = N
             matrix. Any strides: a transposed view is not copied, and its gradient has its strides.
         bias: of all outputs, (N,), with groups (G, N); or None.
         activation: f: "relu", "gelu" (exact: z Phi(z)) or "tanh", or None.
+        split: a result for each weight, in place of all end to end: without f each lies by itself, and neither they nor their
+            gradients are ever copied together or apart.
 
     Returns:
-        (n, N) or (n, G, N), contiguous, in the dtype of x; under autocast on CPU float32 for half precision.
+        (n, N) or (n, G, N), contiguous, in the dtype of x; under autocast on CPU float32 for half precision. With ``split`` a
+        tuple of these, whose N are those of the weights; contiguous without f.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
@@ -47,23 +50,32 @@ def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = N
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     if not x.is_cpu:
         _check(x, weights, bias, activation)
-        return reference.linear(x, weights, bias, activation)
+        return _parts(reference.linear(x, weights, bias, activation), weights, split)
     compute, differs = common.compute_dtype(x)
     given = x.dtype
     if differs:
         x, bias, *weights = common.cast(compute, x, bias, *weights)
     _check(x, weights, bias, activation)
     runs = backend.choose(FAMILY, "cpu")
+    apart = split and activation is None and len(weights) > 1  # what is kept for f' lies end to end
     if runs == "reference":
         with torch.autocast("cpu", enabled=False):
             out = reference.linear(x, weights, bias, activation)
+        apart = False
     elif torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad) or any([w.requires_grad for w in weights])
     ):
-        out = _Linear.apply(runs, activation, x, bias, *weights)
+        out = _Linear.apply(runs, activation, apart, x, bias, *weights)
     else:
-        out = common.call(_forward_op, _forward, runs, x, weights, bias, activation, False)[0]
-    return common.restored(out, given) if differs else out
+        found = common.call(_forward_op, _forward, runs, x, weights, bias, activation, False, apart)
+        out = tuple(found) if apart else found[0]
+    if differs:
+        out = tuple([common.restored(y, given) for y in out]) if apart else common.restored(out, given)
+    return out if apart else _parts(out, weights, split)
+
+
+def _parts(y: Tensor, weights: list[Tensor], split: bool) -> Tensor | tuple[Tensor, ...]:
+    return y.split([w.shape[-2] for w in weights], -1) if split else y
 
 
 def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None) -> None:
@@ -74,20 +86,19 @@ def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: st
         raise ValueError(f"x must be (n, K), or with groups (n, G, K), not {tuple(shape)}")
     if not weights:
         raise ValueError("weight must be a tensor or several, not none")
-    outputs, of_x = 0, shape[1:]
+    groups, depth, outputs = shape[1:-1], shape[-1], 0
     for place, w in enumerate(weights):
-        name = "weight" if len(weights) == 1 else f"weight[{place}]"
-        if w.dtype != dtype or w.device != device:
-            common.check_like(name, w, dtype, device, "x")
         found = w.shape
-        if len(found) != len(shape) or found[:-2] != of_x[:-1] or found[-1] != of_x[-1]:
-            wanted = ", ".join(["N" if place == len(of_x) - 1 else str(n) for place, n in enumerate((*of_x[:-1], "", of_x[-1]))])
+        if w.dtype != dtype or w.device != device or len(found) != len(shape) or found[-1] != depth or found[:-2] != groups:
+            name = "weight" if len(weights) == 1 else f"weight[{place}]"
+            common.check_like(name, w, dtype, device, "x")
+            wanted = ", ".join([*map(str, groups), "N", str(depth)])
             raise ValueError(f"{name} must be ({wanted}) as x, not {tuple(found)}")
         outputs += found[-2]
     if bias is not None:
         common.check_like("bias", bias, dtype, device, "x")
-        if bias.shape != (*of_x[:-1], outputs):
-            raise ValueError(f"bias must be {(*of_x[:-1], outputs)} as the outputs of weight, not {tuple(bias.shape)}")
+        if bias.shape != (*groups, outputs):
+            raise ValueError(f"bias must be {(*groups, outputs)} as the outputs of weight, not {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be {', '.join(str(name) for name in ACTIVATIONS)}, not {activation!r}")
 
@@ -95,11 +106,27 @@ def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: st
 # ------------------------------------------------------------------------------------------------------------ registered ops
 
 
-def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised y, and what backward needs beside it and the inputs: what the Gaussian unit was applied to, or nothing."""
-    outputs = sum([w.shape[-2] for w in weights])
-    y = x.new_empty((*x.shape[:-1], outputs))
-    return y, torch.empty_like(y) if keep and activation == "gelu" else x.new_empty(0)
+def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: bool, apart: bool) -> list[Tensor]:
+    """Uninitialised y, whole or of each weight; and to keep for the Gaussian unit's gradient, what it is applied to."""
+    of = x.shape[:-1]
+    if apart:
+        return [x.new_empty((*of, w.shape[-2])) for w in weights]
+    y = x.new_empty((*of, weights[0].shape[-2] if len(weights) == 1 else sum([w.shape[-2] for w in weights])))
+    return [y, torch.empty_like(y)] if keep and activation == "gelu" else [y]
+
+
+def _gradients(x: Tensor, weights: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    """Uninitialised gradients of x, bias and weights; None where not wanted."""
+    return [
+        (torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)) if wanted[0] else None,
+        x.new_empty((*x.shape[1:-1], sum([w.shape[-2] for w in weights]))) if wanted[1] else None,
+        *[_gradient(w) if wants else None for w, wants in zip(weights, wanted[2:], strict=True)],
+    ]
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Uninitialised, with the strides of a weight whose rows or columns are dense."""
+    return torch.empty_like(weight) if 1 in weight.stride()[-2:] else weight.new_empty(weight.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -107,75 +134,65 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _call(x: Tensor, activation: str | None, sources: int) -> tuple:
-    """The members of struct case_fast_linear."""
-    kinds = sources, common.DTYPES[x.dtype], ACTIVATIONS.index(activation)
-    if x.dim() == 2:
-        return x.shape[0], 1, x.shape[1], x.stride(0), 0, *kinds
-    return *x.shape, x.stride(0), x.stride(1), *kinds
-
-
-def _weight(weight: Tensor, gradient: Tensor | None) -> tuple:
-    """The members of struct case_fast_linear_weight."""
-    return weight.shape[-2], *_strides(weight), weight.data_ptr(), *(
-        (0, 0, 0, 0) if gradient is None else (gradient.data_ptr(), *_strides(gradient))
+def _run(direction: str, x: Tensor, weights: list[Tensor], grads: Sequence[Tensor | None], results: Sequence[Tensor],
+         activation: str | None, *others: Tensor | None) -> None:
+    """Runs the native kernel. results: y or grad_y, whole or of each weight; others: what its arguments are beside these."""
+    groups = x.shape[1] if x.dim() == 3 else 1
+    *strides, _ = x.stride()
+    call = (  # struct case_fast_linear
+        x.shape[0], groups, x.shape[-1], strides[0], strides[-1], len(weights), common.DTYPES[x.dtype],
+        ACTIVATIONS.index(activation),
     )
+    sources = []
+    whole = results[0] if len(results) == 1 else None
+    at = 0 if whole is None else whole.data_ptr()
+    for place, w in enumerate(weights):  # struct case_fast_linear_weight
+        grad = grads[place] if grads else None
+        *apart, _ = (results[place] if whole is None else whole).stride()
+        sources.append((
+            w.shape[-2], *_strides(w), w.data_ptr(), *(_NOTHING if grad is None else (grad.data_ptr(), *_strides(grad))),
+            results[place].data_ptr() if whole is None else at, apart[0], apart[-1],
+        ))
+        at += w.shape[-2] * x.element_size()
+    status = getattr(backend.native, direction)(call, sources, *common.pointers(x, *others), torch.get_num_threads())
+    if status:
+        common.refuse(FAMILY, status)
+
+
+_NOTHING = (0, 0, 0, 0)
 
 
 def _strides(weight: Tensor) -> tuple[int, int, int]:
+    """Of groups, outputs and depth."""
     return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
 
 
-def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool
-             ) -> tuple[Tensor, Tensor]:
-    x, bias = _rows(x), None if bias is None else bias.contiguous()
-    y, z = found = _outputs(x, weights, activation, keep)
-    status = backend.native.linear_forward(
-        _call(x, activation, len(weights)), [_weight(w, None) for w in weights], *common.pointers(x, bias, y, z),
-        torch.get_num_threads(),
-    )
-    if status:
-        common.refuse(FAMILY, status)
+def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool, apart: bool
+             ) -> list[Tensor]:
+    bias = None if bias is None else bias.contiguous()
+    found = _outputs(x, weights, activation, keep, apart)
+    results, z = (found, None) if apart else (found[:1], found[1] if len(found) > 1 else None)
+    _run("linear_forward", _rows(x), weights, (), results, activation, bias, z)
     return found
 
 
-def _gradients(x: Tensor, weights: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
-    """Uninitialised gradients of x, bias and weights; None where not wanted."""
-    outputs = sum([w.shape[-2] for w in weights])
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None,
-        x.new_empty((*x.shape[1:-1], outputs)) if wanted[1] else None,
-        *[_gradient(w) if wants else None for w, wants in zip(weights, wanted[2:], strict=True)],
-    ]
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    """Uninitialised, with the strides of a weight whose rows or columns are dense."""
-    dense = weight.stride(-1) == 1 or weight.stride(-2) == 1
-    return torch.empty_like(weight, memory_format=torch.preserve_format if dense else torch.contiguous_format)
-
-
-def _backward(runs: str, grad_y: Tensor, x: Tensor, weights: list[Tensor], kept: Tensor, activation: str | None,
+def _backward(runs: str, grad_y: list[Tensor], x: Tensor, weights: list[Tensor], kept: Tensor | None, activation: str | None,
               wanted: list[bool]) -> list[Tensor]:
-    x, grad_y = _rows(x), grad_y.contiguous()
     grad_x, grad_bias, *grads = found = _gradients(x, weights, wanted)
-    status = backend.native.linear_backward(
-        _call(x, activation, len(weights)), [_weight(w, grad) for w, grad in zip(weights, grads, strict=True)], x.data_ptr(),
-        kept.data_ptr(), grad_y.data_ptr(), *common.pointers(grad_x, grad_bias), torch.get_num_threads(),
-    )
-    if status:
-        common.refuse(FAMILY, status)
+    _run("linear_backward", _rows(x), weights, grads, [_rows(g) for g in grad_y], activation, kept, grad_x, grad_bias)
     return [gradient for gradient in found if gradient is not None]
 
 
 _INPUTS = "Tensor x, Tensor[] weights"
+# y, whole or of each weight; where it is to be kept, what the Gaussian unit is applied to
 _forward_op = common.register(
-    f"{FAMILY}_forward(str backend, {_INPUTS}, Tensor? bias, str? activation, bool keep) -> (Tensor, Tensor)", _forward,
-    lambda runs, x, weights, bias, activation, keep: _outputs(x, weights, activation, keep),
+    f"{FAMILY}_forward(str backend, {_INPUTS}, Tensor? bias, str? activation, bool keep, bool apart) -> Tensor[]", _forward,
+    lambda runs, x, weights, bias, activation, keep, apart: _outputs(x, weights, activation, keep, apart),
 )
-# Gradients of those of x, bias and each weight that are wanted. kept: y where f is relu or tanh, z where it is gelu.
+# Gradients of those of x, bias and each weight that are wanted. kept: y where f is relu or tanh, what f is applied to where it is
+# gelu, else None.
 _backward_op = common.register(
-    f"{FAMILY}_backward(str backend, Tensor grad_y, {_INPUTS}, Tensor kept, str? activation, bool[] wanted) -> Tensor[]",
+    f"{FAMILY}_backward(str backend, Tensor[] grad_y, {_INPUTS}, Tensor? kept, str? activation, bool[] wanted) -> Tensor[]",
     _backward,
     lambda runs, grad_y, x, weights, kept, activation, wanted: [
         gradient for gradient in _gradients(x, weights, wanted) if gradient is not None
@@ -190,18 +207,24 @@ class _Linear(torch.autograd.Function):
     """Keeps the inputs, and y, or what the Gaussian unit was applied to."""
 
     @staticmethod
-    def forward(ctx, runs, activation, x, bias, *weights):
-        y, z = common.call(_forward_op, _forward, runs, x, list(weights), bias, activation, True)
-        ctx.save_for_backward(x, y if activation in ("relu", "tanh") else z, *weights)
+    def forward(ctx, runs, activation, apart, x, bias, *weights):
+        found = common.call(_forward_op, _forward, runs, x, [*weights], bias, activation, True, apart)
+        ctx.save_for_backward(x, None if activation is None else found[-1], *weights)  # z is behind y
         ctx.runs, ctx.activation = runs, activation
-        return y
+        return tuple(found) if apart else found[0]
 
     @staticmethod
-    def backward(ctx, grad_y):
-        wanted = list(ctx.needs_input_grad[2:])
+    def backward(ctx, *grad_y):
+        wanted, results = [*ctx.needs_input_grad[3:]], len(grad_y)
 
-        def call(grad_y, x, kept, *weights):
-            return common.call(_backward_op, _backward, ctx.runs, grad_y, x, list(weights), kept, ctx.activation, wanted)
+        def call(*tensors):
+            x, kept, *weights = tensors[results:]
+            return common.call(
+                _backward_op, _backward, ctx.runs, [*tensors[:results]], x, weights, kept, ctx.activation, wanted
+            )
 
-        found = iter(common.gradients(FAMILY, call, (grad_y, *ctx.saved_tensors)))
-        return None, None, *[next(found) if w else None for w in wanted]
+        found = common.gradients(FAMILY, call, (*grad_y, *ctx.saved_tensors))
+        if len(found) < len(wanted):
+            given = iter(found)
+            found = [next(given) if w else None for w in wanted]
+        return None, None, None, *found

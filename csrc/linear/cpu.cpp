@@ -15,22 +15,24 @@ namespace {
 
 constexpr int64_t few_products = 1 << 17;  // multiplications up to which waking a thread costs more than it takes
 
-// arrays: (n, G, N), those that the call needs
-int check(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x, std::initializer_list<const void *> arrays) {
+// kept: where backward keeps y or z, NULL for forward
+int check(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x, const void *const *kept) {
     if (!call || !weights) return CASE_FAST_BAD_ARGUMENT;
     const case_fast_linear &c = *call;
     if (c.rows < 0 || c.groups < 0 || c.depth < 0 || c.x_row < 0 || c.x_group < 0 || c.sources < 1) return CASE_FAST_BAD_ARGUMENT;
     if ((c.dtype != CASE_FAST_F32 && c.dtype != CASE_FAST_F64) || c.activation < 0 || c.activation > CASE_FAST_TANH)
         return CASE_FAST_BAD_ARGUMENT;
+    const bool rows = c.rows > 0 && c.groups > 0;
     bool any = false;
     for (int32_t s = 0; s < c.sources; ++s) {
         const case_fast_linear_weight &w = weights[s];
-        if (w.outputs < 0 || w.group < 0 || w.row < 0 || w.column < 0) return CASE_FAST_BAD_ARGUMENT;
+        if (w.outputs < 0 || w.group < 0 || w.row < 0 || w.column < 0 || w.y_row < 0 || w.y_group < 0) return CASE_FAST_BAD_ARGUMENT;
         if (w.outputs > 0 && c.groups > 0 && c.depth > 0 && !w.weight) return CASE_FAST_BAD_ARGUMENT;
+        if (w.outputs > 0 && rows && !w.y) return CASE_FAST_BAD_ARGUMENT;
         any |= w.outputs > 0;
     }
-    const bool rows = c.rows > 0 && c.groups > 0;
-    return (rows && c.depth > 0 && !x) || (rows && any && missing(arrays)) ? CASE_FAST_BAD_ARGUMENT : CASE_FAST_OK;
+    const bool reads_kept = kept && any && c.activation != CASE_FAST_IDENTITY;
+    return rows && ((c.depth > 0 && !x) || (reads_kept && !*kept)) ? CASE_FAST_BAD_ARGUMENT : CASE_FAST_OK;
 }
 
 int64_t outputs_of(const case_fast_linear &c, const case_fast_linear_weight *weights) {
@@ -73,8 +75,14 @@ void each_part(const case_fast_linear &c, const case_fast_linear_weight *weights
     }
 }
 
+// Row `row` of a group of what is computed by a weight: y or grad_y.
 template <class T>
-int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *bias, T *y, T *z, int threads) {
+T *result_of(const case_fast_linear_weight &w, int64_t row, int64_t group) {
+    return static_cast<T *>(w.y) + row * w.y_row + group * w.y_group;
+}
+
+template <class T>
+int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *bias, T *z, int threads) {
     const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs;
     if (c.rows == 0 || stride == 0) return CASE_FAST_OK;
@@ -84,24 +92,25 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
     Workspace workspace;
     T *const scratch = workspace.take<T>(workers * most);
     LinearRows<T> *const all_parts = workspace.take<LinearRows<T>>(workers * c.sources);
-    prepare_output(y, size_t(c.rows) * size_t(stride) * sizeof(T));
+    for (int32_t s = 0; s < c.sources; ++s)
+        prepare_output(weights[s].y, size_t(c.rows) * size_t(c.groups) * size_t(weights[s].outputs) * sizeof(T));
     if (z) prepare_output(z, size_t(c.rows) * size_t(stride) * sizeof(T));
     const auto of_weights = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
         LinearRows<T> *const parts = all_parts + worker * c.sources;
         int64_t count = 0;
         each_part(c, weights, begin, end, [&](const case_fast_linear_weight &w, int64_t first, int64_t from, int64_t to) {
             const int64_t at = group * outputs + first + from;
-            parts[count++] = {{static_cast<const T *>(w.weight) + group * w.group + from * w.row, w.row, w.column}, to - from, y + at,
-                              stride, bias ? bias + at : nullptr, z ? z + at : nullptr};
+            parts[count++] = {{static_cast<const T *>(w.weight) + group * w.group + from * w.row, w.row, w.column}, to - from,
+                              result_of<T>(w, 0, group) + from, w.y_row, bias ? bias + at : nullptr, z ? z + at : nullptr, stride};
         });
         kernel.product({c.rows, c.depth, {x + group * c.x_group, c.x_row, 1}, true, false, c.activation}, parts, count,
                        scratch + worker * most);
     };
     const auto of_rows = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
         each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
-            const int64_t column = group * outputs + first, at = begin * stride + column;
-            const LinearRows<T> rows = {{x + begin * c.x_row + group * c.x_group, c.x_row, 1}, end - begin, y + at,
-                                        stride, bias ? bias + column : nullptr, z ? z + at : nullptr};
+            const int64_t column = group * outputs + first;
+            const LinearRows<T> rows = {{x + begin * c.x_row + group * c.x_group, c.x_row, 1}, end - begin, result_of<T>(w, begin, group),
+                                        w.y_row, bias ? bias + column : nullptr, z ? z + begin * stride + column : nullptr, stride};
             const LinearOperand<T> b = {static_cast<const T *>(w.weight) + group * w.group, w.row, w.column};
             kernel.product({w.outputs, c.depth, b, false, false, c.activation}, &rows, 1, scratch + worker * most);
         });
@@ -117,8 +126,8 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
 bool rows_are_dense(const case_fast_linear &c, const case_fast_linear_weight &w) { return w.grad_column == 1 || c.depth <= 1; }
 
 template <class T>
-int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *kept, const T *grad_y, T *grad_x,
-             T *grad_bias, int threads) {
+int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *kept, T *grad_x, T *grad_bias,
+             int threads) {
     const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs, workers = workers_for(c, outputs, threads);
     const int64_t blocks = (c.rows + linear_rows - 1) / linear_rows;
@@ -140,14 +149,22 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
 
     if (differs || grad_bias)
         in_turn(std::min(workers, std::max<int64_t>(blocks, 1)), blocks, [&](int64_t block, int64_t) {
-            const int64_t first = block * linear_rows, at = first * stride;
-            kernel.differentiate(c.activation, std::min(linear_rows, c.rows - first), stride, grad_y + at, differs ? kept + at : nullptr,
-                                 differs ? differentiated + at : nullptr, grad_bias ? sums + block * stride : nullptr);
+            const int64_t row = block * linear_rows, rows = std::min(linear_rows, c.rows - row);
+            for (int64_t group = 0; group < c.groups; ++group)
+                each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
+                    const int64_t column = group * outputs + first, at = row * stride + column;
+                    kernel.differentiate(c.activation, rows, w.outputs, result_of<T>(w, row, group), w.y_row, differs ? kept + at : nullptr,
+                                         differs ? differentiated + at : nullptr, stride,
+                                         grad_bias ? sums + block * stride + column : nullptr);
+                });
         });
     if (grad_bias) std::fill_n(grad_bias, stride, T(0));
     for (int64_t block = 0; grad_bias && block < blocks; ++block)
         for (int64_t j = 0; j < stride; ++j) grad_bias[j] += sums[block * stride + j];
-    const T *const grad_z = differs ? differentiated : grad_y;
+    const auto grad_z = [&](const case_fast_linear_weight &w, int64_t first, int64_t row, int64_t group) {
+        return differs ? differentiated + row * stride + group * outputs + first : result_of<T>(w, row, group);
+    };
+    const auto z_row = [&](const case_fast_linear_weight &w) { return differs ? stride : w.y_row; };
 
     // the gradients of weights whose rows are dense: their rows [begin, end), end to end
     const auto of_rows = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
@@ -159,8 +176,8 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
             const int64_t from = std::max(begin - place, int64_t(0)), to = std::min(end - place, w.outputs);
             place += w.outputs;
             if (from < to)
-                parts[count++] = {{grad_z + group * outputs + first + from, 1, stride}, to - from,
-                                  static_cast<T *>(w.grad) + group * w.grad_group + from * w.grad_row, w.grad_row, nullptr, nullptr};
+                parts[count++] = {{grad_z(w, first, 0, group) + from, 1, z_row(w)}, to - from,
+                                  static_cast<T *>(w.grad) + group * w.grad_group + from * w.grad_row, w.grad_row, nullptr, nullptr, 0};
         }
         kernel.product({c.depth, c.rows, {x + group * c.x_group, 1, c.x_row}, false, false, CASE_FAST_IDENTITY}, parts, count,
                        scratch + worker * most);
@@ -168,23 +185,23 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
     // the gradient of one whose columns are dense: its columns [begin, end)
     const auto of_columns = [&](const case_fast_linear_weight &w, int64_t first, int64_t group, int64_t begin, int64_t end, int64_t worker) {
         const LinearRows<T> rows = {{x + group * c.x_group + begin, 1, c.x_row}, end - begin,
-                                    static_cast<T *>(w.grad) + group * w.grad_group + begin * w.grad_column, w.grad_column, nullptr, nullptr};
-        kernel.product({w.outputs, c.rows, {grad_z + group * outputs + first, 1, stride}, false, false, CASE_FAST_IDENTITY}, &rows, 1,
+                                    static_cast<T *>(w.grad) + group * w.grad_group + begin * w.grad_column, w.grad_column, nullptr, nullptr, 0};
+        kernel.product({w.outputs, c.rows, {grad_z(w, first, 0, group), 1, z_row(w)}, false, false, CASE_FAST_IDENTITY}, &rows, 1,
                        scratch + worker * most);
     };
     const auto of_x = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
         T *const to = grad_x + (begin * c.groups + group) * c.depth;
         bool more = false;
-        const auto add = [&](int64_t first, int64_t count, LinearOperand<T> b) {
-            const LinearRows<T> rows = {{grad_z + begin * stride + group * outputs + first, stride, 1}, end - begin, to, c.groups * c.depth,
-                                        nullptr, nullptr};
+        const auto add = [&](LinearOperand<T> a, int64_t count, LinearOperand<T> b) {
+            const LinearRows<T> rows = {a, end - begin, to, c.groups * c.depth, nullptr, nullptr, 0};
             kernel.product({c.depth, count, b, false, more, CASE_FAST_IDENTITY}, &rows, 1, scratch + worker * most);
             more = true;
         };
         each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
-            add(first, w.outputs, {static_cast<const T *>(w.weight) + group * w.group, w.column, w.row});
+            add({grad_z(w, first, begin, group), z_row(w), 1}, w.outputs,
+                {static_cast<const T *>(w.weight) + group * w.group, w.column, w.row});
         });
-        if (!more) add(0, 0, {nullptr, 1, 1});  // zeros
+        if (!more) add({x, 1, 1}, 0, {x, 1, 1});  // zeros
     };
     in_turn(workers, 3 * workers, [&](int64_t task, int64_t worker) {
         const int64_t part = task % workers;
@@ -207,21 +224,19 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
 }  // namespace
 
 extern "C" int case_fast_linear_forward_cpu(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x,
-                                            const void *bias, void *y, void *z, int threads) {
-    const int status = check(call, weights, x, {y});
+                                            const void *bias, void *z, int threads) {
+    const int status = check(call, weights, x, nullptr);
     if (status != CASE_FAST_OK) return status;
     return guarded(call->dtype, [&](auto like) {
         using T = decltype(like);
-        return forward<T>(*call, weights, static_cast<const T *>(x), static_cast<const T *>(bias), static_cast<T *>(y),
-                          static_cast<T *>(z), threads);
+        return forward<T>(*call, weights, static_cast<const T *>(x), static_cast<const T *>(bias), static_cast<T *>(z), threads);
     });
 }
 
 extern "C" int case_fast_linear_backward_cpu(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x,
-                                             const void *kept, const void *grad_y, void *grad_x, void *grad_bias, int threads) {
-    const int status = check(call, weights, x, {grad_y});
+                                             const void *kept, void *grad_x, void *grad_bias, int threads) {
+    const int status = check(call, weights, x, &kept);
     if (status != CASE_FAST_OK) return status;
-    if (call->activation != CASE_FAST_IDENTITY && check(call, weights, x, {kept}) != CASE_FAST_OK) return CASE_FAST_BAD_ARGUMENT;
     for (int32_t s = 0; s < call->sources; ++s) {
         const case_fast_linear_weight &w = weights[s];
         if (!w.grad) continue;
@@ -230,7 +245,7 @@ extern "C" int case_fast_linear_backward_cpu(const case_fast_linear *call, const
     }
     return guarded(call->dtype, [&](auto like) {
         using T = decltype(like);
-        return backward<T>(*call, weights, static_cast<const T *>(x), static_cast<const T *>(kept), static_cast<const T *>(grad_y),
-                           static_cast<T *>(grad_x), static_cast<T *>(grad_bias), threads);
+        return backward<T>(*call, weights, static_cast<const T *>(x), static_cast<const T *>(kept), static_cast<T *>(grad_x),
+                           static_cast<T *>(grad_bias), threads);
     });
 }

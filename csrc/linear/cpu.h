@@ -22,6 +22,7 @@ struct LinearRows {
     int64_t stride;  // from one row of c to the next
     const T *bias;   // of columns, or of rows where transposed; NULL: none
     T *z;            // what f is applied to, as c; NULL: not wanted
+    int64_t z_stride;
 };
 
 // C = f(A B + bias) for A of several parts.
@@ -34,7 +35,7 @@ struct LinearProduct {
     int32_t activation;
 };
 
-constexpr int64_t linear_piece = 384;        // most depth that is summed up in registers
+constexpr int64_t linear_piece = 192;        // most depth that is summed up in registers
 constexpr int64_t linear_transposed = 1152;  // most depth of a product that is stored transposed
 
 constexpr int64_t linear_rows = 32;  // whose gradients of bias are summed one after the other
@@ -43,8 +44,10 @@ template <class T>
 struct LinearKernels {
     int64_t (*scratch)(int64_t columns, int64_t depth);  // elements that products of so many or fewer need
     void (*product)(const LinearProduct<T> &, const LinearRows<T> *parts, int64_t count, T *scratch);
-    // grad_z (rows, columns) = grad_y f'; grad_z NULL: f is the identity. sums (columns): of the rows of grad_z; NULL: not wanted
-    void (*differentiate)(int32_t activation, int64_t rows, int64_t columns, const T *grad_y, const T *kept, T *grad_z, T *sums);
+    // grad_z (rows, columns) = grad_y f', where f is not the identity; sums (columns): of the rows of grad_z; NULL: not wanted.
+    // y_stride, stride: from one row to the next of grad_y, and of kept and grad_z
+    void (*differentiate)(int32_t activation, int64_t rows, int64_t columns, const T *grad_y, int64_t y_stride, const T *kept, T *grad_z,
+                          int64_t stride, T *sums);
 };
 
 CASE_FAST_DECLARE_KERNELS(KernelsOf<LinearKernels>, linear);

@@ -111,12 +111,13 @@ CASE_FAST_INLINE void with_activation(int32_t activation, Body body) {
     }
 }
 
-// c (rows, columns) = f(c + bias), with a bias a column, or a row where transposed; and z (rows, columns), apart as c.
+// c (rows, columns) = f(c + bias), with a bias a column, or a row where transposed; and z (rows, columns).
 template <class T>
-void finish(T *c, int64_t stride, int64_t rows, int64_t columns, const T *bias, bool transposed, T *z, int32_t activation) {
+void finish(T *c, int64_t stride, int64_t rows, int64_t columns, const T *bias, bool transposed, T *z, int64_t z_stride,
+            int32_t activation) {
     with_activation<T>(activation, [=](auto f, auto) __attribute__((always_inline)) {
         for (int64_t i = 0; i < rows; ++i) {
-            T *const to = c + i * stride, *const before = z ? z + i * stride : nullptr;
+            T *const to = c + i * stride, *const before = z ? z + i * z_stride : nullptr;
             each_vector<T>(columns, [=](int64_t j, auto get, auto put) __attribute__((always_inline)) {
                 Vector<T> sum = get(to + j);
                 if (bias) sum += transposed ? Vector<T>{} + bias[i] : get(bias + j);
@@ -155,15 +156,17 @@ void store_transposed(const T *from, int64_t width, int64_t rows, int64_t column
 }
 
 template <class T>
-void differentiate(int32_t activation, int64_t rows, int64_t columns, const T *grad_y, const T *kept, T *grad_z, T *sums) {
+void differentiate(int32_t activation, int64_t rows, int64_t columns, const T *grad_y, int64_t y_stride, const T *kept, T *grad_z,
+                   int64_t stride, T *sums) {
+    const bool differs = activation != CASE_FAST_IDENTITY;
     for (int64_t j = 0; sums && j < columns; ++j) sums[j] = T(0);
     with_activation<T>(activation, [=](auto, auto derivative) __attribute__((always_inline)) {
         for (int64_t i = 0; i < rows; ++i) {
-            const T *const given = grad_y + i * columns, *const at = grad_z ? kept + i * columns : nullptr;
-            T *const to = grad_z ? grad_z + i * columns : nullptr;
+            const T *const given = grad_y + i * y_stride, *const at = differs ? kept + i * stride : nullptr;
+            T *const to = differs ? grad_z + i * stride : nullptr;
             each_vector<T>(columns, [=](int64_t j, auto get, auto put) __attribute__((always_inline)) {
                 Vector<T> g = get(given + j);
-                if (to) {
+                if (differs) {
                     g *= derivative(get(at + j));
                     put(to + j, g);
                 }
@@ -232,14 +235,14 @@ void product(const LinearProduct<T> &p, const LinearRows<T> *parts, int64_t part
                         l += d.piece;
                     } while (l < span);
                     if (!last) continue;
-                    T *const z = part.z ? part.z + at : nullptr;
                     const T *const bias = part.bias ? part.bias + (p.transposed ? i : j) : nullptr;
-                    T *const before = p.transposed && z ? strip_z : z;
+                    T *const z = !part.z ? nullptr : p.transposed ? part.z + j * part.z_stride + i : part.z + i * part.z_stride + j;
                     if (bias || z || p.activation != CASE_FAST_IDENTITY)
-                        finish(to, stride, count, columns, bias, p.transposed, before, p.activation);
+                        finish(to, stride, count, columns, bias, p.transposed, z && p.transposed ? strip_z : z,
+                               p.transposed ? stride : part.z_stride, p.activation);
                     if (!p.transposed) continue;
                     store_transposed(strip, stride, count, columns, part.c + at, part.stride);
-                    if (z) store_transposed(strip_z, stride, count, columns, z, part.stride);
+                    if (z) store_transposed(strip_z, stride, count, columns, z, part.z_stride);
                 }
             }
             k += d.span;

@@ -32,16 +32,18 @@ typedef struct case_fast_linear_weight {
     const void *weight;          // (G, N_s, K)
     void *grad;                  // backward: as weight; NULL where not wanted
     int64_t grad_group, grad_row, grad_column;  // one of the latter two is 1
+    void *y;                     // (n, G, N_s): y of forward; of backward grad_y, which is only read
+    int64_t y_row, y_group;      // elements from one to the next; those of a row lie together
 } case_fast_linear_weight;
 
-// x (n, G, K); bias (G, N), or NULL; y (n, G, N). z (n, G, N): for backward where f is the Gaussian unit; NULL: not wanted.
+// x (n, G, K); bias (G, N), or NULL. z (n, G, N): for backward where f is the Gaussian unit; NULL: not wanted.
 int case_fast_linear_forward_cpu(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x, const void *bias,
-                                 void *y, void *z, int threads);
+                                 void *z, int threads);
 
-// kept: y where f is max(z, 0) or tanh, z where it is the Gaussian unit, else not read. grad_y (n, G, N); grad_x (n, G, K), grad_bias (G, N)
-// and the gradient of each weight: NULL where not wanted. 
+// kept (n, G, N): y where f is max(z, 0) or tanh, z where it is the Gaussian unit, else not read. grad_x (n, G, K), grad_bias (G, N) and
+// the gradient of each weight: NULL where not wanted.
 int case_fast_linear_backward_cpu(const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x, const void *kept,
-                                  const void *grad_y, void *grad_x, void *grad_bias, int threads);
+                                  void *grad_x, void *grad_bias, int threads);
 
 #ifdef __cplusplus
 }

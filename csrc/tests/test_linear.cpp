@@ -97,9 +97,17 @@ struct Call {
         }
         return found;
     }
-    int forward(std::vector<T> &y, std::vector<T> *z, int threads) const {
-        return case_fast_linear_forward_cpu(&call, weights.data(), x.data(), s.bias ? bias.data() : nullptr, y.data(),
-                                            z ? z->data() : nullptr, threads);
+    // The weights with `y` (n, G, N) as their results.
+    const case_fast_linear_weight *with(std::vector<T> &y) {
+        int64_t first = 0;
+        for (case_fast_linear_weight &w : weights) {
+            w.y = y.data() + first, w.y_row = s.groups * total, w.y_group = total;
+            first += w.outputs;
+        }
+        return weights.data();
+    }
+    int forward(std::vector<T> &y, std::vector<T> *z, int threads) {
+        return case_fast_linear_forward_cpu(&call, with(y), x.data(), s.bias ? bias.data() : nullptr, z ? z->data() : nullptr, threads);
     }
 };
 
@@ -120,7 +128,7 @@ void check_close(double found, double expected, double scale) {
 
 template <class T>
 void test_against_a_naive_loop(const Shape &s) {
-    const Call<T> c(s);
+    Call<T> c(s);
     std::vector<T> first;
     for (const int threads : {1, 2, 3, 7}) {
         std::vector<T> y = nan_filled<T>(c.size()), z = nan_filled<T>(c.size());
@@ -166,7 +174,8 @@ double slope(double kept, int activation) {
 template <class T>
 void test_gradients(const Shape &s) {
     Call<T> c(s);
-    const std::vector<T> kept = noise<T>(c.size()), grad_y = noise<T>(c.size());
+    const std::vector<T> kept = noise<T>(c.size());
+    std::vector<T> grad_y = noise<T>(c.size());
     const int64_t depth = s.depth, total = c.total, groups = s.groups;
     std::vector<double> grad_z(grad_y.size());
     for (size_t i = 0; i < grad_y.size(); ++i) grad_z[i] = double(grad_y[i]) * slope(kept[i], s.activation);
@@ -176,7 +185,7 @@ void test_gradients(const Shape &s) {
         auto found = c.gradients();
         std::vector<T> grad_x = nan_filled<T>(s.rows * groups * depth), grad_bias = nan_filled<T>(groups * total);
         const auto run = [&](bool x, bool bias) {
-            return case_fast_linear_backward_cpu(&c.call, c.weights.data(), c.x.data(), s.activation ? kept.data() : nullptr, grad_y.data(),
+            return case_fast_linear_backward_cpu(&c.call, c.with(grad_y), c.x.data(), s.activation ? kept.data() : nullptr,
                                                  x ? grad_x.data() : nullptr, bias ? grad_bias.data() : nullptr, threads);
         };
         CHECK(run(true, true) == CASE_FAST_OK);
@@ -221,16 +230,62 @@ void test_gradients(const Shape &s) {
     }
 }
 
+// Each weight's results, and their gradients, in an array of its own with room between the rows.
+template <class T>
+void test_results_apart(const Shape &s) {
+    Call<T> c(s);
+    std::vector<T> joined = nan_filled<T>(c.size()), grad_y = noise<T>(c.size()), kept = noise<T>(c.size());
+    std::vector<std::vector<T>> apart, found[2];
+    std::vector<T> grad_x[2], grad_bias[2];
+    CHECK(c.forward(joined, nullptr, 2) == CASE_FAST_OK);
+    for (const bool own : {false, true}) {
+        c.with(grad_y);
+        found[own] = c.gradients();
+        grad_x[own] = nan_filled<T>(s.rows * s.groups * s.depth), grad_bias[own] = nan_filled<T>(s.groups * c.total);
+        std::vector<std::vector<T>> grads;
+        int64_t first = 0;
+        for (case_fast_linear_weight &w : c.weights) {
+            const int64_t row = s.groups * w.outputs + 3;
+            std::vector<T> grad(size_t(s.rows * row));
+            for (int64_t i = 0; i < s.rows; ++i)
+                for (int64_t g = 0; g < s.groups; ++g)
+                    for (int64_t o = 0; o < w.outputs; ++o)
+                        grad[size_t(i * row + g * w.outputs + o)] = grad_y[size_t((i * s.groups + g) * c.total + first + o)];
+            first += w.outputs;
+            grads.push_back(grad);
+            if (own) w.y = grads.back().data(), w.y_row = row, w.y_group = w.outputs;
+        }
+        CHECK(case_fast_linear_backward_cpu(&c.call, c.weights.data(), c.x.data(), s.activation ? kept.data() : nullptr, grad_x[own].data(),
+                                            grad_bias[own].data(), 2) == CASE_FAST_OK);
+        if (!own) continue;
+        for (size_t i = 0; i < c.weights.size(); ++i) {
+            apart.push_back(nan_filled<T>(s.rows * c.weights[i].y_row));
+            c.weights[i].y = apart.back().data();
+        }
+        CHECK(case_fast_linear_forward_cpu(&c.call, c.weights.data(), c.x.data(), s.bias ? c.bias.data() : nullptr, nullptr, 3) == CASE_FAST_OK);
+        first = 0;
+        for (size_t p = 0; p < c.weights.size(); first += c.weights[p++].outputs)
+            for (int64_t i = 0; i < s.rows; ++i)
+                for (int64_t g = 0; g < s.groups; ++g)
+                    for (int64_t o = 0; o < c.weights[p].outputs; ++o)
+                        CHECK(apart[p][size_t(i * c.weights[p].y_row + g * c.weights[p].outputs + o)] ==
+                              joined[size_t((i * s.groups + g) * c.total + first + o)]);
+    }
+    CHECK(same_bits(grad_x[0], grad_x[1]) && same_bits(grad_bias[0], grad_bias[1]));
+    for (size_t i = 0; i < found[0].size(); ++i) CHECK(same_bits(found[0][i], found[1][i]));
+}
+
 void test_wrong_arguments() {
-    const Call<float> c({4, 2, 3, {5, 2}});
+    Call<float> c({4, 2, 3, {5, 2}, ROWS, 0, CASE_FAST_TANH});
     std::vector<float> y(size_t(c.size()), -9.0f);
     CHECK(c.forward(y, nullptr, 1) == CASE_FAST_OK);
-    const auto refused = [&](const case_fast_linear &call, const std::vector<case_fast_linear_weight> &weights, const void *x, void *out) {
-        return case_fast_linear_forward_cpu(&call, weights.data(), x, nullptr, out, nullptr, 1) == CASE_FAST_BAD_ARGUMENT;
+    auto gradients = c.gradients();
+    const auto refused = [&](const case_fast_linear *call, const case_fast_linear_weight *weights, const void *x) {
+        return case_fast_linear_forward_cpu(call, weights, x, nullptr, nullptr, 1) == CASE_FAST_BAD_ARGUMENT &&
+               case_fast_linear_backward_cpu(call, weights, x, y.data(), nullptr, nullptr, 1) == CASE_FAST_BAD_ARGUMENT;
     };
-    CHECK(case_fast_linear_forward_cpu(nullptr, c.weights.data(), c.x.data(), nullptr, y.data(), nullptr, 1) == CASE_FAST_BAD_ARGUMENT);
-    CHECK(refused(c.call, c.weights, nullptr, y.data()));
-    CHECK(refused(c.call, c.weights, c.x.data(), nullptr));
+    CHECK(refused(nullptr, c.weights.data(), c.x.data()) && refused(&c.call, nullptr, c.x.data()));
+    CHECK(refused(&c.call, c.weights.data(), nullptr));
     for (int member = 0; member < 9; ++member) {
         case_fast_linear call = c.call;
         if (member < 5) (&call.rows)[member] = -1;
@@ -238,23 +293,24 @@ void test_wrong_arguments() {
         if (member == 6) call.dtype = CASE_FAST_BF16;
         if (member == 7) call.activation = 4;
         if (member == 8) call.activation = -1;
-        CHECK(refused(call, c.weights, c.x.data(), y.data()));
+        CHECK(refused(&call, c.weights.data(), c.x.data()));
     }
-    Call<float> b({4, 2, 3, {5, 2}, ROWS, 0, CASE_FAST_TANH});
-    auto gradients = b.gradients();
-    const auto backward = [&](const void *kept, const void *grad_y) {
-        return case_fast_linear_backward_cpu(&b.call, b.weights.data(), b.x.data(), kept, grad_y, nullptr, nullptr, 1);
-    };
-    CHECK(backward(y.data(), y.data()) == CASE_FAST_OK);
-    CHECK(backward(nullptr, y.data()) == CASE_FAST_BAD_ARGUMENT && backward(y.data(), nullptr) == CASE_FAST_BAD_ARGUMENT);
-    b.weights[0].grad_column = b.weights[0].grad_row = 2;
-    CHECK(backward(y.data(), y.data()) == CASE_FAST_BAD_ARGUMENT);
-    for (int member = 0; member < 5; ++member) {
+    for (int member = 0; member < 8; ++member) {
         std::vector<case_fast_linear_weight> weights = c.weights;
-        if (member < 4) (&weights[1].outputs)[member] = -1;
-        if (member == 4) weights[1].weight = nullptr;
-        CHECK(refused(c.call, weights, c.x.data(), y.data()));
+        case_fast_linear_weight &w = weights[1];
+        if (member < 4) (&w.outputs)[member] = -1;
+        if (member == 4) w.weight = nullptr;
+        if (member == 5) w.y = nullptr;
+        if (member == 6) w.y_row = -1;
+        if (member == 7) w.y_group = -1;
+        CHECK(refused(&c.call, weights.data(), c.x.data()));
     }
+    const auto backward = [&](const void *kept) {
+        return case_fast_linear_backward_cpu(&c.call, c.weights.data(), c.x.data(), kept, nullptr, nullptr, 1);
+    };
+    CHECK(backward(y.data()) == CASE_FAST_OK && backward(nullptr) == CASE_FAST_BAD_ARGUMENT);
+    c.weights[0].grad_column = c.weights[0].grad_row = 2;
+    CHECK(backward(y.data()) == CASE_FAST_BAD_ARGUMENT);
 }
 
 void test_all() {
@@ -277,6 +333,7 @@ void test_all() {
         test_against_a_naive_loop<double>(s);
         test_gradients<float>(s);
         test_gradients<double>(s);
+        test_results_apart<float>(s);
     }
     test_wrong_arguments();
 }

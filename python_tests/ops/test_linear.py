@@ -57,6 +57,29 @@ def test_several_weights_are_one_product(native, activation):
         assert torch.allclose(gradient, part.T @ x, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("groups", [(), (3,)])
+def test_results_of_each_weight_are_those_of_all(runs, monkeypatch, groups, activation):
+    x, bias = made(40, *groups, 30), made(*groups, 101)
+    leaves = [x, bias, *(made(*groups, n, 30) for n in (30, 0, 7, 64))]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    x, bias, *weights = leaves
+    grad_out = [made(40, *groups, n) for n in (30, 0, 7, 64)]
+    whole, parts = ops.linear(x, weights, bias, activation), ops.linear(x, weights, bias, activation, split=True)
+    assert isinstance(parts, tuple) and identical(torch.cat(parts, -1), whole)
+    expected = torch.autograd.grad(whole, leaves, torch.cat(grad_out, -1))
+    found = torch.autograd.grad(parts, leaves, grad_out)
+    assert all(identical(a, b) for a, b in zip(found, expected, strict=True))
+    if runs == "native" and activation is None:
+        assert all(part.is_contiguous() for part in parts)
+        one = torch.autograd.grad(ops.linear(x, weights, split=True)[3], weights, grad_out[3])  # the others have no gradient
+        assert not one[0].any() and identical(one[3], torch.autograd.grad(ops.linear(x, weights[3]), weights[3], grad_out[3])[0])
+    with torch.no_grad():
+        assert identical(torch.cat(ops.linear(x, weights, bias, activation, split=True), -1), whole)
+    (alone,) = ops.linear(x, weights[:1], split=True)
+    assert identical(alone, ops.linear(x, weights[0]))
+
+
 def test_a_view_of_a_weight_is_not_copied_and_its_gradient_lies_as_it_does(native, monkeypatch):
     x, grad_y = made(40, 2, 15), made(40, 2, 30)
     stored = made(2, 15, 30).requires_grad_()  # (G, K, N): what the product takes is its transpose

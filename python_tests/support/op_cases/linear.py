@@ -87,7 +87,12 @@ class Linear(Case):
         ("native", "aot_eager", True, [call | {"activation": "gelu", "second": 3} for call in CALLS]),
         ("reference", "aot_eager", True, CALLS),
     ]
-    ON_GPU = {}
+    ON_GPU = {
+        "query, key and value": {"rows": 750, "depth": 300, "outputs": 300, "second": 600, "bias": False},
+        "wide": {"rows": 430, "depth": 300, "outputs": 600, "activation": "gelu"},
+        "heads": {"rows": 211, "depth": 150, "outputs": 300, "groups": 2, "columns": True, "activation": "tanh"},
+        "no rows": {"rows": 0, "depth": 5, "outputs": 4},
+    }
 
     @classmethod
     def made(cls, rows: int, depth: int, outputs: int, number: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu",
@@ -119,8 +124,8 @@ class Linear(Case):
         width = st.one_of(st.integers(0, 20), st.integers(0, 70), st.sampled_from([127, 150, 300, 385]))
         return {
             "rows": draw(st.one_of(st.integers(0, 40), st.integers(0, 300))), "depth": draw(width), "outputs": draw(width),
-            "groups": draw(st.integers(0, 3)), "second": draw(st.one_of(st.none(), st.integers(0, 50))), "bias": draw(st.booleans()),
-            "activation": draw(st.sampled_from(ACTIVATIONS)), "columns": draw(st.booleans()),
+            "groups": draw(st.integers(0, 3)), "second": draw(st.one_of(st.none(), st.integers(0, 50))),
+            "bias": draw(st.booleans()), "activation": draw(st.sampled_from(ACTIVATIONS)), "columns": draw(st.booleans()),
         }
 
     @classmethod
@@ -147,10 +152,14 @@ class Linear(Case):
 
     def registered(self, runs: str):
         kernels, weights = self.kernels(), [x for x in (self.weight, self.second) if x is not None]
-        keep = torch.rand_like(self.grad_out) if self.activation else self.x.new_empty(0)
+        keep = torch.rand_like(self.grad_out) if self.activation else None
         wanted = [True, self.bias is not None, *[True] * len(weights)]
-        yield kernels._forward_op, (runs, self.x, weights, self.bias, self.activation, True)
-        yield kernels._backward_op, (runs, self.grad_out, self.x, weights, keep, self.activation, wanted)
+        yield kernels._forward_op, (runs, self.x, weights, self.bias, self.activation, True, False)
+        yield kernels._backward_op, (runs, [self.grad_out], self.x, weights, keep, self.activation, wanted)
+        if self.second is not None:
+            yield kernels._forward_op, (runs, self.x, weights, self.bias, None, True, True)
+            apart = [x.contiguous() for x in self.grad_out.split([x.shape[-2] for x in weights], -1)]
+            yield kernels._backward_op, (runs, apart, self.x, weights, None, None, wanted)
 
 
 BASE = Linear.BASE = Linear.made(7, 5, 4, second=3)
