@@ -13,6 +13,7 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "residual_norm"
+MAX_WIDTH = 8192  # of a row on GPU, where one program holds it
 
 
 def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, dropout_p: float = 0.0,
@@ -23,7 +24,8 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
     one layer and the beginning of the next in one pass over the rows. Neither a mask nor the normalised rows are kept.
 
     Args:
-        x: (n, d), d above 0. float32 and float64; float16 and bfloat16 are computed in float32. Any strides.
+        x: (n, d), d above 0. float32 and float64; float16 and bfloat16 are computed in float32. Any strides. On GPU rows of
+            d > 8192 run on the reference backend.
         update: (n, d) as x, or None: nothing is added, and total is x.
         weight, bias: (d,) as x; for half precision on GPU also float32.
         eps: of the layer norm.
@@ -54,7 +56,7 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
             _check_norm(name, of, x)
     common.check_finite("eps", eps)
     numbers = (eps, dropout_p if update is not None else 0.0, *common.seed_pair(seed, x.device))
-    runs = backend.choose(FAMILY, device)
+    runs = backend.choose(FAMILY, device, _beyond(x, device))
     if runs == "reference":
         with torch.autocast(device, enabled=False):
             total, normed = reference.residual_norm(x, update, weight, bias, *numbers[:2], seed)
@@ -78,7 +80,7 @@ def residual(x: Tensor, update: Tensor, dropout_p: float = 0.0, seed: int | Tens
     number, seed_at = common.seed_pair(seed, x.device)
     if dropout_p == 0:
         return common.restored(x + update, given)
-    runs = backend.choose(FAMILY, device)
+    runs = backend.choose(FAMILY, device, _beyond(x, device))
     if runs == "reference":
         return common.restored(reference.residual(x, update, dropout_p, seed), given)
     return common.restored(_dropped(runs, update, x, dropout_p, number, seed_at), given)
@@ -96,6 +98,10 @@ def _check(x: Tensor, update: Tensor | None, dropout_p: float) -> None:
         if update.shape != x.shape:
             raise ValueError(f"update must be {tuple(x.shape)} as x, not {tuple(update.shape)}")
     common.check_dropout("dropout_p", dropout_p)
+
+
+def _beyond(x: Tensor, device: str) -> str:
+    return f"rows of more than {MAX_WIDTH}" if device != "cpu" and x.shape[1] > MAX_WIDTH else ""
 
 
 def _check_norm(name: str, x: Tensor, like: Tensor) -> None:

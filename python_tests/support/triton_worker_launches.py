@@ -120,6 +120,19 @@ def segment_sum(kernels: ModuleType, dtype: torch.dtype) -> None:
         kernels.backward(kernels.forward(made(rows, width, dtype=dtype), segment, size), segment)
 
 
+def residual_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
+    for rows, width in ((750, DIM), (16, 8192)):
+        x, weight = made(rows, width, dtype=dtype), made(width, dtype=dtype)
+        stats = made(2, rows, dtype=full(dtype))
+        for seed_at, dropout in ((None, 0.0), (None, 0.1), (made(1, dtype=torch.int64), 0.1)):
+            for update, grad_total in ((x, x), (None, None)):
+                kernels.forward(x, update, weight, weight, 1e-5, dropout if update is x else 0.0, 1, seed_at, x, x, stats)
+                drops = x if dropout else None
+                kernels.backward(x, stats, weight, grad_total, x, dropout, 1, seed_at, x, drops, weight, weight)
+                if dropout:
+                    kernels.drop(x, update, dropout, 1, seed_at, x)
+
+
 def modules() -> dict[str, ModuleType]:
     """The modules of Triton kernels by their family."""
     names = sorted(path.stem for path in Path(ops.__file__).parent.glob("*_triton.py"))
