@@ -4,8 +4,8 @@
 
 A program of forward serves a row, one of backward a few rows that depend on their number alone. It writes down its share of the
 gradients of weight and bias, and a second launch adds the shares in order. There are no atomics: the same inputs give the same
-bits. A row of d numbers is a masked block of the next power of two (300 occupies 512). Sums run in float32, in float64 for float64
-tensors.
+bits. A row of d numbers is a masked block of the next power of two (300 occupies 512). Sums run in float32, in float64 for
+float64 tensors.
 """
 # Triton reads annotations as they stand, so this file has no `from __future__ import annotations`.
 
@@ -29,7 +29,7 @@ def _kept(row, key, drop_below, kept_scale, BLOCK_D: tl.constexpr, ACC: tl.const
                            (key >> 32).to(tl.uint32))
     word = tl.interleave(tl.interleave(words[0], words[2]), tl.interleave(words[1], words[3]))
     half = tl.interleave(word & 0xFFFF, word >> 16).to(tl.int32)
-    return tl.where(half >= drop_below, kept_scale.to(ACC), 0.0)
+    return tl.where(half >= drop_below, tl.full((), kept_scale, ACC), 0.0)
 
 
 @triton.jit(do_not_specialize=SEEDS)
@@ -51,7 +51,7 @@ def forward_rows(x, update, weight, bias, total, normed, stats, rows: tl.int64, 
         t = rounded.to(ACC)  # of what backward will read
     mean = tl.sum(t, axis=0) / WIDTH
     centred = tl.where(here, t - mean, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps.to(ACC))
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + tl.full((), eps, ACC))
     w = tl.load(weight + d, mask=here, other=0.0).to(ACC)
     b = tl.load(bias + d, mask=here, other=0.0).to(ACC)
     tl.store(normed + at, (centred * inverse * w + b).to(normed.dtype.element_ty), mask=here)
@@ -70,7 +70,8 @@ def backward_rows(total, stats, weight, grad_total, grad_normed, grad_x, grad_up
     w = tl.load(weight + d, mask=here, other=0.0).to(ACC)
     of_weight = tl.zeros((BLOCK_D,), ACC)
     of_bias = tl.zeros((BLOCK_D,), ACC)
-    for row in range(program * each, tl.minimum(program * each + each, rows)):
+    for place in range(0, tl.minimum(each, rows - program * each)):
+        row = program * each + place
         at = row * WIDTH + d
         mean = tl.load(stats + row)
         inverse = tl.load(stats + rows + row)
