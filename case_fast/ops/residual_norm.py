@@ -13,7 +13,7 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "residual_norm"
-MAX_WIDTH = 8192  # of a row on GPU, where one program holds it
+MAX_WIDTH = 1024  # of a row on GPU, where one program holds it
 
 
 def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, dropout_p: float = 0.0,
@@ -25,7 +25,7 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
 
     Args:
         x: (n, d), d above 0. float32 and float64; float16 and bfloat16 are computed in float32. Any strides. On GPU rows of
-            d > 8192 run on the reference backend.
+            d > 1024 run on the reference backend.
         update: (n, d) as x, or None: nothing is added, and total is x.
         weight, bias: (d,) as x; for half precision on GPU also float32.
         eps: of the layer norm.

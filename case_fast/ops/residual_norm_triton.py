@@ -131,7 +131,7 @@ def blocks(x: Tensor) -> dict:
     width = x.shape[1]
     block = max(16, triton.next_power_of_2(width))
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return {"WIDTH": width, "BLOCK_D": block, "ACC": acc, "num_warps": 4 if block <= 2048 else 16}
+    return {"WIDTH": width, "BLOCK_D": block, "ACC": acc}
 
 
 def draws(dropout_p: float) -> tuple[int, float]:

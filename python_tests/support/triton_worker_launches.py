@@ -121,16 +121,19 @@ def segment_sum(kernels: ModuleType, dtype: torch.dtype) -> None:
 
 
 def residual_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
-    for rows, width in ((750, DIM), (16, 8192)):
-        x, weight = made(rows, width, dtype=dtype), made(width, dtype=dtype)
-        stats = made(2, rows, dtype=full(dtype))
-        for seed_at, dropout in ((None, 0.0), (None, 0.1), (made(1, dtype=torch.int64), 0.1)):
-            for update, grad_total in ((x, x), (None, None)):
-                kernels.forward(x, update, weight, weight, 1e-5, dropout if update is x else 0.0, 1, seed_at, x, x, stats)
-                drops = x if dropout else None
-                kernels.backward(x, stats, weight, grad_total, x, dropout, 1, seed_at, x, drops, weight, weight)
-                if dropout:
-                    kernels.drop(x, update, dropout, 1, seed_at, x)
+    def call(width: int, dropout: float, seed_at: Tensor | None, adds: bool) -> None:
+        x, weight, stats = made(750, width, dtype=dtype), made(width, dtype=dtype), made(2, 750, dtype=full(dtype))
+        other = x if adds else None
+        kernels.forward(x, other, weight, weight, 1e-5, dropout if adds else 0.0, 1, seed_at, x, x, stats)
+        kernels.backward(x, stats, weight, other, x, dropout, 1, seed_at, x, x if dropout else None, weight, weight)
+        kernels.drop(x, other, dropout, 1, seed_at, x)
+
+    for seed_at in (None, made(1, dtype=torch.int64)):
+        for adds in (True, False):
+            call(DIM, 0.1, seed_at, adds)
+    for adds in (True, False):
+        call(DIM, 0.0, None, adds)
+    call(1024, 0.1, None, True)
 
 
 def modules() -> dict[str, ModuleType]:
