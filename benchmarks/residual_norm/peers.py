@@ -1,0 +1,64 @@
+"""Every way to end a layer and normalise for the next that we measure ourselves against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.measure import OURS, Truth, Work
+from benchmarks.residual_norm.cases import DROPOUT, ResidualCase
+from case_fast import ops
+
+
+@dataclass
+class Dropping(Work):
+    """Timed with dropout, which no two peers draw alike, and checked without it."""
+
+    kept: Work | None = None
+
+    def check(self, mode: str, truth: Truth) -> float:
+        self.run(mode)  # torch.compile compiles here
+        assert self.kept is not None
+        return self.kept.check(mode, truth)
+
+
+def _work(case: ResidualCase, function: Callable[..., tuple[Tensor, Tensor]]) -> Work:
+    """function(x, update, weight, bias, dropout_p) -> total, normed"""
+    def of(dropout_p: float) -> tuple:
+        return lambda *leaves: function(*case.arguments(leaves), dropout_p), case.inputs, (case.grad_total, case.grad_normed)
+
+    return Dropping(*of(DROPOUT), kept=Work(*of(0.0)))
+
+
+def ours(case: ResidualCase) -> Work:
+    def run(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+        return ops.residual_norm(x, update, weight, bias, dropout_p=dropout_p, seed=5)
+
+    return _work(case, run)
+
+
+def _eager(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
+    total = x * 1 if update is None else x + F.dropout(update, dropout_p)  # what a graph may not return as it came in
+    return total, F.layer_norm(total, weight.shape, weight, bias)
+
+
+def eager(case: ResidualCase) -> Work:
+    def run(x: Tensor, update: Tensor | None, *rest: Tensor | float) -> tuple[Tensor, Tensor]:
+        return _eager(x, update, *rest) if update is not None else (x.view_as(x), F.layer_norm(x, rest[0].shape, *rest[:2]))
+
+    return _work(case, run)
+
+
+def compiled(case: ResidualCase) -> Work:
+    return _work(case, torch.compile(_eager, dynamic=False))
+
+
+PEERS: dict[str, Callable[[ResidualCase], Work]] = {
+    OURS: ours,
+    "dropout, add, layer_norm, eager": eager,
+    "dropout, add, layer_norm, torch.compile": compiled,
+}
