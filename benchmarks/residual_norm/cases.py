@@ -13,8 +13,8 @@ from case_fast.errors import ConfigError
 from case_fast.ops import reference
 
 NAMED = {  # of real batches of 16 dialogues, the mean
-    "words": "16x300", "replies": "233x300", "context": "569x300", "graphs": "754x300", "reactions": "1381x300", "texts": "2405x300",
-    "graphs-norm": "754x300:norm",
+    "words": "16x300", "replies": "233x300", "context": "569x300", "graphs": "754x300", "reactions": "1381x300",
+    "texts": "2405x300", "graphs-norm": "754x300:norm",
 }
 SIZES = list(NAMED)
 QUICK_SIZES = ["30x7", "30x7:norm"]
@@ -75,8 +75,8 @@ def case_of(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 
     x, update, grad_total, grad_normed = (normal(rows, width) for _ in range(4))
     what = f"{rows:,} rows of {width:,}{', nothing added' if shape[3] else f', dropout {DROPOUT}'}"
-    return ResidualCase(name, what, x, None if shape[3] else update, 1 + normal(width, scale=0.1), normal(width, scale=0.1), grad_total,
-                        grad_normed)
+    weight, bias = 1 + normal(width, scale=0.1), normal(width, scale=0.1)
+    return ResidualCase(name, what, x, None if shape[3] else update, weight, bias, grad_total, grad_normed)
 
 
 def truth(case: ResidualCase) -> Truth:
