@@ -70,14 +70,14 @@ class Case:
 class Work:
     """A peer made ready for one case.
 
-    function(*leaves) -> out, or a tuple of them where nothing is trained; leaves and grad_out in the peer's own layout, which
+    function(*leaves) -> out, or a tuple of them; leaves and grad_out, one for each out, in the peer's own layout, which
     ``pack`` turns into the case's, given (out,) or (out, a gradient for each leaf). ``part`` is a piece of the function's work
     that is worth naming. ``switch`` chooses among our kernels: it is on whenever the work is checked or timed.
     """
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: tuple[Tensor, ...]
-    grad_out: Tensor
+    grad_out: Tensor | tuple[Tensor, ...]
     pack: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda results: results
     trains: bool = True
     part: Callable[[], object] | None = None
@@ -91,18 +91,25 @@ class Work:
     def call(self, mode: str) -> Callable[[], tuple[Tensor, ...]]:
         """What is timed; it gives (out,), or (out, a gradient for each leaf), or a tuple of outputs as it is."""
 
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                out = self.function(*self.leaves)
+        def outputs() -> tuple[Tensor, ...]:
+            out = self.function(*self.leaves)
             return out if isinstance(out, tuple) else (out,)
 
-        def both() -> tuple[Tensor, ...]:
-            out = self.function(*self.leaves)
-            return out.detach(), *torch.autograd.grad(out, self.leaves, self.grad_out)
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return outputs()
+
+        def gradients(out: tuple[Tensor, ...], again: bool) -> tuple[Tensor, ...]:
+            found = torch.autograd.grad(out, self.leaves, self.grad_out, retain_graph=again)
+            return *[x.detach() for x in out], *found
 
         if mode == BACKWARD:
-            once = self.function(*self.leaves)
-            return lambda: (once.detach(), *torch.autograd.grad(once, self.leaves, self.grad_out, retain_graph=True))
+            once = outputs()
+            return lambda: gradients(once, True)
+
+        def both() -> tuple[Tensor, ...]:
+            return gradients(outputs(), False)
+
         return {MODES[0]: forward, MODES[1]: both}[mode]
 
     def run(self, mode: str) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from case_fast.ops import backend, common, reference
 
 FAMILY = "residual_norm"
+MAX_WIDTH = 1024  # of a row on GPU, where one program holds it
 
 
 def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, dropout_p: float = 0.0,
@@ -23,7 +24,8 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
     one layer and the beginning of the next in one pass over the rows. Neither a mask nor the normalised rows are kept.
 
     Args:
-        x: (n, d), d above 0. float32 and float64; float16 and bfloat16 are computed in float32. Any strides.
+        x: (n, d), d above 0. float32 and float64; float16 and bfloat16 are computed in float32. Any strides. On GPU rows of
+            d > 1024 run on the reference backend.
         update: (n, d) as x, or None: nothing is added, and total is x.
         weight, bias: (d,) as x; for half precision on GPU also float32.
         eps: of the layer norm.
@@ -54,7 +56,7 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
             _check_norm(name, of, x)
     common.check_finite("eps", eps)
     numbers = (eps, dropout_p if update is not None else 0.0, *common.seed_pair(seed, x.device))
-    runs = backend.choose(FAMILY, device)
+    runs = backend.choose(FAMILY, device, _beyond(x, device))
     if runs == "reference":
         with torch.autocast(device, enabled=False):
             total, normed = reference.residual_norm(x, update, weight, bias, *numbers[:2], seed)
@@ -78,7 +80,7 @@ def residual(x: Tensor, update: Tensor, dropout_p: float = 0.0, seed: int | Tens
     number, seed_at = common.seed_pair(seed, x.device)
     if dropout_p == 0:
         return common.restored(x + update, given)
-    runs = backend.choose(FAMILY, device)
+    runs = backend.choose(FAMILY, device, _beyond(x, device))
     if runs == "reference":
         return common.restored(reference.residual(x, update, dropout_p, seed), given)
     return common.restored(_dropped(runs, update, x, dropout_p, number, seed_at), given)
@@ -98,6 +100,10 @@ def _check(x: Tensor, update: Tensor | None, dropout_p: float) -> None:
     common.check_dropout("dropout_p", dropout_p)
 
 
+def _beyond(x: Tensor, device: str) -> str:
+    return f"rows of more than {MAX_WIDTH}" if device != "cpu" and x.shape[1] > MAX_WIDTH else ""
+
+
 def _check_norm(name: str, x: Tensor, like: Tensor) -> None:
     """Of weight or bias, as like."""
     if x.shape != like.shape[1:]:
@@ -110,10 +116,9 @@ def _check_norm(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def _outputs(x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised total, which is empty where nothing is added, normed and stats."""
-    total = x.new_empty(0) if update is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return total, normed, x.new_empty(2, x.shape[0], dtype=common.sum_dtype(x))
+    """Uninitialised total, which is empty where nothing is added, normed and stats, for x that is contiguous."""
+    total = x.new_empty(0) if update is None else torch.empty_like(x)
+    return total, torch.empty_like(x), x.new_empty((2, x.shape[0]), dtype=common.sum_dtype(x))
 
 
 def _forward(runs: str, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dropout_p: float, seed: int,
@@ -132,14 +137,14 @@ def _forward(runs: str, x: Tensor, update: Tensor | None, weight: Tensor, bias: 
 
 
 def _gradients(total: Tensor, weight: Tensor, dropout_p: float) -> list[Tensor]:
-    """Uninitialised gradients of x, with dropout of update, else that is the same, of weight and of bias."""
-    return common.empty_like(*[total] * (1 + (dropout_p > 0)), weight, weight)
+    """Uninitialised gradients of x, with dropout of update, else that is the same, of weight and of bias; all contiguous."""
+    return [torch.empty_like(x) for x in ([total, total] if dropout_p > 0 else [total]) + [weight, weight]]
 
 
 def _backward(runs: str, grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, stats: Tensor, weight: Tensor,
               dropout_p: float, seed: int, seed_at: Tensor | None) -> list[Tensor]:
     inputs = common.contiguous(total, stats, weight, grad_total, grad_normed)
-    found = _gradients(total, weight, dropout_p)
+    found = _gradients(inputs[0], inputs[2], dropout_p)
     grads = found if dropout_p > 0 else [found[0], None, *found[1:]]
     if runs == "triton":
         from case_fast.ops import residual_norm_triton as triton
@@ -176,13 +181,14 @@ _DRAWS = "float dropout_p, SymInt seed, Tensor? seed_at"  # SymInt: a new seed d
 # the dtype of sums.
 _forward_op = common.register(
     f"{FAMILY}_forward(str backend, Tensor x, Tensor? update, Tensor weight, Tensor bias, float eps, {_DRAWS}) -> "
-    "(Tensor, Tensor, Tensor)", _forward, lambda runs, x, update, *rest: _outputs(x, update),
+    "(Tensor, Tensor, Tensor)", _forward, lambda runs, x, update, *rest: _outputs(x.contiguous(), update),
 )
 # Gradients of x, of update where dropout_p > 0, of weight and of bias.
 _backward_op = common.register(
     f"{FAMILY}_backward(str backend, Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor stats, Tensor weight, {_DRAWS})"
     " -> Tensor[]", _backward,
-    lambda runs, grad_total, grad_normed, total, stats, weight, dropout_p, *rest: _gradients(total, weight, dropout_p),
+    lambda runs, grad_total, grad_normed, total, stats, weight, dropout_p, *rest: _gradients(
+        total.contiguous(), weight.contiguous(), dropout_p),
 )
 # base + dropout(update); without a base the gradient of update.
 _drop_op = common.register(
@@ -210,18 +216,17 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, grad_normed):
-        runs, numbers, seed_at = ctx.runs, ctx.numbers, ctx.saved_tensors[-1]
+        runs, numbers, saved = ctx.runs, ctx.numbers, ctx.saved_tensors
         weight = bias = None
         if grad_normed is None:  # of the residual stream alone, and of nothing where grad_total is None too
             x = update = grad_total
             if grad_total is not None and numbers[0] > 0:
-                update = _dropped(runs, grad_total, None, *numbers, seed_at)
+                update = _dropped(runs, grad_total, None, *numbers, saved[-1])
         else:
-            def call(grad_total, grad_normed, total, stats, weight, seed_at):
-                given = (grad_total, grad_normed, total, stats, weight)
-                return common.call(_backward_op, _backward, runs, *given, *numbers, seed_at)
+            def backward(*tensors):
+                return common.call(_backward_op, _backward, runs, *tensors[:-1], *numbers, tensors[-1])
 
-            x, *update, weight, bias = common.gradients(FAMILY, call, (grad_total, grad_normed, *ctx.saved_tensors))
+            x, *update, weight, bias = common.gradients(FAMILY, backward, (grad_total, grad_normed, *saved))
             update = update[0] if update else x
         return None, x, update if ctx.updates else None, weight, bias, None, None, None, None
 

@@ -122,6 +122,22 @@ def segment_sum(kernels: ModuleType, dtype: torch.dtype) -> None:
         kernels.backward(kernels.forward(made(rows, width, dtype=dtype), segment, size), segment)
 
 
+def residual_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
+    def call(width: int, dropout: float, seed_at: Tensor | None, adds: bool) -> None:
+        x, weight, stats = made(750, width, dtype=dtype), made(width, dtype=dtype), made(2, 750, dtype=full(dtype))
+        other = x if adds else None
+        kernels.forward(x, other, weight, weight, 1e-5, dropout if adds else 0.0, 1, seed_at, x, x, stats)
+        kernels.backward(x, stats, weight, other, x, dropout, 1, seed_at, x, x if dropout else None, weight, weight)
+        kernels.drop(x, other, dropout, 1, seed_at, x)
+
+    for seed_at in (None, made(1, dtype=torch.int64)):
+        for adds in (True, False):
+            call(DIM, 0.1, seed_at, adds)
+    for adds in (True, False):
+        call(DIM, 0.0, None, adds)
+    call(1024, 0.1, None, True)
+
+
 def modules() -> dict[str, ModuleType]:
     """The modules of Triton kernels by their family."""
     names = sorted(path.stem for path in Path(ops.__file__).parent.glob("*_triton.py"))
