@@ -2,11 +2,11 @@
 
     out[s, h] = sum_j dropout(softmax_j(scale q[s, h] . n_j))_j n_j     over the rows n_j of sequence s, which all heads share
 
-One program of forward serves a (sequence, head). Rows come in blocks of BLOCK_N with a running maximum, so sequences of any length
-work. Backward is one launch: of a sequence each head's program sums grad_query, and one more grad_rows over all heads, block by
-block; both make the weights again. There are no atomics: the same inputs give the same bits. A row of d numbers is a masked block
-of the next power of two (300 occupies 512). Sums run in float32, in float64 for float64 tensors. Offsets out of range are never
-followed (`device_flag`).
+One program of forward serves a (sequence, head). Rows come in blocks of BLOCK_N with a running maximum, so sequences of any
+length work. Backward is one launch: of a sequence each head's program sums grad_query, and one more grad_rows over all heads,
+block by block; both make the weights again. There are no atomics: the same inputs give the same bits. A row of d numbers is a
+masked block of the next power of two (300 occupies 512). Sums run in float32, in float64 for float64 tensors. Offsets out of
+range are never followed (`device_flag`).
 """
 # Triton reads annotations as they stand, so this file has no `from __future__ import annotations`.
 
@@ -158,8 +158,8 @@ def backward_heads(grad_out, query, rows, cu, out, lse, grad_query, grad_rows, f
 # ------------------------------------------------------------------------------------------------------------------ launches
 
 
-def blocks(query: Tensor) -> dict:
-    """The compile-time arguments that both kernels share."""
+def blocks(query: Tensor, elements: int) -> dict:
+    """The compile-time arguments that both kernels share; ``elements``: of a block in float32, that spill no register."""
     _, heads, width = query.shape
     double = query.dtype == torch.float64
     columns = max(16, triton.next_power_of_2(width))
@@ -167,7 +167,7 @@ def blocks(query: Tensor) -> dict:
         "HEADS": heads,
         "WIDTH": width,
         "BLOCK_D": columns,
-        "BLOCK_N": max(1, min(32, (4096 if double else 8192) // columns)),  # what spills no register
+        "BLOCK_N": max(1, min(32, elements // (columns * (2 if double else 1)))),
         "ACC": tl.float64 if double else tl.float32,
     }
 
@@ -177,8 +177,8 @@ def forward(query: Tensor, rows: Tensor, cu: Tensor, scale: float, dropout_p: fl
             ) -> tuple[Tensor, Tensor]:
     """out (s, H, d), and lse (s, H) that backward needs.
 
-    All tensors of one device and checked but for what cu holds; rows of query and rows dense, cu contiguous. seed_at: one int64 on
-    the device, XORed to ``seed`` when a kernel draws; None: nothing is.
+    All tensors of one device and checked but for what cu holds; rows of query and rows dense, cu contiguous. seed_at: one int64
+    on the device, XORed to ``seed`` when a kernel draws; None: nothing is.
 
     Raises:
         IndexError: what an earlier kernel found in its offsets.
@@ -192,7 +192,7 @@ def forward(query: Tensor, rows: Tensor, cu: Tensor, scale: float, dropout_p: fl
     if sequences:
         forward_heads[sequences, heads](
             query, rows, cu, out, lse, device_flag(), sequences, rows.shape[0], query.stride(0), query.stride(1), rows.stride(0),
-            scale, **dropout_arguments(dropout_p, seed, seed_at), **blocks(query),
+            scale, **dropout_arguments(dropout_p, seed, seed_at), **blocks(query, 8192),
         )
     return out, lse
 
@@ -208,6 +208,6 @@ def backward(grad_out: Tensor, query: Tensor, rows: Tensor, cu: Tensor, out: Ten
         backward_heads[sequences, heads + 1](
             grad_out, query, rows, cu, out, lse, grad_query, grad_rows, device_flag(), sequences, rows.shape[0],
             grad_out.stride(0), grad_out.stride(1), query.stride(0), query.stride(1), rows.stride(0), scale,
-            **dropout_arguments(dropout_p, seed, seed_at), **blocks(query), num_warps=8,
+            **dropout_arguments(dropout_p, seed, seed_at), **blocks(query, 4096),
         )
     return grad_query, grad_rows

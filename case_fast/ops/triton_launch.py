@@ -1,4 +1,4 @@
-"""What Triton kernels of all families share: the device that a launch goes to, the seed that it draws by, and dropout by counter."""
+"""What Triton kernels of all families share: the device that a launch goes to, the seed that it draws by, dropout by counter."""
 # Triton reads annotations as they stand, so this file has no `from __future__ import annotations`.
 
 import functools
