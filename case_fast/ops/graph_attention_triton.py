@@ -284,7 +284,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: 
     if out.numel():
         forward_rows[vertices, heads](
             query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, device_flag(),
-            vertices, edges, relations, scale, RELATION=relation is not None, **dropout_arguments(dropout_p, seed, seed_at), **sizes,
+            vertices, edges, relations, scale, RELATION=relation is not None,
+            **dropout_arguments(dropout_p, seed, seed_at), **sizes,
         )
     return out, weights
 

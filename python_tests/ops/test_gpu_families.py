@@ -23,8 +23,9 @@ WAYS = [  # family, backend, plan
     ("bilinear_mim", "triton", 0),
     ("linear_cross_entropy", "triton", 0),
     ("segment_sum", "triton", 0),
+    ("pooled_attention", "triton", 0),
 ]
-EVERY_DTYPE = ("the paper's batch", "odd head", "dot", "sampled, shared", "prime sizes", "prime sizes, several", "texts")
+EVERY_DTYPE = ("the paper's batch", "odd head", "dot", "sampled, shared", "prime sizes", "prime sizes, several", "texts", "primes")
 
 
 def ways(*backends: str, of: tuple[str, ...] = tuple(FAMILIES)):
