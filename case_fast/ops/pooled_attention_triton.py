@@ -208,6 +208,6 @@ def backward(grad_out: Tensor, query: Tensor, rows: Tensor, cu: Tensor, out: Ten
         backward_heads[sequences, heads + 1](
             grad_out, query, rows, cu, out, lse, grad_query, grad_rows, device_flag(), sequences, rows.shape[0],
             grad_out.stride(0), grad_out.stride(1), query.stride(0), query.stride(1), rows.stride(0), scale,
-            **dropout_arguments(dropout_p, seed, seed_at), **blocks(query, 4096), num_warps=8,
+            **dropout_arguments(dropout_p, seed, seed_at), **blocks(query, 2048), num_warps=8,
         )
     return grad_query, grad_rows
