@@ -18,7 +18,7 @@ from torch import Tensor
 
 from case_fast.ops import device_flag as flags
 from case_fast.ops.device_flag import device_flag, raise_pending
-from case_fast.ops.triton_launch import drawing_seed, on_device
+from case_fast.ops.triton_launch import drawing_seed, dropout_arguments, dropped, on_device
 
 MAX_DIM = 256
 BAD_INDPTR = tl.constexpr(flags.BAD_INDPTR)
@@ -59,16 +59,6 @@ def _rows(base, index, head, d, here, HEADS: tl.constexpr, DIM: tl.constexpr, AC
     """(BLOCK_E, BLOCK_D): the rows that ``index`` names."""
     at = (index[:, None] * HEADS + head) * DIM + d[None, :]
     return tl.load(base + at, mask=here[:, None] & (d[None, :] < DIM), other=0.0).to(ACC)
-
-
-@triton.jit
-def _dropped(weight, edge, head, key, drop_below, kept_scale):
-    """``weight`` after dropout; the same edges as `reference.dropout_keep`."""
-    low = edge.to(tl.uint32)
-    zero = low * 0
-    word, _, _, _ = tl.philox_impl(low, (edge >> 32).to(tl.uint32), zero + head.to(tl.uint32), zero,
-                                   key.to(tl.uint32), (key >> 32).to(tl.uint32))
-    return tl.where(word.to(tl.int64) >= drop_below, weight * tl.full((), kept_scale, weight.dtype), 0.0)
 
 
 @triton.jit
@@ -128,7 +118,7 @@ def forward_rows(query, key, value, indptr, indices, relation, relation_query, r
         shrink = tl.exp(peak - new_peak)
         total = total * shrink + tl.sum(weight, axis=0)
         if DROPOUT:
-            weight = _dropped(weight, edge, head, drawn_by, drop_below, kept_scale)
+            weight = dropped(weight, edge, head, drawn_by, drop_below, kept_scale)
         v = _rows(value, neighbour, head, d, good, HEADS, DIM, ACC)
         total_out = total_out * shrink + tl.sum(weight[:, None] * v, axis=0)
         peak = new_peak
@@ -162,7 +152,7 @@ def backward_rows(grad_out, key, value, indptr, indices, relation, relation_key,
         neighbour, good = _bounded(indices, edge, here, vertices, flag, BAD_INDICES)
         dp = tl.sum(g[None, :] * _rows(value, neighbour, head, d, good, HEADS, DIM, ACC), axis=1)
         if DROPOUT:
-            dp = _dropped(dp, edge, head, drawn_by, drop_below, kept_scale)
+            dp = dropped(dp, edge, head, drawn_by, drop_below, kept_scale)
         p = tl.load(weights + edge * HEADS + head, mask=here, other=0.0)
         mean += tl.sum(p * dp, axis=0)
         tl.store(dscore + edge * HEADS + head, dp, mask=here)  # not yet dscore: the mean is not known
@@ -216,7 +206,7 @@ def backward_columns(query, grad_out, column_start, column_edge, column_row, rel
         total_key += tl.sum(ds[:, None] * left, axis=0)
         p = tl.load(weights + edge * HEADS + head, mask=here, other=0.0)
         if DROPOUT:
-            p = _dropped(p, edge, head, drawn_by, drop_below, kept_scale)
+            p = dropped(p, edge, head, drawn_by, drop_below, kept_scale)
         total_value += tl.sum(p[:, None] * _rows(grad_out, row, head, d, good, HEADS, DIM, ACC), axis=0)
     at = (column * HEADS + head) * DIM + d
     tl.store(grad_key + at, total_key.to(grad_key.dtype.element_ty), mask=d < DIM)
@@ -270,17 +260,6 @@ def shapes(query: Tensor, edges: int, relations: int) -> dict:
     }
 
 
-def _dropout(dropout_p: float, seed: int, seed_at: Tensor | None) -> dict:
-    kept_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-    return {
-        "seed": seed,
-        "seed_at": seed_at if dropout_p > 0 else None,
-        "drop_below": int(dropout_p * 2**32),  # 2^32 for p = 1, which no 32-bit word reaches
-        "kept_scale": kept_scale,
-        "DROPOUT": dropout_p > 0,
-    }
-
-
 @on_device
 def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None,
             relation_query: Tensor | None, relation_key: Tensor | None, scale: float, dropout_p: float,
@@ -305,7 +284,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: 
     if out.numel():
         forward_rows[vertices, heads](
             query, key, value, indptr, indices, relation, relation_query, relation_key, out, weights, device_flag(),
-            vertices, edges, relations, scale, RELATION=relation is not None, **_dropout(dropout_p, seed, seed_at), **sizes,
+            vertices, edges, relations, scale, RELATION=relation is not None,
+            **dropout_arguments(dropout_p, seed, seed_at), **sizes,
         )
     return out, weights
 
@@ -339,7 +319,7 @@ def backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, indptr
     if not query.numel():
         return *grads, *(None if x is None else torch.zeros_like(x) for x in (relation_query, relation_key))
     shared = {"flag": device_flag(), "vertices": vertices, "edges": edges, "relations": relations}
-    shared |= {"RELATION": relation is not None, **_dropout(dropout_p, seed, seed_at), **sizes}
+    shared |= {"RELATION": relation is not None, **dropout_arguments(dropout_p, seed, seed_at), **sizes}
     dscore = torch.empty_like(weights)
     by_row_table, by_column_table = (weights.new_empty((vertices, heads, relations)) for _ in range(2))
     grid = (vertices, heads)

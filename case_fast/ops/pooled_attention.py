@@ -109,8 +109,14 @@ def _forward(runs: str, query: Tensor, rows: Tensor, cu: Tensor, scale: float, d
         common.check_offsets("cu", cu, rows.shape[0], "rows")
         out = reference.pooled_attention(query, rows, cu, scale, dropout_p, reference.seed_of(seed, seed_at))
         return out, _outputs(query)[1].zero_()
+    query, rows, cu = _dense(query), _dense(rows), cu.contiguous()
+    numbers = (scale, dropout_p, seed, seed_at)
+    if runs == "triton":
+        from case_fast.ops import pooled_attention_triton as triton
+
+        return triton.forward(query, rows, cu, *numbers)
     out, lse = _outputs(query)
-    _run("forward", query, rows, cu, (scale, dropout_p, seed), seed_at, (out.data_ptr(), lse.data_ptr()))
+    _run("forward", query, rows, cu, numbers, (out.data_ptr(), lse.data_ptr()))
     return out, lse
 
 
@@ -121,18 +127,22 @@ def _backward(runs: str, grad_out: Tensor, query: Tensor, rows: Tensor, cu: Tens
         return common.plain_gradients(
             lambda *leaves: reference.pooled_attention(*leaves, cu, *numbers), (query, rows), grad_out
         )
+    grad_out, query, rows, cu = _dense(grad_out), _dense(query), _dense(rows), cu.contiguous()
+    out, lse, numbers = out.contiguous(), lse.contiguous(), (scale, dropout_p, seed, seed_at)
+    if runs == "triton":
+        from case_fast.ops import pooled_attention_triton as triton
+
+        return triton.backward(grad_out, query, rows, cu, out, lse, *numbers)
     grad_query, grad_rows = found = _gradients(query, rows)
-    out, lse, grad_out = out.contiguous(), lse.contiguous(), _dense(grad_out)
     others = (out.data_ptr(), lse.data_ptr(), grad_out.data_ptr(), grad_out.stride(0), grad_out.stride(1), grad_query.data_ptr(),
               grad_rows.data_ptr())
-    _run("backward", query, rows, cu, (scale, dropout_p, seed), seed_at, others)
+    _run("backward", query, rows, cu, numbers, others)
     return found
 
 
-def _run(direction: str, query: Tensor, rows: Tensor, cu: Tensor, numbers: tuple, seed_at: Tensor | None, others: tuple[int, ...]
-         ) -> None:
-    """Runs the native kernel. others: what its arguments are beside query and rows."""
-    query, rows, cu = _dense(query), _dense(rows), cu.contiguous()
+def _run(direction: str, query: Tensor, rows: Tensor, cu: Tensor, numbers: tuple, others: tuple[int, ...]) -> None:
+    """Runs the native kernel. numbers: scale to seed_at; others: what its arguments are beside query and rows."""
+    *numbers, seed_at = numbers
     sequences, heads, width = query.shape
     call = (  # struct case_fast_pooled_attention
         sequences, rows.shape[0], heads, width, common.DTYPES[query.dtype], common.INDEX_BITS[cu.dtype], cu.data_ptr(),

@@ -20,7 +20,8 @@ def test_it_is_packed_attention_with_the_rows_for_every_head(runs, dropout_p):
 
     def packed(query: torch.Tensor, rows: torch.Tensor, cu: torch.Tensor, scale: float, dropout_p: float, seed: int):
         shared = rows.unsqueeze(1).expand(-1, query.shape[1], -1)
-        return packed_attention(query, shared, shared, torch.arange(len(cu)), cu.long(), scale=scale, dropout_p=dropout_p, seed=seed)
+        numbers = {"scale": scale, "dropout_p": dropout_p, "seed": seed}
+        return packed_attention(query, shared, shared, torch.arange(len(cu)), cu.long(), **numbers)
 
     found = case.results()
     assert all(close(x, found[name], 1e-12) for name, x in case.results(packed).items())

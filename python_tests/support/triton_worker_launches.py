@@ -138,6 +138,16 @@ def residual_norm(kernels: ModuleType, dtype: torch.dtype) -> None:
     call(1024, 0.1, None, True)
 
 
+def pooled_attention(kernels: ModuleType, dtype: torch.dtype) -> None:
+    for (sequences, rows, width, dropout, integers) in ((430, 2405, DIM, 0.2, torch.int32), (32, 1381, DIM, 0.0, torch.int64),
+                                                        (16, 250, 1024, 0.0, torch.int64)):
+        query, shared, cu = made(sequences, 2, width, dtype=dtype), made(rows, width, dtype=dtype), index(sequences + 1, integers)
+        for seed_at in (None, made(1, dtype=torch.int64)) if dropout else (None,):
+            numbers = (0.1, dropout, 1, seed_at)
+            out, lse = kernels.forward(query, shared, cu, *numbers)
+            kernels.backward(query, query, shared, cu, out, lse, *numbers)
+
+
 def modules() -> dict[str, ModuleType]:
     """The modules of Triton kernels by their family."""
     names = sorted(path.stem for path in Path(ops.__file__).parent.glob("*_triton.py"))
