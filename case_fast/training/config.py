@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
+from case_fast.training.sampler import BATCHINGS
 
 PRECISIONS = ("float32", "bf16")
 
@@ -28,6 +29,8 @@ class TrainConfig:
         phase1_epochs: epochs of phase 1, for a model that has two phases (CASE: on L_BOW alone).
         phase1_steps: steps of it, in place of epochs.
         batch_size: dialogues a step.
+        batching: shuffled: the order of an epoch as it comes (the paper's recipe). bucketed: within each 64 batches of it,
+            dialogues of about one cost together. balanced: within these, each batch costs about as much as the next.
         warmup: Noam warm-up in steps, counted across all phases.
         lr_scale: factor on Noam's learning rate.
         betas: of Adam.
@@ -52,6 +55,7 @@ class TrainConfig:
     phase1_epochs: int = 4
     phase1_steps: int | None = None
     batch_size: int = 16
+    batching: Literal["shuffled", "bucketed", "balanced"] = "shuffled"
     warmup: int = 12_000
     lr_scale: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
@@ -95,8 +99,9 @@ class TrainConfig:
         if self.ablation is not None and self.ablation not in self.model.ablations:
             known = ", ".join(self.model.ablations) or f"none, {self.model.kind} has no ablations"
             raise ConfigError(f"ablation must be one of {known}, not {self.ablation!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("batching", BATCHINGS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be true or false, not {self.deterministic!r}")
 

@@ -122,7 +122,8 @@ class Trainer:
                  stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):
         self.store, self.run, self.config, self.device = store, run, config, device
         self.display, self.stop, self.pool = display, stop, pool
-        self.sampler = Sampler(store.size("train"), config.batch_size, config.seed)
+        costs = None if config.batching == "shuffled" else store.costs("train")
+        self.sampler = Sampler(store.size("train"), config.batch_size, config.seed, config.batching, costs)
         self.valid_size = min(store.size("valid"), config.valid_limit or store.size("valid"))
         self.phase_1_steps = config.steps_of_phase_1(self.sampler.examples)
         self.step = 0
