@@ -13,9 +13,10 @@ from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
 
 PRECISIONS = ("float32", "bf16")
+STEPS = ("auto", "eager", "captured", "padded")
 
 # What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
-ADJUSTABLE = frozenset({"max_steps", "device", "log_every", "checkpoint_every", "keep_checkpoints"})
+ADJUSTABLE = frozenset({"max_steps", "device", "step", "log_every", "checkpoint_every", "keep_checkpoints"})
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -39,6 +40,8 @@ class TrainConfig:
         max_steps: most steps of the last phase; None: until early stopping.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
+        step: eager, each op launched by itself; captured, the whole step in CUDA graphs; auto, captured on CUDA and eager
+            elsewhere; padded, what is captured, launched op by op, to compare with.
         precision: float32, or bf16 (autocast; weights and losses stay float32).
         deterministic: the same weights bit for bit each time on one device.
         log_every: steps between two records of the log.
@@ -63,6 +66,7 @@ class TrainConfig:
     max_steps: int | None = None
     valid_limit: int | None = None
     device: str = "auto"
+    step: Literal["auto", "eager", "captured", "padded"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     deterministic: bool = True
     log_every: int = 50
@@ -97,6 +101,8 @@ class TrainConfig:
             raise ConfigError(f"ablation must be one of {known}, not {self.ablation!r}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.step not in STEPS:
+            raise ConfigError(f"step must be one of {', '.join(STEPS)}, not {self.step!r}")
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be true or false, not {self.deterministic!r}")
 
