@@ -8,6 +8,7 @@ model has to ask a GPU for the size of anything.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Self
@@ -29,6 +30,23 @@ class _Tensors:
     def pin_memory(self) -> Self:
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def joined(self, pin: bool = False) -> tuple[Self, Tensor]:
+        """The same with its tensors end to end in one block of bytes, each at a multiple of 16, and the block."""
+        tensors: list[Tensor] = []
+        self._map(lambda tensor: tensors.append(tensor) or tensor)
+        starts = [0, *itertools.accumulate(-(-tensor.nbytes // 16) * 16 for tensor in tensors)]
+        block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
+        start = iter(starts)
+
+        def put(tensor: Tensor) -> Tensor:
+            return _view(block, next(start), tensor).copy_(tensor)
+
+        return self._map(put), block
+
+    def laid_over(self, block: Tensor) -> Self:
+        """The tensors of another block like the one that `joined` made of these."""
+        return self._map(lambda tensor: _view(block, tensor.storage_offset() * tensor.itemsize, tensor))
+
     def _map(self, function: Any) -> Self:
         moved = {}
         for item in fields(self):  # type: ignore[arg-type]
@@ -39,6 +57,10 @@ class _Tensors:
                 value = value._map(function)
             moved[item.name] = value
         return type(self)(**moved)
+
+
+def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
+    return block[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 @dataclass

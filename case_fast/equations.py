@@ -4,7 +4,8 @@ No parameters, no state, any float dtype (float64 included). Those equations tha
 `case_fast.ops.reference`, and stand here by name where the paper has them; rows are summed and taken by the ops of
 `case_fast.ops.segment_sum`. Ragged collections lie end to end: ``segment`` (n,) names the dialogue (or sequence) that each row
 belongs to, ``cu`` (s + 1,) holds where each sequence starts. Empty collections are legal everywhere and give zeros; nothing here
-divides by a count that can be 0. Half-precision inputs are reduced in float32.
+divides by a count that can be 0. Half-precision inputs are reduced in float32. Losses are means as weighted sums: the weights,
+1 over the number of rows that the mean is over, come with the batch, so that rows that only fill it up have none.
 
 Deviations from the paper's print, as the project defines them: Eq. 9 and 11 are negated (a loss is minimised); Eq. 11 and 19
 are averaged; the posterior is detached in Eq. 7 by the caller.
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from case_fast.ops import reference, segment_log_softmax, segment_mean, segment_sum, take
+from case_fast.ops import reference, segment_log_softmax, segment_sum, take
+from case_fast.ops import segment_mean as segment_mean
 from case_fast.ops.reference import full_precision
 from case_fast.ops.reference import segment_ids as segment_ids
 from case_fast.ops.reference import segment_positions as segment_positions
@@ -65,19 +67,28 @@ def expected_knowledge(log_probability: Tensor, vectors: Tensor, segment: Tensor
     return segment_sum(log_probability.exp().unsqueeze(-1) * full_precision(vectors), segment, dialogues)
 
 
-def discernment_kl(log_posterior: Tensor, log_prior: Tensor, dialogues: int) -> Tensor:
-    """Eq. 7, one of its two terms: sum over all rows of q (log q - log p), divided by the batch size."""
-    return (log_posterior.exp() * (log_posterior - log_prior)).sum() / dialogues
+def _weighted_sum(x: Tensor, weight: Tensor | float) -> Tensor:
+    """() of x (n,) and weights (n,), or one for all of them."""
+    return (x * (weight.to(x.dtype) if isinstance(weight, Tensor) else weight)).sum()
 
 
-def bow_loss(nll: Tensor, segment: Tensor, dialogues: int) -> Tensor:
+def discernment_kl(log_posterior: Tensor, log_prior: Tensor, weight: Tensor | float) -> Tensor:
+    """Eq. 7, one of its two terms: sum over all rows of q (log q - log p), averaged over dialogues.
+
+    Args:
+        weight: (n,) of each row's dialogue, or one of all: 1 / B.
+    """
+    return _weighted_sum(log_posterior.exp() * (log_posterior - log_prior), weight)
+
+
+def bow_loss(nll: Tensor, weight: Tensor) -> Tensor:
     """Eq. 8: minus the mean log-probability of each reply's words, averaged over dialogues.
 
     Args:
         nll: (M,) of the words of all replies (a multiset, EOS included) under softmax(MLP([r'_cog ; r'_emo])) of their dialogue,
-            see `linear_cross_entropy`; segment (M,) their dialogues.
+            see `linear_cross_entropy`; weight (M,): 1 / (B m) for a reply of m words.
     """
-    return segment_mean(nll, segment, dialogues).mean()
+    return _weighted_sum(nll, weight)
 
 
 # Eq. 9-12: the losses, their two sides, and the negatives of each.
@@ -86,9 +97,14 @@ mim_negatives, draw_negatives, group_sizes = reference.mim_negatives, reference.
 philox4x32, reduced = reference.philox4x32, reference.reduced
 
 
-def infonce_bound(side: Tensor, negatives: Tensor) -> Tensor:
-    """Eq. 20: the InfoNCE lower bound of one side, log of its set's size included; mean over pairs (0 without pairs)."""
-    return ((negatives + 1).to(side.dtype).log() - side).sum() / max(side.numel(), 1)
+def infonce_bound(side: Tensor, negatives: Tensor, count: Tensor | None = None) -> Tensor:
+    """Eq. 20: the InfoNCE lower bound of one side, log of its set's size included; mean over pairs (0 without pairs).
+
+    Args:
+        side: (P,); negatives (P,), how many each pair has; both 0 of pairs that do not exist.
+        count: () how many exist; default all.
+    """
+    return reduced((negatives + 1).to(side.dtype).log() - side, "mean", count)
 
 
 def alignment_loss(bow: Tensor, kl: Tensor, coarse: Tensor, fine: Tensor, alpha: float) -> Tensor:
@@ -114,9 +130,9 @@ def emotion_log_probability(r_aff: Tensor, w_emo: Tensor) -> Tensor:
     return F.log_softmax(full_precision(r_aff @ w_emo.T), dim=-1)
 
 
-def emotion_loss(log_probability: Tensor, emotion: Tensor) -> Tensor:
-    """Eq. 17, mean over the batch."""
-    return F.nll_loss(log_probability, emotion)
+def emotion_loss(log_probability: Tensor, emotion: Tensor, weight: Tensor | float) -> Tensor:
+    """Eq. 17, averaged over the batch; weight (B,), or one for all: 1 / B."""
+    return _weighted_sum(F.nll_loss(log_probability, emotion, reduction="none"), weight)
 
 
 # ------------------------------------------------------------------------------------ 3.3 Empathy-aware generation, Eq. 18-19
@@ -133,9 +149,9 @@ linear_cross_entropy = reference.linear_cross_entropy  # Eq. 8 and 19 before the
 greatest, top_words = reference.greatest, reference.top_words  # the most probable words, for decoding
 
 
-def generation_loss(nll: Tensor) -> Tensor:
-    """Eq. 19, averaged over all target words of the batch."""
-    return nll.sum() / max(nll.numel(), 1)
+def generation_loss(nll: Tensor, weight: Tensor | float) -> Tensor:
+    """Eq. 19, averaged over all target words of the batch; weight (M,), or one for all: 1 / M."""
+    return _weighted_sum(nll, weight)
 
 
 def diversity_weights(counts: Tensor) -> Tensor:
@@ -149,9 +165,9 @@ def diversity_weights(counts: Tensor) -> Tensor:
     return torch.where(mean > 0, weights / mean.clamp(min=1e-12), torch.ones_like(weights))
 
 
-def diversity_loss(nll: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Weighted negative log-likelihood, summed over words / number of words."""
-    return (weights.to(nll.dtype)[target] * nll).sum() / max(nll.numel(), 1)
+def diversity_loss(nll: Tensor, target: Tensor, word_weights: Tensor, weight: Tensor | float) -> Tensor:
+    """Negative log-likelihood, weighted by word (V,), averaged over all target words as in `generation_loss`."""
+    return _weighted_sum(take(word_weights.to(nll.dtype), target) * nll, weight)
 
 
 def total_loss(alignment: Tensor, emotion: Tensor, generation: Tensor, diversity: Tensor,

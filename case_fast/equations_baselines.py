@@ -28,7 +28,7 @@ def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, 
     return (1 - smoothing) * nll + smoothing / (words - 2) * others
 
 
-def emotion_scale(scale: str, dialogues: int, words: int) -> float:
+def emotion_scale(scale: str, dialogues: int | Tensor, words: int | Tensor) -> float | Tensor:
     """lambda of L = L_gen + lambda L_emo, L_gen a mean over target words: "one" 1; "dialogue" B / M, as if both were summed over
     the batch; "batch" 1 / M, as if words were summed and emotions averaged, which the released Multi-TRS, MoEL and MIME do."""
-    return {"one": 1.0, "dialogue": dialogues / max(words, 1), "batch": 1 / max(words, 1)}[scale]
+    return {"one": 1.0, "dialogue": dialogues / words, "batch": 1 / words}[scale]

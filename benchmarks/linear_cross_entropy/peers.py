@@ -57,8 +57,8 @@ def equation(case: WordCase) -> Work:
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         nll, _ = equations.linear_cross_entropy(hidden, weight, bias, case.target, case.cu_target)
-        diverse = equations.diversity_loss(nll, case.target, case.word_weight)
-        return GENERATION * equations.generation_loss(nll) + DIVERSITY * diverse
+        diverse = equations.diversity_loss(nll, case.target, case.word_weight, 1 / nll.numel())
+        return GENERATION * equations.generation_loss(nll, 1 / nll.numel()) + DIVERSITY * diverse
 
     def top(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return equations.top_words(hidden, weight, bias, case.best)

@@ -24,7 +24,9 @@ from case_fast import equations as eq
 from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models.layers import AnySeed, DecoderState, Memory
+from case_fast.models.layers import AnySeed, DecoderState, Memory, seed_at
+
+POSITIONS = 1024  # places in a sequence whose embeddings are looked up; those of a longer one are computed
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,9 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         super().__init__()
         self.config = config
         self._hub_mixin_config = config.as_dict()
+        position = eq.sinusoidal_position(torch.arange(POSITIONS), config.d_model)
+        self.register_buffer("position_table", position, persistent=False)
+        self.position_table: Tensor
         self.phase = self.phases[-1]
         self._frozen: list[nn.Parameter] = []
 
@@ -268,12 +273,11 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         rows = self.embedding(torch.cat([*words.values()])) * self.config.d_model**0.5
         return dict(zip(words, rows.split([len(ids) for ids in words.values()]), strict=True))
 
-    def place(self, rows: Tensor, position: Tensor) -> Tensor:
-        """word * sqrt(d) + sinusoidal position."""
-        return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
-
-    def place_packed(self, rows: Tensor, cu: Tensor) -> Tensor:
-        return self.place(rows, eq.segment_positions(cu, rows.shape[0]))
+    def place(self, rows: Tensor, position: Tensor, longest: int) -> Tensor:
+        """word * sqrt(d) + sinusoidal position, (n, d); position (n,), all of them below ``longest``."""
+        if longest > POSITIONS or rows.dtype == torch.float64:  # the table has the digits of float32
+            return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
+        return rows + eq.take(self.position_table, position).to(rows.dtype)
 
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
@@ -284,11 +288,17 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     # ---- the decoder over whole replies
 
-    def decode(self, rows: Tensor, cu: Tensor, reading: Reading, seed: AnySeed = 0) -> Tensor:
-        """(M, d) hidden states of packed decoder inputs: rows (M, d) are their scaled words, cu (B + 1,)."""
+    def decode(self, rows: Tensor, cu: Tensor, reading: Reading, position: Tensor, longest: int, seed: AnySeed = 0) -> Tensor:
+        """(M, d) hidden states of packed decoder inputs: rows (M, d) are their scaled words, cu (B + 1,), position (M,) below
+        ``longest``."""
         if reading.start is not None:
             rows = rows.index_copy(0, cu[:-1], reading.start.to(rows.dtype))
-        return self.decoder(self.place_packed(rows, cu), cu, reading.memories, added=reading.added, seed=seed)
+        return self.decoder(self.place(rows, position, longest), cu, reading.memories, added=reading.added, seed=seed)
+
+    def decode_replies(self, batch: Batch, rows: Tensor, reading: Reading) -> Tensor:
+        """`decode` of a batch's own replies, with dropout by its seed; rows (M, d): its scaled decoder inputs."""
+        seed = seed_at(batch.seed, "decoder")
+        return self.decode(rows, batch.cu_target, reading, batch.target_position, batch.longest, seed)
 
     def word_losses(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) -log P of the words ``target`` (M,) after hidden states (M, d), and the most probable words (M,)."""
@@ -307,7 +317,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         return self.word_losses(self._reply(words, cu, reading), target)[0]
 
     def _reply(self, words: Tensor, cu: Tensor, reading: Reading) -> Tensor:
-        return self.decode(self.embedding(words) * self.config.d_model**0.5, cu, reading)
+        rows, position = self.embedding(words) * self.config.d_model**0.5, eq.segment_positions(cu, len(words))
+        return self.decode(rows, cu, reading, position, len(words))
 
     # ---- decoding, one word at a time (case_fast.generation drives it)
 
@@ -333,7 +344,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         rows = self.embedding(words) * self.config.d_model**0.5
         if position == 0 and state.start is not None:
             rows = state.start.to(rows.dtype)
-        return self.decoder.step(self.place(rows, torch.full_like(words, position)), state)
+        return self.decoder.step(self.place(rows, torch.full_like(words, position), position + 1), state)
 
     # ---- weights on disk
 

@@ -233,13 +233,13 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
     def _graph_vectors(self, batch: Batch, words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """cs_i of the knowledge vertices (K, d) and ec_i of all concept vertices (V_ec, d)."""
         c, case, part = self.config, batch.case, batch.concept
-        texts = self.place_packed(words["text"], case.cu_text)
+        texts = self.place(words["text"], case.text_position, batch.longest)
         texts = self.cognition_encoder(texts, case.cu_text, first_only=True, seed=seed_at(batch.seed, "texts"))
         cognition = eq.take(texts, case.cognition_text)
         if c.cognition_graph:
             g, seed = case.cognition, seed_at(batch.seed, "cognition graph")
             cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation, seed=seed)
-        concept = self.place(words["concept"], part.position) + self.vertex_type(part.type)
+        concept = self.place(words["concept"], part.position, batch.longest) + self.vertex_type(part.type)
         if c.concept_graph:
             g, seed = part.graph, seed_at(batch.seed, "concept graph")
             inside = part.intensity if c.intensity == "before_norm" else None
@@ -252,21 +252,20 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         """er_i, (R, d): the averaged reactions of each sub-utterance, seen in the light of the context."""
         case = batch.case
         rows = case.reaction_dialogue.numel()
-        encoded = self.place_packed(words, case.cu_reaction)
+        encoded = self.place(words, case.reaction_position, batch.longest)
         encoded = self.reaction_encoder(encoded, case.cu_reaction, seed=seed_at(batch.seed, "reactions"))
-        average = eq.segment_mean(encoded, eq.segment_ids(case.cu_reaction, encoded.shape[0]), rows)
+        average = eq.segment_mean(encoded, case.reaction_segment, rows)
         # W [S_X[j] ; h_i] = W_1 S_X[j] + W_2 h_i: the first part is the same for all reactions of a dialogue
         of_context, of_reaction = self.reaction_fusion.weight.chunk(2, dim=1)
         fused = eq.take(F.linear(context, of_context), case.reaction_context)
-        place = eq.segment_ids(case.cu_reaction_context, fused.shape[0])
-        fused = fused + eq.take(F.linear(average.to(context.dtype), of_reaction), place)
+        fused = fused + eq.take(F.linear(average.to(context.dtype), of_reaction), case.reaction_context_segment)
         cu, seed = case.cu_reaction_context, seed_at(batch.seed, "reactions in context")
         return self.reaction_context_encoder(fused, cu, first_only=True, seed=seed)
 
     def _posteriors(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
         """Log of Eq. 5 and 6, from the reply read by the cognition and the context encoder."""
         cu, seed = batch.case.cu_response, batch.seed
-        reply = self.place_packed(words["response"], cu)
+        reply = self.place(words["response"], batch.case.response_position, batch.longest)
         y_cog = self.cognition_encoder(reply, cu, first_only=True, seed=seed_at(seed, "reply as cognition"))
         y_ctx = self.context_encoder(reply + words["response_role"], cu, first_only=True, seed=seed_at(seed, "reply as context"))
         with no_autocast(knowledge):
@@ -291,14 +290,14 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         for layer in inner:
             hidden = layer(hidden)
         nll, _ = ops.linear_cross_entropy(hidden, words.weight, words.bias, batch.target, cu_target=batch.cu_target)
-        return eq.bow_loss(nll, eq.segment_ids(batch.cu_target, nll.numel()), batch.size)
+        return eq.bow_loss(nll, batch.bow_weight)
 
     def read(self, batch: Batch) -> CASEReading:
         words = self.look_up(self._context_words(batch.require(self.needs)))
         return self._read(batch, words, *self._graph_vectors(batch, words))
 
     def _read(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor) -> CASEReading:
-        context = self.place_packed(words["context"], batch.cu_context) + words["context_role"]
+        context = self.place(words["context"], batch.context_position, batch.longest) + words["context_role"]
         context = self.context_encoder(context, batch.cu_context, seed=seed_at(batch.seed, "context"))
         summary = eq.take(context, batch.cu_context[:-1])
         phi_cognition, phi_concept = self.phi_cognition(summary), self.phi_concept(summary)
@@ -311,14 +310,20 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             gate = eq.affect_gate(r_emo, er_0, self.w_aff)
             r_aff = eq.affect(r_emo, er_0, gate)
             emotion_logits = eq.emotion_log_probability(r_aff, self.w_emo)
-        place, like = eq.segment_ids(batch.cu_context, context.shape[0]), context.dtype
-        fused = eq.fuse_context(context, r_cog.to(like), r_aff.to(like), place, self.fusion.weight, self.fusion.bias)
+        fused = self._fuse(context, r_cog, r_aff, batch.context_segment)
         offsets = (batch.case.cu_knowledge, batch.concept.graph.cu_vertices, batch.cu_context)
         return CASEReading(
             memories=[Memory(rows, cu) for rows, cu in zip((knowledge, concept, fused), offsets, strict=True)],
             emotion_logits=emotion_logits, knowledge=knowledge, concept=concept, context=context, reaction=reaction,
             log_prior_cognition=log_cognition, log_prior_concept=log_concept, r_cog=r_cog, r_emo=r_emo, r_aff=r_aff, gate=gate,
         )
+
+    def _fuse(self, context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor) -> Tensor:
+        """S'_X, (T, d) (Eq. 18, `equations.fuse_context`), W_1 S_X[i] + (W_2 r_cog + W_3 r_aff + b): once a dialogue what is the
+        same for all of its rows."""
+        of_context, of_dialogue = self.fusion.weight.split([self.config.d_model, 2 * self.config.d_model], dim=1)
+        same = F.linear(torch.cat([r_cog, r_aff], dim=-1).to(context.dtype), of_dialogue, self.fusion.bias)
+        return F.relu(F.linear(context, of_context) + eq.take(same, segment))
 
     def explain(self, reading: CASEReading) -> Why:
         """The prior over both kinds of knowledge (Eq. 4) and the gate (Eq. 15)."""
@@ -329,11 +334,11 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
     def _coarse(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
         """L_coarse over the dialogues that have knowledge (Eq. 9)."""
-        known = batch.case.known
-        pairs = torch.arange(known.numel(), device=known.device)
-        negatives = torch.full_like(pairs, known.numel() - 1)
+        known, sizes = batch.case.known, batch.case.coarse_sizes
+        pairs = torch.arange(known.shape[0], device=known.device)
+        negatives = (pairs < sizes[0]) * (sizes[0] - 1)
         cognition, affection = eq.take(reading.r_cog, known), eq.take(reading.r_emo, known)
-        return self._mim("coarse", cognition, affection, self.w_coarse, pairs, (negatives, negatives), diagnostics)
+        return self._mim("coarse", cognition, affection, self.w_coarse, pairs, sizes, (negatives, negatives), diagnostics)
 
     def _fine(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
         """L_fine over the knowledge whose sub-utterance has a reaction (Eq. 11)."""
@@ -343,26 +348,30 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             negatives = tuple((count > 0) * k for count in negatives)
         knowledge, reactions = eq.take(reading.knowledge, case.paired), eq.take(reading.reaction, case.with_reaction)
         seed = 0 if k is None else drawn(seed_at(batch.seed, "negatives"))
-        return self._mim("fine", knowledge, reactions, self.w_fine, case.positive, negatives, diagnostics, k, seed)
+        sizes = case.fine_sizes
+        return self._mim("fine", knowledge, reactions, self.w_fine, case.positive, sizes, negatives, diagnostics, k, seed)
 
-    def _mim(self, name: str, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, negatives: tuple[Tensor, ...],
-             diagnostics: dict[str, Tensor], num_negatives: int | None = None, seed: int | Tensor = 0) -> Tensor:
-        """``negatives``: how many each pair has over rows of y (affection) and over rows of x (cognition)."""
+    def _mim(self, name: str, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor,
+             negatives: tuple[Tensor, ...], diagnostics: dict[str, Tensor], num_negatives: int | None = None,
+             seed: int | Tensor = 0) -> Tensor:
+        """``sizes``: (2,) pairs and rows of y that exist; ``negatives``: how many each pair has over rows of y (affection) and
+        over rows of x (cognition)."""
         score = self.config.mim_score
         x, y = eq.full_precision(x), eq.full_precision(y)
         with no_autocast(x):
             used = None if score == "dot" else weight
-            side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score)
+            side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score, sizes=sizes)
+        pairs = sizes[0]
         with torch.no_grad():
             if score != "dot":
-                diagnostics[f"{name}_saturated"] = (logit.abs() > SATURATED).sum() / max(logit.numel(), 1)
-            diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives[0])
-            diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives[1])
-        return eq.reduced(side_y + side_x, "mean")
+                diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(x.dtype), "mean", pairs)
+            diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives[0], pairs)
+            diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives[1], pairs)
+        return eq.reduced(side_y + side_x, "mean", pairs)
 
-    def _diversity_weights(self, prediction: Tensor) -> Tensor:
+    def _diversity_weights(self, batch: Batch, prediction: Tensor) -> Tensor:
         if self.training:
-            said = (prediction != self.config.eos_id).to(self.word_counts.dtype)
+            said = ((prediction != self.config.eos_id) & (batch.target_weight > 0)).to(self.word_counts.dtype)
             self.word_counts.index_add_(0, prediction, said)
         return eq.diversity_weights(self.word_counts)
 
@@ -385,20 +394,24 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
         reading = self._read(batch, words, knowledge, concept)
         kl = bow.new_zeros(())
-        for log_q, log_p in ((log_q_cognition, reading.log_prior_cognition), (log_q_concept, reading.log_prior_concept)):
-            kl = kl + eq.discernment_kl(log_q.detach() if self.config.detach_posterior else log_q, log_p, batch.size)
+        for log_q, log_p, dialogue in (
+            (log_q_cognition, reading.log_prior_cognition, batch.case.knowledge_dialogue),
+            (log_q_concept, reading.log_prior_concept, batch.concept.graph.dialogue),
+        ):
+            weight = eq.take(batch.dialogue_weight, dialogue)
+            kl = kl + eq.discernment_kl(log_q.detach() if self.config.detach_posterior else log_q, log_p, weight)
         diagnostics: dict[str, Tensor] = {}
         zero = bow.new_zeros(())
         coarse = self._coarse(batch, reading, diagnostics) if self.config.coarse_alignment else zero
         fine = self._fine(batch, reading, diagnostics) if self.config.fine_alignment else zero
 
-        hidden = self.decode(words["decoder_input"], batch.cu_target, reading, seed_at(batch.seed, "decoder"))
+        hidden = self.decode_replies(batch, words["decoder_input"], reading)
         nll, prediction = self.word_losses(hidden, batch.target)
         losses = {
             "bow": bow, "kl": kl, "coarse": coarse, "fine": fine,
-            "emotion": eq.emotion_loss(reading.emotion_logits, batch.emotion),
-            "generation": eq.generation_loss(nll),
-            "diversity": eq.diversity_loss(nll, batch.target, self._diversity_weights(prediction)),
+            "emotion": eq.emotion_loss(reading.emotion_logits, batch.emotion, batch.dialogue_weight),
+            "generation": eq.generation_loss(nll, batch.target_weight),
+            "diversity": eq.diversity_loss(nll, batch.target, self._diversity_weights(batch, prediction), batch.target_weight),
         }
         alignment = eq.alignment_loss(bow, kl, coarse, fine, self.config.alpha)
         return CASEOutput(

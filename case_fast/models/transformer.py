@@ -77,7 +77,7 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         return self._read(batch, self.look_up({"context": batch.context, "context_role": batch.context_role}))
 
     def _read(self, batch: Batch, words: dict[str, Tensor]) -> Reading:
-        rows = self.place_packed(words["context"] + words["context_role"], batch.cu_context)
+        rows = self.place(words["context"] + words["context_role"], batch.context_position, batch.longest)
         rows = self.encoder(rows, batch.cu_context, seed=seed_at(batch.seed, "context"))
         emotion = self._emotion(eq.take(rows, batch.cu_context[:-1]))
         return Reading(memories=[Memory(rows, batch.cu_context)], emotion_logits=emotion)
@@ -91,23 +91,23 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
             {"context": batch.context, "context_role": batch.context_role, "decoder_input": batch.decoder_input}
         )
         reading = self._read(batch, words)
-        hidden = self.decode(words["decoder_input"], batch.cu_target, reading, seed_at(batch.seed, "decoder"))
+        hidden = self.decode_replies(batch, words["decoder_input"], reading)
         nll, prediction = self.word_losses(hidden, batch.target)
-        losses = {"generation": eq.generation_loss(nll)}
+        losses = {"generation": eq.generation_loss(nll, batch.target_weight)}
         loss = losses["generation"]
         if self.training and self.config.label_smoothing:
             weight, bias = self.output.weight, self.output.bias
             with no_autocast(hidden):
                 rows = eq.full_precision(hidden)
                 smoothed = eqb.label_smoothed(nll, rows, batch.target, weight, bias, self.config.label_smoothing, PAD)
-            loss = losses["smoothed"] = eq.generation_loss(smoothed)
+            loss = losses["smoothed"] = eq.generation_loss(smoothed, batch.target_weight)
         if reading.emotion_logits is not None:
-            losses["emotion"] = eq.emotion_loss(reading.emotion_logits, batch.emotion)
-            loss = loss + self._emotion_weight(batch) * losses["emotion"]
+            losses["emotion"] = eq.emotion_loss(reading.emotion_logits, batch.emotion, batch.dialogue_weight)
+            loss = loss + self._emotion_weight(batch, loss.dtype) * losses["emotion"]
         return Output(loss=loss, losses=losses, hidden=hidden, nll=nll, prediction=prediction,
                       emotion_logits=reading.emotion_logits)
 
-    def _emotion_weight(self, batch: Batch) -> float:
+    def _emotion_weight(self, batch: Batch, dtype: torch.dtype) -> float | Tensor:
         """lambda of L_emo."""
         return 0.0
 
@@ -157,5 +157,6 @@ class MultiTRS(Transformer, paper_url="https://aclanthology.org/P19-1534"):
     def _emotion(self, summary: Tensor) -> Tensor:
         return eq.emotion_log_probability(summary, self.w_emo)
 
-    def _emotion_weight(self, batch: Batch) -> float:
-        return self.config.gamma_emotion * eqb.emotion_scale(self.config.emotion_scale, batch.size, batch.target.numel())
+    def _emotion_weight(self, batch: Batch, dtype: torch.dtype) -> float | Tensor:
+        dialogues, words = batch.sizes.to(dtype)
+        return self.config.gamma_emotion * eqb.emotion_scale(self.config.emotion_scale, dialogues, words)

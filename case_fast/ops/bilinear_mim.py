@@ -21,7 +21,7 @@ MOST_ROWS = 2**31  # a draw is a 32-bit word times the number of rows, in 64 bit
 
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
                  seed: int | Tensor = 0, reduction: str = "mean", score: str = "bilinear_sigmoid", validate: bool | None = None,
-                 deterministic: bool = True) -> Tensor:
+                 deterministic: bool = True, sizes: Tensor | None = None) -> Tensor:
     """loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] )
 
     with c = positive[p] (CASE, Eq. 9-12, negated). Replaces, with S = sigmoid(x @ W @ y.T), own = positive[:, None] == arange(Q),
@@ -46,6 +46,9 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
             answer would stop the device's queue. The native CPU kernels always check.
         deterministic: False lets kernels on a GPU add gradients in any order, where that is faster, unless
             `torch.use_deterministic_algorithms` forbids it.
+        sizes: (2,) int64 on the device of x: how many of the P pairs and of the Q rows of y exist, the first ones; read when the
+            kernels run, so that a captured call serves batches of any size. The others are in no sum, their results and
+            gradients are 0, and "mean" is over the pairs that exist. Default: all do.
 
     Returns:
         A scalar, or (P,) for "none"; float64 for float64 inputs, else float32, under autocast too.
@@ -61,13 +64,13 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
-    side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score, validate, deterministic)
-    return reference.reduced(side_y + side_x, reduction)
+    side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score, validate, deterministic, sizes)
+    return reference.reduced(side_y + side_x, reduction, None if sizes is None else sizes[0])
 
 
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-              seed: int | Tensor = 0, score: str = "bilinear_sigmoid", validate: bool | None = None, deterministic: bool = True
-              ) -> tuple[Tensor, Tensor, Tensor]:
+              seed: int | Tensor = 0, score: str = "bilinear_sigmoid", validate: bool | None = None, deterministic: bool = True,
+              sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The two halves of `bilinear_mim`'s loss, log(sum over a set of exp S) - S[p, c] each, whose InfoNCE bounds Eq. 20 gives.
 
     Arguments and errors: as `bilinear_mim`.
@@ -79,26 +82,27 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
     compute, differs = common.compute_dtype(x)
     if differs:
         x, y, weight = common.cast(compute, x, y, weight)
-    _check(x, y, weight, positive, num_negatives, score)
+    _check(x, y, weight, positive, num_negatives, score, sizes)
     number, seed_at = common.seed_pair(seed, x.device)
     runs = backend.choose(FAMILY, device)
-    if positive is not None and common.reads(validate, runs, device):
-        common.check_within("positive", positive, y.shape[0])
+    if common.reads(validate, runs, device):
+        _check_contents(x, y, positive, sizes)
     if runs == "reference":
         positive = torch.arange(x.shape[0], device=x.device) if positive is None else positive
         with torch.autocast(device, enabled=False):
-            side_y, side_x, logit = reference.mim_sides(x, y, weight, positive, num_negatives, seed, score)
+            side_y, side_x, logit = reference.mim_sides(x, y, weight, positive, num_negatives, seed, score, sizes)
         return side_y, side_x, logit.detach()
     numbers = (num_negatives, number, seed_at, score, deterministic or torch.are_deterministic_algorithms_enabled())
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or (weight is not None and weight.requires_grad)):
-        return _BilinearMIM.apply(runs, x, y, weight, positive, *numbers)
-    return common.call(_forward_op, _forward, runs, x, y, weight, positive, *numbers)[:3]
+        return _BilinearMIM.apply(runs, x, y, weight, positive, sizes, *numbers)
+    return common.call(_forward_op, _forward, runs, x, y, weight, positive, sizes, *numbers)[:3]
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, score: str) -> None:
+def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, score: str,
+           sizes: Tensor | None) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     dtype, device = x.dtype, x.device
     common.check_dtype("x", x)
@@ -133,6 +137,30 @@ def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
         common.check_whole("num_negatives", num_negatives, "a whole number or None")
         if not 1 <= num_negatives < MOST_ROWS:
             raise ValueError(f"num_negatives must be in [1, 2^31) or None, not {num_negatives}")
+    if sizes is not None:
+        if sizes.dtype != torch.int64:
+            raise TypeError(f"sizes must be int64, not {sizes.dtype}")
+        if sizes.shape != (2,):
+            raise ValueError(f"sizes must be (2,), of pairs and of rows of y, not {tuple(sizes.shape)}")
+        if sizes.device != device:
+            raise ValueError(f"sizes must be on {device} as x, not on {sizes.device}")
+
+
+def _check_contents(x: Tensor, y: Tensor, positive: Tensor | None, sizes: Tensor | None) -> None:
+    """Reads positive and sizes, and raises IndexError at the first entry that names nothing."""
+    pairs, rows = _existing(x, y, sizes)
+    if positive is not None:
+        common.check_within("positive", positive[:pairs], rows)
+
+
+def _existing(x: Tensor, y: Tensor, sizes: Tensor | None) -> tuple[int, int]:
+    """How many pairs and rows of y exist, asked of the device."""
+    if sizes is None:
+        return x.shape[0], y.shape[0]
+    pairs, rows = sizes.tolist()
+    if not (0 <= pairs <= x.shape[0] and 0 <= rows <= y.shape[0]):
+        raise IndexError(f"sizes holds {pairs} and {rows}; there are {x.shape[0]} pairs and {y.shape[0]} rows of y")
+    return pairs, rows
 
 
 # ------------------------------------------------------------------------------------------------------------ registered ops
@@ -181,39 +209,48 @@ def _int64(positive: Tensor | None, x: Tensor) -> Tensor:
     return _one_to_one(x.shape[0]) if positive is None else positive.long()
 
 
-def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
-             seed: int, seed_at: Tensor | None, score: str, deterministic: bool) -> tuple[Tensor, ...]:
-    x, y, weight, positive = common.contiguous(x, y, weight, positive)
+def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, sizes: Tensor | None,
+             num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str, deterministic: bool) -> tuple[Tensor, ...]:
+    x, y, weight, positive, sizes = common.contiguous(x, y, weight, positive, sizes)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
-        return triton.forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic)
+        return triton.forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic, sizes)
     found = _outputs(runs, x, y, weight, num_negatives, score)
-    _run("forward", x, y, weight, positive, num_negatives, seed, seed_at, score, found)
+    if sizes is not None:
+        for result in found:
+            result.zero_()
+    _run("forward", x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, found)
     return found
 
 
 def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None,
-              positive: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str,
-              deterministic: bool) -> list[Tensor]:
-    x, y, weight, positive = common.contiguous(x, y, weight, positive)
+              positive: Tensor | None, sizes: Tensor | None, saved: Tensor, num_negatives: int | None, seed: int,
+              seed_at: Tensor | None, score: str, deterministic: bool) -> list[Tensor]:
+    x, y, weight, positive, sizes = common.contiguous(x, y, weight, positive, sizes)
     grad_side_y, grad_side_x, saved = common.contiguous(grad_side_y, grad_side_x, saved)
     if runs == "triton":
         from case_fast.ops import bilinear_mim_triton as triton
 
         found = triton.backward(
-            grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score, deterministic
+            grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score, deterministic, sizes
         )
         return [gradient for gradient in found if gradient is not None]
     found = common.empty_like(x, y, weight)
+    if sizes is not None:
+        for gradient in found[:2]:
+            gradient.zero_()
     others = (saved, grad_side_y, grad_side_x, *found, *[None] * (3 - len(found)))
-    _run("backward", x, y, weight, positive, num_negatives, seed, seed_at, score, others)
+    _run("backward", x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, others)
     return found
 
 
-def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None,
-         seed: int, seed_at: Tensor | None, score: str, others: tuple[Tensor | None, ...]) -> None:
-    """Runs the native kernel. others: what its arguments are beside the inputs."""
+def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, sizes: Tensor | None,
+         num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str, others: tuple[Tensor | None, ...]) -> None:
+    """Runs the native kernel, which is one of the CPU, on what exists. others: what its arguments are beside the inputs."""
+    if sizes is not None:
+        pairs, rows = _existing(x, y, sizes)
+        x, y, positive = x[:pairs], y[:rows], positive if positive is None else positive[:pairs]
     positive = _int64(positive, x)
     problem = _problem(x, y, positive, num_negatives, seed, seed_at, score)
     status = common.run_native(f"{FAMILY}_{direction}", x, problem, common.pointers(x, y, weight, *others))
@@ -222,13 +259,13 @@ def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: 
         common.refuse_contents(FAMILY, status, {2: "positive"}, lambda: common.check_within("positive", positive, rows))
 
 
-_INPUTS = "Tensor x, Tensor y, Tensor? weight, Tensor? positive"
+_INPUTS = "Tensor x, Tensor y, Tensor? weight, Tensor? positive, Tensor? sizes"
 # SymInt: a new seed does not compile again
 _NUMBERS = "int? num_negatives, SymInt seed, Tensor? seed_at, str score, bool deterministic"
 # side_y, side_x, logit, (P,) each, and what backward needs beside the inputs: in the dtype of sums.
 _forward_op = common.register(
     f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor)", _forward,
-    lambda runs, x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic: _outputs(
+    lambda runs, x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, deterministic: _outputs(
         runs, x, y, weight, num_negatives, score
     ),
 )
@@ -246,10 +283,10 @@ class _BilinearMIM(torch.autograd.Function):
     """Keeps the inputs and O((P + Q) d) numbers; the scores are computed again."""
 
     @staticmethod
-    def forward(ctx, runs, x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic):
+    def forward(ctx, runs, x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, deterministic):
         numbers = (num_negatives, seed, seed_at, score, deterministic)
-        side_y, side_x, logit, saved = common.call(_forward_op, _forward, runs, x, y, weight, positive, *numbers)
-        ctx.save_for_backward(x, y, weight, positive, saved, seed_at)
+        side_y, side_x, logit, saved = common.call(_forward_op, _forward, runs, x, y, weight, positive, sizes, *numbers)
+        ctx.save_for_backward(x, y, weight, positive, sizes, saved, seed_at)
         ctx.runs, ctx.seed, ctx.settings = runs, (num_negatives, seed), (score, deterministic)
         ctx.mark_non_differentiable(logit)
         return side_y, side_x, logit
@@ -262,4 +299,4 @@ class _BilinearMIM(torch.autograd.Function):
 
         found = common.gradients(FAMILY, call, (grad_side_y, grad_side_x, *ctx.saved_tensors))
         grad_x, grad_y, grad_weight = *found, *[None] * (3 - len(found))
-        return None, grad_x, grad_y, grad_weight, *[None] * 6
+        return None, grad_x, grad_y, grad_weight, *[None] * 7

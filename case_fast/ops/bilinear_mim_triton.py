@@ -46,27 +46,38 @@ def _positives(positive, p, here, rows, flag):
     return tl.where(good, c, -1).to(tl.int32)
 
 
+@triton.jit
+def _existing(sizes, PLACE: tl.constexpr, size, before):
+    """How many of the pairs (PLACE 0) or rows of y (1) ``before`` + [0, size) exist: all where sizes is None."""
+    if sizes is not None:
+        size = tl.minimum(tl.maximum(tl.load(sizes + PLACE) - before, 0), size).to(tl.int32)
+    return size
+
+
 # ----------------------------------------------------------------------------------------------------------------- in-batch
 
 
-@triton.jit(do_not_specialize=["pairs", "rows"])
-def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak, flag, pairs, rows,
+@triton.jit(do_not_specialize=["pairs", "rows", "first"])
+def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak, flag, pairs, rows, first, sizes,
               DOT: tl.constexpr, ATOMIC: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
               BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """One tile's sums of exp S over its rows and its columns, without the positives; and the positives' logits.
 
-    row_sum, row_peak: (tiles of y, pairs); column_sum, column_peak: (tiles of x, rows). ATOMIC: (pairs,) and (rows,).
+    row_sum, row_peak: (tiles of y, pairs); column_sum, column_peak: (tiles of x, rows). ATOMIC: (pairs,) and (rows,). first: the
+    number of the first of these pairs; sizes: how many pairs and rows exist, or None.
     """
     tile_p, tile_q = tl.program_id(0), tl.program_id(1)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     here_p, here_q = p < pairs, q < rows
     z = products(xw, y, p, q, pairs, rows, DEPTH, BLOCK_P, BLOCK_Q, BLOCK_K, PRECISION, ACC)
-    c = _positives(positive, p, here_p, rows, flag)
+    exist_p = p < _existing(sizes, 0, pairs, first)
+    exist_q = q < _existing(sizes, 1, rows, 0)
+    c = _positives(positive, p, exist_p, rows, flag)
     own = c[:, None] == q[None, :]
     mine = (c >= tile_q * BLOCK_Q) & (c < (tile_q + 1) * BLOCK_Q)
     tl.store(logit + p, tl.sum(tl.where(own, z, 0.0), axis=1), mask=mine)  # one tile of each row has it
-    other = here_p[:, None] & here_q[None, :] & ~own
+    other = exist_p[:, None] & exist_q[None, :] & ~own
     if DOT:
         z = tl.where(other, z, -float("inf"))
         peak_p, peak_q = tl.max(z, axis=1), tl.max(z, axis=0)
@@ -85,15 +96,15 @@ def sum_tiles(xw, y, positive, logit, row_sum, row_peak, column_sum, column_peak
         tl.store(column_sum + tile_p.to(tl.int64) * rows + q, sum_q, mask=here_q)
 
 
-@triton.jit(do_not_specialize=["pairs", "rows", "first", "all_rows"])
+@triton.jit(do_not_specialize=["pairs", "rows", "first", "all_rows", "first_pair"])
 def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_peak, own_gradient, out, flag, pairs, rows,
-                   first, all_rows, stride, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+                   first, all_rows, stride, first_pair, sizes, DOT: tl.constexpr, DEPTH: tl.constexpr, BLOCK_P: tl.constexpr,
+                   BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """out (pairs, stride): the loss's gradient of the scores of these rows of x with rows [first, first + rows) of y. Columns
     from ``rows`` on are undefined: stride, a multiple of BLOCK_Q, has room for whole tiles, which are stored without a mask.
 
     e^S S (1 - S) (row_weight_p + column_weight_q), for "dot" row_weight_p e^(S - row_peak_p) + column_weight_q e^(S -
-    column_peak_q); own_gradient_p for the positive.
+    column_peak_q); own_gradient_p for the positive; 0 beyond the pairs, from first_pair on, and the rows that exist.
     """
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -108,7 +119,10 @@ def gradient_tiles(xw, y, positive, row_weight, row_peak, column_weight, column_
     else:
         s = 1 / (1 + tl.exp(-z))
         gradient = tl.exp(s) * s * (1 - s) * (a + b)
-    c = _positives(positive, p, here_p, all_rows, flag)
+    exist_p = p < _existing(sizes, 0, pairs, first_pair)
+    exist_q = q < _existing(sizes, 1, rows, first)
+    gradient = tl.where(exist_p[:, None] & exist_q[None, :], gradient, 0.0)
+    c = _positives(positive, p, exist_p, all_rows, flag)
     own = tl.load(own_gradient + p, mask=here_p, other=0.0)[:, None]
     gradient = tl.where(c[:, None] == (q + first)[None, :], own, gradient)
     tl.store(out + p.to(tl.int64)[:, None] * stride + q[None, :], gradient.to(out.dtype.element_ty), mask=here_p[:, None])
@@ -140,16 +154,18 @@ def _draw(slot, p, n, key, SIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pairs", "rows", "negatives", "steps", "seed", "seed_at"])
-def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negatives, steps, seed: tl.uint64, seed_at,
+def draw_rows(positive, members, start, over_y, over_x, flag, pairs, rows, negatives, steps, seed: tl.uint64, seed_at, sizes,
               BLOCK: tl.constexpr):
     """over_y, over_x (pairs, negatives): the rows drawn; -1 where there is none to draw.
 
-    members: the pairs, ordered by their row of y; start (rows + 1,): where a row's members begin; steps: bits of `pairs`.
+    members: the pairs that exist, ordered by their row of y; start (rows + 1,): where a row's members begin; steps: bits of
+    `pairs`; sizes: how many pairs and rows exist, or None.
     """
     p = tl.program_id(0)
+    pairs, rows = _existing(sizes, 0, pairs, 0), _existing(sizes, 1, rows, 0)
     c = tl.load(positive + p).to(tl.int64)
-    good = (c >= 0) & (c < rows)
-    tl.store(flag, BAD_POSITIVE, mask=~good)
+    good = (c >= 0) & (c < rows) & (p < pairs)
+    tl.store(flag, BAD_POSITIVE, mask=~good & (p < pairs))
     begin = tl.load(start + c, mask=good, other=0)
     size = tl.load(start + c + 1, mask=good, other=0) - begin
     others_y, others_x = size * 0 + (rows - 1), pairs - size
@@ -256,7 +272,8 @@ def _split(saved: Tensor, pairs: int, rows: int) -> list[Tensor]:
 
 @on_device
 def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, num_negatives: int | None, seed: int,
-            seed_at: Tensor | None, score: str, deterministic: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            seed_at: Tensor | None, score: str, deterministic: bool = True, sizes: Tensor | None = None
+            ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """side_y, side_x and the positives' logits, (P,) each, and what backward needs, (saved_elements,); float32 or float64.
 
     Args:
@@ -264,6 +281,7 @@ def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None
         positive: (P,) int32 or int64; None: x_p belongs to y_p.
         seed_at: one int64 on the device, XORed to ``seed`` when a kernel draws; None: nothing is.
         deterministic: False adds the sums of "bilinear_sigmoid" in-batch by atomics.
+        sizes: (2,) int64, how many pairs and rows of y exist, read by the kernels; None: all do.
 
     Raises:
         IndexError: what an earlier kernel found in its indices.
@@ -274,18 +292,28 @@ def forward(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None
         sides = x.new_zeros((3, x.shape[0]), dtype=sum_dtype(x.dtype)).unbind()
         return *(side.clone() for side in sides), sides[0].new_zeros(saved_elements(x.shape[0], y.shape[0], num_negatives))
     run = _in_batch_forward if num_negatives is None else _sampled_forward
-    return run(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic)
+    *of_pairs, saved = run(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic, sizes)
+    return *_of_existing(sizes, *of_pairs), saved
 
 
 @on_device
 def backward(grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
-             saved: Tensor, num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str, deterministic: bool = True
-             ) -> tuple[Tensor, Tensor, Tensor | None]:
+             saved: Tensor, num_negatives: int | None, seed: int, seed_at: Tensor | None, score: str, deterministic: bool = True,
+             sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, y and weight (None without it), in their dtypes; the same bits every time. As `forward`."""
     if not x.numel():
         return torch.zeros_like(x), torch.zeros_like(y), None if weight is None else torch.zeros_like(weight)
     run = _in_batch_backward if num_negatives is None else _sampled_backward
-    return run(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score)
+    grads = _of_existing(sizes, grad_side_y, grad_side_x)
+    return run(*grads, x, y, weight, positive, saved, num_negatives, seed, seed_at, score, sizes)
+
+
+def _of_existing(sizes: Tensor | None, *of_pairs: Tensor) -> tuple[Tensor, ...]:
+    """What pairs (P,) have, 0 where they do not exist."""
+    if sizes is None:
+        return of_pairs
+    exist = torch.arange(of_pairs[0].shape[0], device=sizes.device) < sizes[0]
+    return tuple(torch.where(exist, x, 0) for x in of_pairs)
 
 
 def _pair_of(x: Tensor, positive: Tensor | None) -> Tensor:
@@ -338,7 +366,7 @@ def _to_inputs(grad_xw: Tensor, x: Tensor, weight: Tensor | None, grad_weight: T
 # ---- in-batch
 
 
-def _in_batch_forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic):
+def _in_batch_forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic, sizes):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     shared = tiles(pairs, rows, dim, x.dtype)
     xw, padded = _projected(x, weight, shared["DEPTH"]), _padded(y, shared["DEPTH"])
@@ -358,7 +386,7 @@ def _in_batch_forward(x, y, weight, positive, num_negatives, seed, seed_at, scor
             row_sum, column_sum = saved.new_empty((grid[1], size)), saved.new_empty((grid[0], rows))
         row_peak, column_peak = (torch.empty_like(part) if dot else part for part in (row_sum, column_sum))
         sum_tiles[grid](xw[chunk], padded, pair[chunk], logit[chunk], row_sum, row_peak, column_sum, column_peak,
-                        device_flag(), size, rows, DOT=dot, ATOMIC=atomic, **shared)
+                        device_flag(), size, rows, first, sizes, DOT=dot, ATOMIC=atomic, **shared)
         if dot:
             sum_y[chunk], peak_y[chunk] = _added(row_sum, row_peak)
             if first:
@@ -387,12 +415,13 @@ def _of_pairs(positive: Tensor | None, *by_column: Tensor) -> tuple[Tensor, ...]
     return tuple(x[c] for x in by_column)
 
 
-def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score):
+def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score, sizes):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     shared = tiles(pairs, rows, dim, x.dtype)
     xw, padded = _projected(x, weight, shared["DEPTH"]), _padded(y, shared["DEPTH"])
     pair = _pair_of(x, positive)
     sum_y, peak_y, logit, by_column, peaks = _split(saved, pairs, rows)
+    (logit,) = _of_existing(sizes, logit)
     sum_x, peak_x = _of_pairs(positive, by_column, peaks)
     row_weight, own_y = _pair_weights(sum_y, peak_y, logit, grad_side_y, dot)
     of_pair, own_x = _pair_weights(sum_x, peak_x, logit, grad_side_x, dot)
@@ -418,7 +447,7 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
             grid = (triton.cdiv(size, shared["BLOCK_P"]), triton.cdiv(wide, wide_tile))
             gradient_tiles[grid](xw[chunk], padded[columns], pair[chunk], row_weight[chunk], peak_y[chunk],
                                  column_weight[columns], peaks[columns], own[chunk], block, device_flag(), size, wide, left,
-                                 rows, block.shape[1], DOT=dot, **shared)
+                                 rows, block.shape[1], first, sizes, DOT=dot, **shared)
             gradient = block[:size, :wide]
             grad_xw += product(gradient, y[columns], saved.dtype)
             grad_y[columns] += product(gradient.T, xw[chunk, :dim], saved.dtype)
@@ -429,19 +458,21 @@ def _in_batch_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, 
 # ---- sampled
 
 
-def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, seed: int, seed_at: Tensor | None
-           ) -> tuple[Tensor, Tensor, Tensor]:
+def _drawn(x: Tensor, positive: Tensor | None, rows: int, num_negatives: int, seed: int, seed_at: Tensor | None,
+           sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs' rows of y (P,), and the rows drawn of y and of x (P, k); -1 where there are none to draw."""
     pairs, pair = x.shape[0], _pair_of(x, positive)
     if positive is None:
         members, start = pair, torch.arange(rows + 1, device=x.device)
     else:
+        if sizes is not None:  # the others lie behind all groups
+            pair = torch.where(torch.arange(pairs, device=x.device) < sizes[0], pair, rows)
         ordered, members = torch.sort(pair, stable=True)
         start = torch.searchsorted(ordered, torch.arange(rows + 1, device=x.device, dtype=pair.dtype))
     over_y, over_x = (torch.empty((pairs, num_negatives), dtype=torch.int64, device=x.device) for _ in range(2))
     draw_rows[pairs,](
         pair, members, start, over_y, over_x, device_flag(), pairs, rows, num_negatives, pairs.bit_length(),
-        seed, seed_at, BLOCK=min(128, triton.next_power_of_2(num_negatives)),
+        seed, seed_at, sizes, BLOCK=min(128, triton.next_power_of_2(num_negatives)),
     )
     return pair, over_y, over_x
 
@@ -454,10 +485,10 @@ def _sampled_sums(z: Tensor, dot: bool) -> tuple[Tensor, Tensor, Tensor]:
     return weight, weight.sum(1), peak
 
 
-def _sampled_forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic):
+def _sampled_forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic, sizes):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     xw = _projected(x, weight, dim)
-    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at)
+    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at, sizes)
     z = torch.empty((pairs, 1 + 2 * num_negatives), dtype=sum_dtype(x.dtype), device=x.device)
     sampled_scores[pairs,](xw, y, pair, over_y, over_x, z, rows, num_negatives,
                            BLOCK_S=min(16, triton.next_power_of_2(num_negatives)), **row_options(dim, x.dtype))
@@ -466,12 +497,12 @@ def _sampled_forward(x, y, weight, positive, num_negatives, seed, seed_at, score
     return *sides, logit.clone(), z.view(-1)
 
 
-def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score):
+def _sampled_backward(grad_side_y, grad_side_x, x, y, weight, positive, saved, num_negatives, seed, seed_at, score, sizes):
     (pairs, dim), rows, dot = x.shape, y.shape[0], score == "dot"
     xw = _projected(x, weight, dim)
-    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at)
+    pair, over_y, over_x = _drawn(x, positive, rows, num_negatives, seed, seed_at, sizes)
     z = saved.view(pairs, 1 + 2 * num_negatives)
-    logit = z[:, 0]
+    (logit,) = _of_existing(sizes, z[:, 0])
     gradients, own = [], 0.0
     for grad, scores in ((grad_side_y, z[:, 1 : 1 + num_negatives]), (grad_side_x, z[:, 1 + num_negatives :])):
         weight_of, total, peak = _sampled_sums(scores, dot)

@@ -278,7 +278,8 @@ SCORES = ("bilinear_sigmoid", "dot")  # f of Eq. 10 and 12 as the paper prints i
 
 
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
-                 seed: int | Tensor = 0, reduction: str = "mean", score: str = "bilinear_sigmoid") -> Tensor:
+                 seed: int | Tensor = 0, reduction: str = "mean", score: str = "bilinear_sigmoid", sizes: Tensor | None = None
+                 ) -> Tensor:
     """Eq. 9 and 11, negated: mutual information maximisation with a bilinear, sigmoid score (Eq. 10, 12) or a dot product.
 
     loss_p = -2 S[p, c] + log sum_q exp S[p, q] + log( exp S[p, c] + sum_{p': positive[p'] != c} exp S[p', c] ), c = positive[p].
@@ -289,6 +290,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
         positive: (P,) row of y that pairs with x_p; default arange (then P == Q).
         num_negatives: k draws with replacement a pair and side, in place of all other rows.
         reduction: "mean" (0 when there is no pair), "sum" or "none".
+        sizes: see `mim_sides`; "mean" is over the pairs that exist.
 
     Raises:
         ValueError: P != Q without ``positive``, an unknown reduction or score, or a weight that does not go with the score.
@@ -297,12 +299,13 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
         if x.shape[0] != y.shape[0]:
             raise ValueError(f"x has {x.shape[0]} rows and y {y.shape[0]}: positive must say which belong together")
         positive = torch.arange(x.shape[0], device=x.device)
-    side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score)
-    return reduced(side_y + side_x, reduction)
+    side_y, side_x, _ = mim_sides(x, y, weight, positive, num_negatives, seed, score, sizes)
+    return reduced(side_y + side_x, reduction, None if sizes is None else sizes[0])
 
 
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num_negatives: int | None = None,
-              seed: int | Tensor = 0, score: str = "bilinear_sigmoid") -> tuple[Tensor, Tensor, Tensor]:
+              seed: int | Tensor = 0, score: str = "bilinear_sigmoid", sizes: Tensor | None = None
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """Both bracketed sums of Eq. 9 / 11 with a score S, each as log(sum over its set of exp S) - S(positive).
 
     "bilinear_sigmoid": S = sigmoid(z) with z = x^T W y; as 0 < S < 1, its sums need no maximum. "dot": S = z = x . y.
@@ -310,6 +313,8 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num
     Args:
         x (P, d), y (Q, d), weight (d, d), None for "dot"; positive (P,) names the row of y that pairs with x_p.
         num_negatives: draw so many negatives a pair and side (`draw_negatives`) in place of all (`mim_negatives`).
+        sizes: (2,) how many of the P pairs and of the Q rows of y exist, the first ones; default all. The others are in no sum,
+            their results and gradients are 0.
 
     Returns:
         side over rows of y (P,), side over rows of x (P,), z of the positive pair (P,).
@@ -317,15 +322,21 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num
     if score not in SCORES or (score == "dot") != (weight is None):
         raise ValueError(f"score must be bilinear_sigmoid with a weight or dot without, not {score!r}")
     x, y, positive = full_precision(x), full_precision(y), positive.long()
+    if sizes is not None:
+        exist_x, exist_y = (torch.arange(len(rows), device=rows.device) < size for rows, size in zip((x, y), sizes, strict=True))
+        x, y = torch.where(exist_x.unsqueeze(1), x, 0), torch.where(exist_y.unsqueeze(1), y, 0)
+        positive = torch.where(exist_x, positive, 0)
     projected = x if weight is None else x @ full_precision(weight)
     logit = (projected * take(y, positive)).sum(-1)
     if num_negatives is None:
         z = projected @ y.T  # (P, Q)
         # own[p, q]: row q of y is the positive of x_p, so neither is a negative of the other
         own = positive.unsqueeze(1) == torch.arange(y.shape[0], device=y.device)
+        if sizes is not None:
+            own = own | ~(exist_x.unsqueeze(1) & exist_y)
         absent_y = absent_x = own
     else:
-        over_y, over_x, found_y, found_x = draw_negatives(positive, y.shape[0], num_negatives, seed)
+        over_y, over_x, found_y, found_x = draw_negatives(positive, y.shape[0], num_negatives, seed, sizes)
         z_y = torch.einsum("pd,pkd->pk", projected, take(y, over_y))
         z_x = torch.einsum("pkd,pd->pk", take(projected, over_x), take(y, positive))
         absent_y, absent_x = ((~found).unsqueeze(1).expand_as(over_y) for found in (found_y, found_x))
@@ -337,15 +348,18 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor, num
             (peak_y, rest_y), (peak_x, rest_x) = _log_sum(z_y, absent_y, 1), _log_sum(z_x, absent_x, 1)
         # log(exp a + exp b) - b = softplus(a - b); beyond the threshold it is a - b, exact in float64 too
         side_y, side_x = (F.softplus((peak - logit) + rest, threshold=40) for peak, rest in ((peak_y, rest_y), (peak_x, rest_x)))
-        return side_y, side_x, logit
-    if num_negatives is None:
-        exponential = torch.sigmoid(z).exp().masked_fill(own, 0)
-        sum_y, sum_x = exponential.sum(1), take(exponential.sum(0), positive)
     else:
-        sum_y, sum_x = (torch.sigmoid(z).exp().masked_fill(absent, 0).sum(1)
-                        for z, absent in ((z_y, absent_y), (z_x, absent_x)))
-    relative = torch.exp(-torch.sigmoid(logit))
-    return torch.log1p(sum_y * relative), torch.log1p(sum_x * relative), logit
+        if num_negatives is None:
+            exponential = torch.sigmoid(z).exp().masked_fill(own, 0)
+            sum_y, sum_x = exponential.sum(1), take(exponential.sum(0), positive)
+        else:
+            sum_y, sum_x = (torch.sigmoid(z).exp().masked_fill(absent, 0).sum(1)
+                            for z, absent in ((z_y, absent_y), (z_x, absent_x)))
+        relative = torch.exp(-torch.sigmoid(logit))
+        side_y, side_x = torch.log1p(sum_y * relative), torch.log1p(sum_x * relative)
+    if sizes is not None:
+        side_y, side_x, logit = (torch.where(exist_x, of_pair, 0) for of_pair in (side_y, side_x, logit))
+    return side_y, side_x, logit
 
 
 def _log_sum(z: Tensor, absent: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -372,13 +386,13 @@ def mim_negatives(positive: Tensor, rows_of_y: int, num_negatives: int | None = 
     return (over_y > 0) * num_negatives, (over_x > 0) * num_negatives
 
 
-def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: int | Tensor
+def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: int | Tensor, sizes: Tensor | None = None
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sampled sets of Eq. 9 / 11: k uniform draws with replacement for each pair and side, by counter.
 
     Draw ``slot`` of pair p on side s: u = word 0 of Philox(counter = (slot, p, s, 0), key = seed), r = (u * n) >> 32.
     Side 0 draws rows of y other than c = positive[p]: n = Q - 1, row r + (r >= c). Side 1 draws rows p' of x with
-    positive[p'] != c: row = the r-th of these, ascending.
+    positive[p'] != c: row = the r-th of these, ascending. ``sizes``: see `mim_sides`; P and Q are these.
 
     Returns:
         rows of y (P, k), rows of x (P, k), and (P,) bool each: whether that side has any eligible row.
@@ -394,11 +408,17 @@ def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: i
         n = eligible.view(-1, 1)
         return ((word >> 16) * n + (((word & 0xFFFF) * n) >> 16)) >> 16  # (word * n) >> 32 for n < 2^31
 
-    others_y = torch.full((pairs,), rows_of_y - 1, device=device)
+    if sizes is not None:  # pairs that do not exist are a group of their own, behind all others
+        pair_count, row_count = sizes
+        exist = torch.arange(pairs, device=device) < pair_count
+        positive = torch.where(exist, positive, rows_of_y)
+        others_y = (row_count - 1) * exist
+    else:
+        others_y = torch.full((pairs,), rows_of_y - 1, device=device)
     r = draw(0, others_y)
     over_y = r + (r >= positive.unsqueeze(1)).long()
-    size = group_sizes(positive, rows_of_y)
-    others_x = pairs - size[positive]
+    size = group_sizes(positive, rows_of_y + (sizes is not None))
+    others_x = (pairs if sizes is None else pair_count * exist) - size[positive]
     r = draw(1, others_x)
     # The r-th row outside group c is r + (number of rows of c that come before it). Within a group the keys
     # (row - its rank) ascend, so one search over all groups finds that number.
@@ -412,14 +432,14 @@ def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: i
     return over_y.masked_fill(none_y, 0), over_x.masked_fill(none_x, 0), others_y > 0, others_x > 0
 
 
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """``loss`` (n,) as it is ("none"), or its "sum" or "mean" (0 of no rows)."""
+def reduced(loss: Tensor, reduction: str, count: Tensor | None = None) -> Tensor:
+    """``loss`` (n,) as it is ("none"), or its "sum" or "mean" (0 of no rows). ``count``: () how many rows the mean is over."""
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
-        return loss.sum() / max(loss.numel(), 1)
+        return loss.sum() / (max(loss.numel(), 1) if count is None else count.clamp(min=1))
     raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
 
 

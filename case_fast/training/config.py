@@ -14,9 +14,10 @@ from case_fast.models import CASEConfig, ModelConfig, model_class
 from case_fast.training.sampler import BATCHINGS
 
 PRECISIONS = ("float32", "bf16")
+STEPS = ("auto", "eager", "captured", "padded")
 
 # What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
-ADJUSTABLE = frozenset({"max_steps", "device", "log_every", "checkpoint_every", "keep_checkpoints"})
+ADJUSTABLE = frozenset({"max_steps", "device", "step", "log_every", "checkpoint_every", "keep_checkpoints"})
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -42,6 +43,8 @@ class TrainConfig:
         max_steps: most steps of the last phase; None: until early stopping.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
+        step: eager, each op launched by itself; captured, the whole step in CUDA graphs; auto, captured on CUDA and eager
+            elsewhere; padded, what is captured, launched op by op, to compare with.
         precision: float32, or bf16 (autocast; weights and losses stay float32).
         deterministic: the same weights bit for bit each time on one device.
         log_every: steps between two records of the log.
@@ -67,6 +70,7 @@ class TrainConfig:
     max_steps: int | None = None
     valid_limit: int | None = None
     device: str = "auto"
+    step: Literal["auto", "eager", "captured", "padded"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     deterministic: bool = True
     log_every: int = 50
@@ -99,7 +103,7 @@ class TrainConfig:
         if self.ablation is not None and self.ablation not in self.model.ablations:
             known = ", ".join(self.model.ablations) or f"none, {self.model.kind} has no ablations"
             raise ConfigError(f"ablation must be one of {known}, not {self.ablation!r}")
-        for name, known in (("precision", PRECISIONS), ("batching", BATCHINGS)):
+        for name, known in (("precision", PRECISIONS), ("batching", BATCHINGS), ("step", STEPS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not isinstance(self.deterministic, bool):

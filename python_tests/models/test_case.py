@@ -258,7 +258,7 @@ def test_empty_knowledge(concepts: bool, size: int):
         no_cognition = set(missing) >= set(RELATIONS[:4])
         if no_cognition:
             assert len(batch.case.knowledge) == 0 and (out.r_cog == 0).all()
-            kl = eq.discernment_kl(out.posterior_concept.log(), out.prior_concept.log(), size)
+            kl = eq.discernment_kl(out.posterior_concept.log(), out.prior_concept.log(), 1 / size)
             same(out.losses["kl"], kl, 1e-4)
         if no_cognition or "xReact" in missing:
             assert out.losses["fine"] == 0 and (found["w_fine"] == 0).all()

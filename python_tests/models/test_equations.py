@@ -231,13 +231,13 @@ def test_discernment(sizes: list[int]):
     same(log_p.exp(), p)
     same(log_q.exp(), q)
     same(eq.expected_knowledge(log_p, vectors, segment, dialogues), r)
-    same(eq.discernment_kl(log_q, log_p, dialogues), kl / dialogues)
-    assert eq.discernment_kl(log_q, log_p, dialogues) >= 0 and eq.discernment_kl(log_p, log_p, dialogues) == 0
+    same(eq.discernment_kl(log_q, log_p, 1 / dialogues), kl / dialogues)
+    assert eq.discernment_kl(log_q, log_p, 1 / dialogues) >= 0 and eq.discernment_kl(log_p, log_p, 1 / dialogues) == 0
 
     def whole(vectors: Tensor, a: Tensor, b: Tensor) -> Tensor:
         log_p, log_q = eq.discernment(vectors, a, segment), eq.discernment(vectors, b, segment)
         return (
-            eq.discernment_kl(log_q, log_p, dialogues)
+            eq.discernment_kl(log_q, log_p, 1 / dialogues)
             + eq.expected_knowledge(log_p, vectors, segment, dialogues).square().sum()
         )
 
@@ -258,8 +258,9 @@ def test_bow_loss():
     target = torch.tensor([word for reply in replies for word in reply])
     segment = eq.segment_ids(offsets([3, 1, 2]), 6)
     means = [sum(-float(log_eta[b, w]) for w in reply) / len(reply) for b, reply in enumerate(replies)]
-    same(eq.bow_loss(-log_eta[segment, target], segment, 3), sum(means) / 3)
-    gradcheck(lambda x: eq.bow_loss(-torch.log_softmax(x, -1)[segment, target], segment, 3), normal(3, 5))
+    weight = torch.tensor([1 / (3 * len(reply)) for reply in replies for _ in reply], dtype=torch.float64)
+    same(eq.bow_loss(-log_eta[segment, target], weight), sum(means) / 3)
+    gradcheck(lambda x: eq.bow_loss(-torch.log_softmax(x, -1)[segment, target], weight), normal(3, 5))
 
 
 # ---- losses and affect, Eq. 13-17, 19
@@ -280,11 +281,11 @@ def test_affect():
         p = softmax([dot(row, r_aff[b]) for row in w_emo])
         same(log_p[b].exp(), p)
         nll.append(-math.log(p[labels[b]]))
-    same(eq.emotion_loss(log_p, torch.tensor(labels)), sum(nll) / 3)
+    same(eq.emotion_loss(log_p, torch.tensor(labels), 1 / 3), sum(nll) / 3)
 
     def whole(r_emo: Tensor, er_0: Tensor, w_aff: Tensor, w_emo: Tensor) -> Tensor:
         r = eq.affect(r_emo, er_0, eq.affect_gate(r_emo, er_0, w_aff))
-        return eq.emotion_loss(eq.emotion_log_probability(r, w_emo), torch.tensor(labels))
+        return eq.emotion_loss(eq.emotion_log_probability(r, w_emo), torch.tensor(labels), 1 / 3)
 
     gradcheck(whole, r_emo, er_0, w_aff, w_emo)
 
@@ -313,13 +314,15 @@ def test_cross_entropy_and_generation_loss():
         scores = [dot(weight[w], hidden[t]) + float(bias[w]) for w in range(6)]
         same(nll[t], -math.log(softmax(scores)[word]))
         assert prediction[t] == scores.index(max(scores))
-    same(eq.generation_loss(nll), math.fsum(nll.tolist()) / 4)  # averaged, not summed as Eq. 19 is printed
-    assert eq.generation_loss(nll[:0]) == 0
+    same(eq.generation_loss(nll, 1 / 4), math.fsum(nll.tolist()) / 4)  # averaged, not summed as Eq. 19 is printed
+    some = torch.tensor([0.5, 0, 0.5, 0], dtype=torch.float64)  # of rows that only fill up, none
+    same(eq.generation_loss(nll, some), (float(nll[0]) + float(nll[2])) / 2)
+    assert eq.generation_loss(nll[:0], 1.0) == 0
     tied = torch.zeros(1, 3)
     assert (
         eq.linear_cross_entropy(tied, torch.zeros(6, 3), torch.tensor([0.0, 1, 1, 0, 1, 0]), target[:1])[1].item() == 1
     )
-    gradcheck(lambda *a: eq.generation_loss(eq.linear_cross_entropy(*a, target)[0]), hidden, weight, bias)
+    gradcheck(lambda *a: eq.generation_loss(eq.linear_cross_entropy(*a, target)[0], 1 / 4), hidden, weight, bias)
 
 
 def test_cross_entropy_of_rows_with_several_targets():
@@ -365,11 +368,11 @@ def test_diversity():
     for even in ([0, 0, 0], [5, 5, 5]):
         same(eq.diversity_weights(torch.tensor(even)), [1.0, 1, 1])
     nll, target = torch.tensor([1.0, 2, 4], dtype=torch.float64), torch.tensor([2, 0, 1])
-    same(eq.diversity_loss(nll, target, weights), (2 * 1 + 0 * 2 + 1 * 4) / 3)
-    assert eq.diversity_loss(nll[:0], target[:0], weights) == 0
+    same(eq.diversity_loss(nll, target, weights, 1 / 3), (2 * 1 + 0 * 2 + 1 * 4) / 3)
+    assert eq.diversity_loss(nll[:0], target[:0], weights, 1.0) == 0
     large = eq.diversity_weights(torch.tensor([2**62, 2**61, 0]))  # no overflow after any number of steps
     same(large, [0.0, 1, 2])
-    gradcheck(lambda x: eq.diversity_loss(x, target, weights), nll)
+    gradcheck(lambda x: eq.diversity_loss(x, target, weights, 1 / 3), nll)
 
 
 def test_sums_of_losses():

@@ -86,8 +86,8 @@ def test_the_truth_by_parts_is_the_whole(monkeypatch, size):
 def test_the_loss_is_both_losses_of_the_equations():
     case = case_of("30x200", dimension=20)
     nll, _ = equations.linear_cross_entropy(*(x.double() for x in case.inputs), case.target)
-    loss = cases.GENERATION * equations.generation_loss(nll)
-    loss += cases.DIVERSITY * equations.diversity_loss(nll, case.target, case.word_weight)
+    loss = cases.GENERATION * equations.generation_loss(nll, 1 / nll.numel())
+    loss += cases.DIVERSITY * equations.diversity_loss(nll, case.target, case.word_weight, 1 / nll.numel())
     assert torch.allclose(truth(case).values[0], loss)
     assert case.word_weight.mean() == pytest.approx(1) and case.word_weight[0] == 0 and case.target.unique().numel() < 30
 

@@ -71,6 +71,25 @@ def test_the_default_pairs_row_with_row(runs):
     assert all(identical(a, b) for a, b in zip(mim_sides(**case.arguments()), named, strict=True))
 
 
+@pytest.mark.parametrize("negatives", [None, 3, 40])
+@pytest.mark.parametrize("score", SCORES)
+def test_what_does_not_exist_is_as_if_it_were_not_there(runs, score, negatives):
+    """The same bits as without it, natively; zeros for it, whatever it holds."""
+    case = make_case(30, 12, dim=6, score=score, num_negatives=negatives, seed=3, beyond=(7, 4))
+    existing = replace(case, x=case.x[:23], y=case.y[:8], positive=case.positive[:23], grad_y=case.grad_y[:23],
+                       grad_x=case.grad_x[:23], sizes=None).results()
+    held = case.sizes.clone()
+    for found in (case.results(), replace(case, x=case.x.index_fill(0, torch.arange(23, 30), torch.nan)).results()):
+        for name, x in found.items():
+            kept = len(existing[name])
+            assert identical(x[:kept], existing[name]) if runs == "native" else close(x[:kept], existing[name], 1e-6), name
+            assert not x[kept:].any(), name
+    mean = bilinear_mim(**case.arguments())
+    assert close(mean, (existing["side_y"] + existing["side_x"]).sum() / 23, 1e-6) and torch.equal(case.sizes, held)
+    none = replace(case, sizes=torch.zeros(2, dtype=torch.int64))
+    assert bilinear_mim(**none.arguments()) == 0 and not any(x.any() for x in none.results().values())
+
+
 def draws_taken(positive: torch.Tensor, rows: int, num_negatives: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, Q) and (P, P): how often a backend drew each row for each pair, read from gradients.
 

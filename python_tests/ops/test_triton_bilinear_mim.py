@@ -54,6 +54,13 @@ def test_a_positive_out_of_range_makes_its_loss_nan_and_is_raised(interpreted):
         assert error.startswith("bilinear_mim: positive ") and nan and count == 1
 
 
+def test_what_does_not_exist_is_in_no_sum_and_has_zeros(interpreted):
+    found = interpreted["not all exist"]
+    assert len(found["error"]) == 12
+    assert all(error <= 1e-5 for errors in found["error"].values() for error in errors)
+    assert not any(map(any, found["beyond"].values()))
+
+
 def test_a_seed_on_the_device_draws_as_its_number(interpreted):
     """Bit for bit, forward and backward."""
     assert interpreted["seeded"]["equal"] and interpreted["seeded"]["other"]

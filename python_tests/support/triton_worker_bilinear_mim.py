@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from triton_worker import SEED, SEED_AT, print_lines, same_bits, worst
@@ -61,7 +63,7 @@ def truth(made: dict[str, Tensor | None], negatives: int | None, score: str, dty
     arguments = (x, y, weight[0] if weight else None)
     if weight and dtype in (torch.float16, torch.bfloat16):
         arguments = (x @ weight[0], y, torch.eye(x.shape[1], dtype=dtype))
-    *sides, logit = equations.mim_sides(*arguments, positive, negatives, SEED, score)
+    *sides, logit = equations.mim_sides(*arguments, positive, negatives, SEED, score, made.get("sizes"))
     grads = torch.autograd.grad(sides, leaves, [made[name].to(sides[0].dtype) for name in ("grad_side_y", "grad_side_x")])
     return [*(side.detach() for side in sides), logit.detach(), *grads]
 
@@ -71,7 +73,7 @@ def ours(made: dict[str, Tensor | None], negatives: int | None, score: str, dete
     from case_fast.ops import bilinear_mim_triton as kernels
 
     given = [made[name] for name in ("x", "y", "weight", "positive")]
-    numbers = (negatives, seed, seed_at, score, deterministic)
+    numbers = (negatives, seed, seed_at, score, deterministic, made.get("sizes"))
     *found, saved = kernels.forward(*given, *numbers)
     assert saved.shape == (kernels.saved_elements(made["x"].shape[0], made["y"].shape[0], negatives),)
     grads = kernels.backward(made["grad_side_y"], made["grad_side_x"], *given, saved, *numbers)
@@ -122,7 +124,7 @@ def draws() -> dict:
                                  ("one row", [0, 0], 1)):
         pair = torch.arange(rows) if positive is None else torch.tensor(positive)
         x = torch.zeros(pair.numel(), 1)
-        _, over_y, over_x = kernels._drawn(x, None if positive is None else pair.int(), rows, 21, SEED, None)
+        _, over_y, over_x = kernels._drawn(x, None if positive is None else pair.int(), rows, 21, SEED, None, None)
         expected_y, expected_x, found_y, found_x = equations.draw_negatives(pair, rows, 21, SEED)
         equal[name] = [torch.equal(over_y, expected_y.masked_fill(~found_y.unsqueeze(1), -1)),
                        torch.equal(over_x, expected_x.masked_fill(~found_x.unsqueeze(1), -1))]
@@ -160,6 +162,33 @@ def hard() -> dict:
     return said
 
 
+def not_all_exist() -> dict:
+    """Pairs and rows beyond those that exist, by each way through the kernels; a positive there may be no row."""
+    from case_fast.ops import bilinear_mim_triton as kernels
+    from case_fast.ops.device_flag import raise_pending
+
+    torch.manual_seed(0)
+    errors, beyond = {}, {}
+    before = kernels.BLOCK_ROWS, kernels.BLOCK_BYTES
+    kernels.BLOCK_ROWS, kernels.BLOCK_BYTES = 32, 32 * 4 * 20
+    for score, (name, negatives, deterministic), one_to_one in itertools.product(
+            equations.SCORES, (("all", None, True), ("atomics", None, False), ("sampled", 5, True)), (False, True)):
+        made = inputs(70, 70 if one_to_one else 50, 20, one_to_one, score, "float32")
+        made["sizes"] = torch.tensor([41, 41 if one_to_one else 33])
+        if not one_to_one:
+            made["positive"] %= 33
+        expected = truth(made, negatives, score)
+        if not one_to_one:
+            made["positive"][41:] = 2**31
+        found = ours(made, negatives, score, deterministic)
+        raise_pending()
+        case = f"{score}, {name}, {'one to one' if one_to_one else 'shared'}"
+        errors[case] = worst(found, expected)
+        beyond[case] = [bool(x[41 if len(x) == 70 else 33 :].any()) for x in found[:5] if len(x) >= 50]
+    kernels.BLOCK_ROWS, kernels.BLOCK_BYTES = before
+    return {"case": "not all exist", "error": errors, "beyond": beyond}
+
+
 def seeded() -> dict:
     """Whether a seed on the device draws as the number that it stands for, forward and backward."""
     torch.manual_seed(0)
@@ -170,4 +199,4 @@ def seeded() -> dict:
 
 
 if __name__ == "__main__":
-    print_lines((*map(interpret, CASES), in_small_blocks(), draws(), hard(), seeded()))
+    print_lines((*map(interpret, CASES), in_small_blocks(), draws(), hard(), not_all_exist(), seeded()))

@@ -68,15 +68,17 @@ def bilinear_mim(kernels: ModuleType, dtype: torch.dtype) -> None:
     positive = index(pairs)
     grads = made(pairs, dtype=full(dtype)), made(pairs, dtype=full(dtype))
 
-    def call(score: str, negatives: int | None = None, seed_at: Tensor | None = None, deterministic: bool = True) -> None:
+    def call(score: str, negatives: int | None = None, seed_at: Tensor | None = None, deterministic: bool = True,
+             sizes: Tensor | None = None) -> None:
         given = (x, y, weight if score == SCORES[0] else None, positive)
-        numbers = (negatives, 1, seed_at, score, deterministic)
+        numbers = (negatives, 1, seed_at, score, deterministic, sizes)
         *_, saved = kernels.forward(*given, *numbers)
         kernels.backward(*grads, *given, saved, *numbers)
 
     for _ in each_tile(kernels, dtype):
         for _ in each_precision(dtype):
             call(SCORES[0])
+            call(SCORES[0], sizes=index(2))  # as models call it
             call(SCORES[0], deterministic=False)
             call(SCORES[1])
     for seed_at in (None, made(1, dtype=torch.int64)):

@@ -44,6 +44,7 @@ class BilinearMIM(Case):
     num_negatives: int | None = None
     seed: int | Tensor = 0
     score: str = SIGMOID
+    sizes: Tensor | None = None
 
     family = "bilinear_mim"
     op = staticmethod(ops.mim_sides)
@@ -67,10 +68,15 @@ class BilinearMIM(Case):
         {"pairs": 6, "rows": 11, "layout": 1},
         {"pairs": 1},
         {"pairs": 70, "rows": 40, "dim": 33},
+        {"pairs": 9, "rows": 6, "beyond": (3, 2)},
+        {"pairs": 9, "rows": 6, "score": DOT, "num_negatives": 3, "seed": 5, "beyond": (3, 2)},
     ]
     GRADCHECK = [
         dict(zip(NAMES, shape, strict=True)) | {"score": score, "number": place, "magnitude": 1.5, "seed": 2**40 + place}
         for place, shape in enumerate(SHAPES) for score in equations.SCORES
+    ] + [
+        {"pairs": 7, "rows": 5, "dim": 3, "score": score, "num_negatives": negatives, "seed": 7, "beyond": beyond}
+        for score in equations.SCORES for negatives in (None, 4) for beyond in ((2, 1), (0, 3), (6, 4), (7, 5))
     ]
     VARIED = [  # within a tile, across tiles and beyond one, many to one, sampled few and many of few and many rows, both scores
         {"pairs": 16, "dim": 300},
@@ -86,6 +92,10 @@ class BilinearMIM(Case):
         {"pairs": 50, "rows": 5, "dim": 9, "num_negatives": 200, "seed": 9, "dtype": torch.float64},
         {"pairs": 1, "dim": 3},
         {"pairs": 0, "rows": 4},
+        {"pairs": 700, "dim": 300, "beyond": (33, 33)},
+        {"pairs": 61, "rows": 17, "dim": 7, "score": DOT, "beyond": (20, 5)},
+        {"pairs": 400, "rows": 90, "dim": 40, "num_negatives": 64, "seed": 9, "beyond": (100, 9)},
+        {"pairs": 50, "rows": 5, "dim": 9, "num_negatives": 200, "seed": 9, "score": DOT, "beyond": (1, 0)},
     ]
     AVERAGE = [
         ({"pairs": 64, "rows": 30, "dim": 150, "magnitude": 5.0}, 30, 1.5, 1.5),
@@ -117,14 +127,18 @@ class BilinearMIM(Case):
         "no pairs": {"pairs": 0, "rows": 3, "dim": 4},
         "dot, sampled": {"pairs": 300, "rows": 70, "dim": 75, "score": DOT, "num_negatives": 19},
         "dot, one row of y": {"pairs": 5, "rows": 1, "dim": 4, "score": DOT},
+        "not all exist": {"pairs": 1280, "rows": 64, "dim": 300, "beyond": (301, 5)},
+        "not all exist, sampled": {"pairs": 300, "rows": 70, "dim": 75, "num_negatives": 19, "beyond": (31, 5)},
+        "not all exist, dot": {"pairs": 1009, "rows": 757, "dim": 13, "score": DOT, "beyond": (100, 57)},
     }.items()}
 
     @classmethod
     def made(cls, pairs: int, rows: int | None = None, dim: int = 5, score: str = SIGMOID, number: int = 0,
              dtype: torch.dtype = torch.float32, device: str = "cpu", magnitude: float = 1.0, layout: int = 0,
-             long: bool = True, groups: int | None = None, **more: object) -> BilinearMIM:
+             long: bool = True, groups: int | None = None, beyond: tuple[int, int] | None = None, **more: object
+             ) -> BilinearMIM:
         """rows None: x_p and y_p pair, else any row of y does, of the first ``groups`` of them. Scores have about the size of
-        ``magnitude``."""
+        ``magnitude``. beyond: so many of the pairs and of the rows do not exist."""
         g = generator(number)
         size_y = pairs if rows is None else rows
 
@@ -136,15 +150,19 @@ class BilinearMIM(Case):
         x, y = normal(pairs, dim, scale=spread, place=0), normal(size_y, dim, scale=spread, place=1)
         weight = normal(dim, dim, scale=1 / dim, place=2) if score == SIGMOID else None
         positive = None
+        if beyond is not None:
+            more["sizes"] = torch.tensor([pairs - beyond[0], size_y - beyond[1]], device=device)
         if rows is not None:
-            positive = torch.randint(max(min(rows, groups or rows), 1), (pairs,), generator=g)
+            existing = rows - (beyond[1] if beyond else 0)
+            positive = torch.randint(max(min(existing, groups or rows), 1), (pairs,), generator=g)
             positive = strided(positive if long else positive.int(), layout).to(device)
         grads = (torch.randn(pairs, generator=g, dtype=torch.float64).to(full(dtype)).to(device) for _ in range(2))
         return cls(x, y, weight, positive, *grads, score=score, **more)
 
     def has_gradient(self) -> bool:
         """A pair alone has no negatives."""
-        return super().has_gradient() and (self.positive is not None or self.x.shape[0] > 1)
+        pairs = self.x.shape[0] if self.sizes is None else int(self.sizes[0])
+        return super().has_gradient() and pairs > 0 and (self.positive is not None or pairs > 1)
 
     @classmethod
     def recipe(cls, draw, st) -> dict:
@@ -203,7 +221,7 @@ class BilinearMIM(Case):
         return own | ((over_y == row).any(1) & found_y), own
 
     def registered(self, runs: str):
-        tensors, kernels = (self.x, self.y, self.weight, self.positive), self.kernels()
+        tensors, kernels = (self.x, self.y, self.weight, self.positive, self.sizes), self.kernels()
         numbers = (self.num_negatives, *self.seeds(), self.score, True)
         yield kernels._forward_op, (runs, *tensors, *numbers)
         saved = kernels._forward_op(runs, *tensors, *numbers)[3]
@@ -244,5 +262,10 @@ BilinearMIM.WRONG = [
     ("num_negatives ", {"num_negatives": 2.0}, TypeError),
     ("num_negatives ", {"num_negatives": True}, TypeError),
     ("reduction ", {"reduction": "max"}, ValueError),
+    ("sizes ", {"sizes": torch.tensor([1, 2], dtype=torch.int32)}, TypeError),
+    ("sizes ", {"sizes": torch.tensor([1])}, ValueError),
+    ("sizes ", {"sizes": torch.tensor([1, 2], device="meta")}, ValueError),
+    ("sizes holds 7 and 2; there are 6 pairs and 4 rows", {"sizes": torch.tensor([7, 2])}, IndexError),
+    ("sizes holds 6 and -1", {"sizes": torch.tensor([6, -1])}, IndexError),
     *WRONG_SEEDS,
 ]
