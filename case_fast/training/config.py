@@ -17,7 +17,7 @@ PRECISIONS = ("float32", "bf16")
 STEPS = ("auto", "eager", "captured", "padded")
 
 # What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
-ADJUSTABLE = frozenset({"max_steps", "device", "step", "log_every", "checkpoint_every", "keep_checkpoints"})
+ADJUSTABLE = frozenset({"max_steps", "device", "step", "workers", "log_every", "checkpoint_every", "keep_checkpoints"})
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -47,6 +47,7 @@ class TrainConfig:
             elsewhere; padded, what is captured, launched op by op, to compare with.
         precision: float32, or bf16 (autocast; weights and losses stay float32).
         deterministic: the same weights bit for bit each time on one device.
+        workers: processes that make batches; 0: a thread of this one makes them. The batches are the same.
         log_every: steps between two records of the log.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of them are kept.
@@ -73,6 +74,7 @@ class TrainConfig:
     step: Literal["auto", "eager", "captured", "padded"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     deterministic: bool = True
+    workers: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -80,7 +82,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise ConfigError(f"model must be a model's configuration, such as CASEConfig, not {type(self.model).__name__}")
-        for name in ("seed", "phase1_epochs", "min_steps"):
+        for name in ("seed", "phase1_epochs", "min_steps", "workers"):
             self._whole(name, 0)
         for name in ("batch_size", "warmup", "validate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
             self._whole(name, 1)

@@ -6,10 +6,11 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 
 from case_fast.batch import Batch
 from case_fast.data import Store
+from case_fast.data.workers import Workers
 from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import DialogueModel, model_class
@@ -98,9 +100,10 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
             reproducible(config.seed, config.deterministic, device),
             StopRequest() as stop,
             Display(console or open_console()) as display,
+            Workers(store, config.workers) as workers,
             ThreadPoolExecutor(1, "case_fast batches") as pool,
         ):
-            ready = Trainer(store, run, config, device, display, stop, pool, resume)
+            ready = Trainer(store, run, config, device, display, stop, workers, pool, resume)
             try:
                 yield ready
             finally:
@@ -125,9 +128,9 @@ class Trainer:
     """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases."""
 
     def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, display: Display,
-                 stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):
+                 stop: StopRequest, workers: Workers, pool: ThreadPoolExecutor, resume: bool):
         self.store, self.run, self.config, self.device = store, run, config, device
-        self.display, self.stop, self.pool = display, stop, pool
+        self.display, self.stop, self.workers, self.pool = display, stop, workers, pool
         costs = None if config.batching == "shuffled" else store.costs("train")
         self.sampler = Sampler(store.size("train"), config.batch_size, config.seed, config.batching, costs)
         self.valid_size = min(store.size("valid"), config.valid_limit or store.size("valid"))
@@ -281,24 +284,28 @@ class Trainer:
 
     # ---- batches
 
-    def _ahead(self, make: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
-        """``make(key)`` for each key in turn, the next one being made in the background meanwhile."""
+    def _ahead(self, ask: Callable[[Any], Callable[[], Any]], keys: Iterable[Any]) -> Iterator[Any]:
+        """``ask(key)()`` for each key in turn, the next ones being made in the background meanwhile: by a thread, or by the
+        workers, from whom the thread fetches them."""
         waiting: deque[Future[Any]] = deque()
         for key in keys:
-            waiting.append(self.pool.submit(make, key))
-            if len(waiting) == 2:
+            waiting.append(self.pool.submit(ask(key)))
+            if len(waiting) > max(1, self.config.workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def _training_batch(self, step: int) -> Prepared:
-        seed = step_seed(self.config.seed, step)
-        return self.form.prepared(self.store.batch("train", self.sampler.indices(step), self.model.needs, seed))
+    def _batch(self, split: str, indices: Sequence[int], seed: int) -> Callable[[], Batch]:
+        make = self.workers.ask if self.config.workers else partial(partial, self.store.batch)
+        return make(split, indices, self.model.needs, seed)
 
-    def _validation_batch(self, start: int) -> Batch:
-        indices = range(start, min(start + VALIDATION_BATCH, self.valid_size))
-        batch = self.store.batch("valid", indices, self.model.needs, seed=0)
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+    def _training_batch(self, step: int) -> Callable[[], Prepared]:
+        batch = self._batch("train", self.sampler.indices(step), step_seed(self.config.seed, step))
+        return lambda: self.form.prepared(batch())
+
+    def _validation_batch(self, start: int) -> Callable[[], Batch]:
+        batch = self._batch("valid", range(start, min(start + VALIDATION_BATCH, self.valid_size)), seed=0)
+        return lambda: batch().pin_memory() if self.device.type == "cuda" else batch()
 
     # ---- one step
 
@@ -334,7 +341,10 @@ class Trainer:
     def _fail(self, step: int, numbers: Taken) -> None:
         self.step = step - 1  # where the weights are
         losses, norm = numbers.losses, numbers.norm
-        self.form.examine(lambda: self._training_batch(self.step))
+        seed = step_seed(self.config.seed, self.step)
+        self.form.examine(lambda: self.form.prepared(
+            self.store.batch("train", self.sampler.indices(self.step), self.model.needs, seed)
+        ))
         bad = [
             name
             for name, p in zip(self.names, self.parameters, strict=True)
