@@ -117,8 +117,8 @@ class Example:
     source: dict
 
     def column(self, name: str) -> np.ndarray:
-        """A field as it is stored and packed; of a graph its degrees (vertices), neighbours or relations (edges): cognition_degree,
-        cognition_indices, cognition_relation, and the same of concept."""
+        """A field as it is stored and packed; of a graph its degrees (vertices), neighbours or relations (edges):
+        cognition_degree, cognition_indices, cognition_relation, and the same of concept."""
         graph, _, part = name.partition("_")
         if graph not in ("cognition", "concept") or part not in ("degree", "indices", "relation"):
             return getattr(self, name)

@@ -187,6 +187,11 @@ class _StoredTexts:
     def text(self, index: int) -> str:
         return self._text.row(index).tobytes().decode()
 
+    def rows_of(self, ids: Ragged) -> np.ndarray:
+        """(n,) rows of the texts of each row of ids: their words and a [CLS] each."""
+        total = offsets_of((1 + self._words.sizes)[ids.values])
+        return total[ids.offsets[1:]] - total[ids.offsets[:-1]]
+
 
 class Store:
     """A prepared data set; `open_store` opens it. Arrays are memory-mapped, so that opening costs next to nothing."""
@@ -246,6 +251,17 @@ class Store:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         return pack(_Rows(arrays.ragged, rows), arrays.scalars["emotion"][rows], self.texts, parts, seed)
+
+    def costs(self, split: str) -> np.ndarray:
+        """(size,) about what each example adds to a step, in rows that a layer of an encoder reads: those of its texts, those
+        of its context once and once more for each sub-utterance, those of its reply; a vertex of a graph counts as two."""
+        fields = self._split(split).ragged
+        context, response, subs, knowledge, concept = (
+            fields[name].sizes for name in ("context", "response", "sub_utterance", "knowledge", "concept")
+        )
+        texts = self.texts.rows_of(fields["sub_utterance"]) + self.texts.rows_of(fields["knowledge"])
+        vertices = subs + knowledge + 1 + context + concept
+        return texts + (1 + context) * (1 + subs) + 1 + response + 2 * vertices
 
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         """Word ids (n,) and their pretrained vectors (n, d), or None when the store was prepared without any."""

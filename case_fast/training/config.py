@@ -11,11 +11,13 @@ from typing import Any, Literal, Self
 from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
+from case_fast.training.sampler import BATCHINGS
 
 PRECISIONS = ("float32", "bf16")
+STEPS = ("auto", "eager", "captured", "padded")
 
 # What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
-ADJUSTABLE = frozenset({"max_steps", "device", "log_every", "checkpoint_every", "keep_checkpoints"})
+ADJUSTABLE = frozenset({"max_steps", "device", "step", "workers", "log_every", "checkpoint_every", "keep_checkpoints"})
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -28,6 +30,8 @@ class TrainConfig:
         phase1_epochs: epochs of phase 1, for a model that has two phases (CASE: on L_BOW alone).
         phase1_steps: steps of it, in place of epochs.
         batch_size: dialogues a step.
+        batching: shuffled: the order of an epoch as it comes (the paper's recipe). bucketed: within each 64 batches of it,
+            dialogues of about one cost together. balanced: within these, each batch costs about as much as the next.
         warmup: Noam warm-up in steps, counted across all phases.
         lr_scale: factor on Noam's learning rate.
         betas: of Adam.
@@ -39,8 +43,11 @@ class TrainConfig:
         max_steps: most steps of the last phase; None: until early stopping.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
+        step: eager, each op launched by itself; captured, the whole step in CUDA graphs; auto, captured on CUDA and eager
+            elsewhere; padded, what is captured, launched op by op, to compare with.
         precision: float32, or bf16 (autocast; weights and losses stay float32).
         deterministic: the same weights bit for bit each time on one device.
+        workers: processes that make batches; 0: a thread of this one makes them. The batches are the same.
         log_every: steps between two records of the log.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of them are kept.
@@ -52,6 +59,7 @@ class TrainConfig:
     phase1_epochs: int = 4
     phase1_steps: int | None = None
     batch_size: int = 16
+    batching: Literal["shuffled", "bucketed", "balanced"] = "shuffled"
     warmup: int = 12_000
     lr_scale: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
@@ -63,8 +71,10 @@ class TrainConfig:
     max_steps: int | None = None
     valid_limit: int | None = None
     device: str = "auto"
+    step: Literal["auto", "eager", "captured", "padded"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     deterministic: bool = True
+    workers: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -72,7 +82,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise ConfigError(f"model must be a model's configuration, such as CASEConfig, not {type(self.model).__name__}")
-        for name in ("seed", "phase1_epochs", "min_steps"):
+        for name in ("seed", "phase1_epochs", "min_steps", "workers"):
             self._whole(name, 0)
         for name in ("batch_size", "warmup", "validate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
             self._whole(name, 1)
@@ -95,8 +105,9 @@ class TrainConfig:
         if self.ablation is not None and self.ablation not in self.model.ablations:
             known = ", ".join(self.model.ablations) or f"none, {self.model.kind} has no ablations"
             raise ConfigError(f"ablation must be one of {known}, not {self.ablation!r}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("batching", BATCHINGS), ("step", STEPS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be true or false, not {self.deterministic!r}")
 

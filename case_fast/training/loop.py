@@ -6,22 +6,23 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from case_fast.batch import Batch
 from case_fast.data import Store
+from case_fast.data.workers import Workers
 from case_fast.devices import device_name, resolve_device
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.memory import keep_freed_memory
-from case_fast.models import DialogueModel, Output, model_class
+from case_fast.models import DialogueModel, model_class
 from case_fast.optional import PlainConsole, open_console
 from case_fast.references import read_references
 from case_fast.runs import Run, writing
@@ -39,6 +40,7 @@ from case_fast.training.log import Display, RunLog
 from case_fast.training.process import StopRequest, peak_memory, reproducible
 from case_fast.training.sampler import Sampler, step_seed
 from case_fast.training.schedule import EarlyStopping, noam
+from case_fast.training.step import Prepared, Taken, make_step
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,31 +102,39 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
             reproducible(config.seed, config.deterministic, device),
             StopRequest() as stop,
             Display(console or open_console()) as display,
+            Workers(store, config.workers) as workers,
             ThreadPoolExecutor(1, "case_fast batches") as pool,
         ):
-            ready = Trainer(store, run, config, device, display, stop, pool, resume)
+            ready = Trainer(store, run, config, device, display, stop, workers, pool, resume)
             try:
                 yield ready
             finally:
                 ready.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepTaken:
-    seconds: float
+    """One step; ``numbers``: when they have come from the device."""
+
     dialogues: int
     words: int
-    losses: dict[str, float]
+    seconds: float = 0.0
+    numbers: Taken | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return {} if self.numbers is None else self.numbers.losses
 
 
 class Trainer:
     """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases."""
 
     def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, display: Display,
-                 stop: StopRequest, pool: ThreadPoolExecutor, resume: bool):
+                 stop: StopRequest, workers: Workers, pool: ThreadPoolExecutor, resume: bool):
         self.store, self.run, self.config, self.device = store, run, config, device
-        self.display, self.stop, self.pool = display, stop, pool
-        self.sampler = Sampler(store.size("train"), config.batch_size, config.seed)
+        self.display, self.stop, self.workers, self.pool = display, stop, workers, pool
+        costs = None if config.batching == "shuffled" else store.costs("train")
+        self.sampler = Sampler(store.size("train"), config.batch_size, config.seed, config.batching, costs)
         self.valid_size = min(store.size("valid"), config.valid_limit or store.size("valid"))
         self.phase_1_steps = config.steps_of_phase_1(self.sampler.examples)
         self.step = 0
@@ -135,7 +145,8 @@ class Trainer:
         self.model = self._new_model()
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+        self.form = make_step(store, self.sampler, self.model, self.parameters, config, device)
+        self.optimizer = self.form.optimizer
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
@@ -220,6 +231,7 @@ class Trainer:
                 begun = self.phase
                 self._begin_phase()
             if self.validation_due:
+                self.collect()
                 self._validate()
             if self.stopped:
                 break
@@ -255,6 +267,7 @@ class Trainer:
             self.log.write("resume", self.phase, self.step)
 
     def _begin_phase(self) -> None:
+        self.collect()
         self.model.set_phase(self.phase_name)
         self.log.write("phase", self.phase, self.step, name=self.phase_name)
         title = f"phase {self.phase} ({self.phase_name})" if len(self.model.phases) > 1 else "training"
@@ -273,64 +286,67 @@ class Trainer:
 
     # ---- batches
 
-    def _ahead(self, make: Callable[[Any], Batch], keys: Iterable[Any]) -> Iterator[Batch]:
-        """``make(key)`` for each key in turn, the next one being made in the background meanwhile."""
-        waiting: deque[Future[Batch]] = deque()
+    def _ahead(self, ask: Callable[[Any], Callable[[], Any]], keys: Iterable[Any]) -> Iterator[Any]:
+        """``ask(key)()`` for each key in turn, the next ones being made in the background meanwhile: by a thread, or by the
+        workers, from whom the thread fetches them."""
+        waiting: deque[Future[Any]] = deque()
         for key in keys:
-            waiting.append(self.pool.submit(make, key))
-            if len(waiting) == 2:
+            waiting.append(self.pool.submit(ask(key)))
+            if len(waiting) > max(1, self.config.workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def _training_batch(self, step: int) -> Batch:
-        seed = step_seed(self.config.seed, step)
-        return self._pinned(self.store.batch("train", self.sampler.indices(step), self.model.needs, seed))
+    def _batch(self, split: str, indices: Sequence[int], seed: int) -> Callable[[], Batch]:
+        make = self.workers.ask if self.config.workers else partial(partial, self.store.batch)
+        return make(split, indices, self.model.needs, seed)
 
-    def _validation_batch(self, start: int) -> Batch:
-        indices = range(start, min(start + VALIDATION_BATCH, self.valid_size))
-        return self._pinned(self.store.batch("valid", indices, self.model.needs, seed=0))
+    def _training_batch(self, step: int) -> Callable[[], Prepared]:
+        batch = self._batch("train", self.sampler.indices(step), step_seed(self.config.seed, step))
+        return lambda: self.form.prepared(batch())
 
-    def _pinned(self, batch: Batch) -> Batch:
-        return batch.pin_memory() if self.device.type == "cuda" else batch
-
-    def _forward(self, batch: Batch) -> Output:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.model(batch.to(self.device, non_blocking=True))
+    def _validation_batch(self, start: int) -> Callable[[], Batch]:
+        batch = self._batch("valid", range(start, min(start + VALIDATION_BATCH, self.valid_size)), seed=0)
+        return lambda: batch().pin_memory() if self.device.type == "cuda" else batch()
 
     # ---- one step
 
     def train_step(self) -> None:
-        """One step of the optimizer; its losses are the last of ``recent``."""
+        """One step of the optimizer, the last of ``recent``; its numbers come at the latest when a record of the log is due."""
         config, started = self.config, time.perf_counter()
         batch = next(self.batches)
-        output = self._forward(batch)
-        output.loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        numbers = {"norm": norm, "loss": output.loss, **output.losses}
-        values = torch.stack([number.detach().float() for number in numbers.values()]).tolist()  # one transfer for all
-        norm_value, losses = values[0], dict(zip(list(numbers)[1:], values[1:], strict=True))
-        if not (math.isfinite(losses["loss"]) and math.isfinite(norm_value)):
-            self._fail(losses, norm_value)
-        if config.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, config.clip_norm, norm)
         lr = noam(self.step + 1, config.model.d_model, config.warmup, config.lr_scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.form.take(batch, lr)
         # step and phase before the count moves on: the last step of phase 1 is one of phase 1
         phase, phase_step, phase_total = self.phase, self.phase_step + 1, self.phase_total
         self.step += 1
-        words = batch.context.numel() - batch.size + batch.target.numel()
-        self.recent.append(StepTaken(time.perf_counter() - started, batch.size, words, losses))
-        if self.step % config.log_every == 0:
-            self._log_step(phase, lr, norm_value, output)
-        self.display.step(phase_step, phase_total, self._status(losses, lr))
+        taken = StepTaken(batch.dialogues, batch.words)
+        self.recent.append(taken)
+        due = self.step % config.log_every == 0
+        if due or self.form.at_once:
+            self.collect()
+        taken.seconds = time.perf_counter() - started
+        if due:
+            self._log_step(phase, lr)
+        self.display.step(phase_step, phase_total, self._status(lr))
 
-    def _fail(self, losses: dict[str, float], norm: float) -> None:
-        step = self.step + 1
+    def collect(self) -> None:
+        """The numbers of the latest steps, as far as they have not come yet; raises `NotFinite` where one of them had to."""
+        found = self.form.collect()
+        first = self.step - len(found) + 1
+        for taken, numbers in zip(list(self.recent)[len(self.recent) - len(found) :], found, strict=True):
+            taken.numbers = numbers
+        for step, numbers in enumerate(found, first):
+            if not numbers.finite:
+                self._fail(step, numbers)
+
+    def _fail(self, step: int, numbers: Taken) -> None:
+        self.step = step - 1  # where the weights are
+        losses, norm = numbers.losses, numbers.norm
+        seed = step_seed(self.config.seed, self.step)
+        self.form.examine(lambda: self.form.prepared(
+            self.store.batch("train", self.sampler.indices(self.step), self.model.needs, seed)
+        ))
         bad = [
             name
             for name, p in zip(self.names, self.parameters, strict=True)
@@ -351,20 +367,23 @@ class Trainer:
         seconds = max(sum(taken.seconds for taken in self.recent), 1e-9)
         return sum(taken.dialogues for taken in self.recent) / seconds, sum(taken.words for taken in self.recent) / seconds
 
-    def _status(self, losses: dict[str, float], lr: float) -> str:
+    def _status(self, lr: float) -> str:
         dialogues, words = self._speed()
-        shown = f"loss {losses['loss']:.3f}"
+        losses = next((taken.losses for taken in reversed(self.recent) if taken.numbers), {})
+        shown = f"loss {losses['loss']:.3f}" if losses else "loss to come"
         if "generation" in losses:
             shown += f", perplexity {_perplexity(losses['generation']):.1f}"
         return f"{shown}, lr {lr:.1e}, {dialogues:.0f} dialogues/s, {words:,.0f} words/s"
 
-    def _log_step(self, phase: int, lr: float, norm: float, output: Output) -> None:
+    def _log_step(self, phase: int, lr: float) -> None:
         """Losses are means over the steps since the last record, the rest is of the last step."""
         means = {name: sum(taken.losses[name] for taken in self.recent) / len(self.recent) for name in self.recent[-1].losses}
         dialogues, words = self._speed()
+        last = self.recent[-1].numbers
+        assert last is not None
         self.log.write(
-            "step", phase, self.step, loss=means.pop("loss"), losses=means, lr=lr, grad_norm=norm,
-            diagnostics={name: float(value) for name, value in output.diagnostics.items()},
+            "step", phase, self.step, loss=means.pop("loss"), losses=means, lr=lr, grad_norm=last.norm,
+            diagnostics=last.diagnostics,
             examples_per_second=round(dialogues, 2), words_per_second=round(words, 1), **peak_memory(self.device),
         )
 
@@ -374,7 +393,7 @@ class Trainer:
         """Measure the validation split; keep the weights if they are the best. A stop request ends it without a result."""
         started = time.perf_counter()
         batches = self._ahead(self._validation_batch, range(0, self.valid_size, VALIDATION_BATCH))
-        found = read_references(self.model, itertools.takewhile(lambda _: not self.stop.signal, batches), self._forward)
+        found = read_references(self.model, itertools.takewhile(lambda _: not self.stop.signal, batches), self.form.forward)
         if self.stop.signal:
             return
         mean, losses = found.mean_nll, dict(found.losses)
@@ -401,6 +420,7 @@ class Trainer:
     # ---- saving and coming back
 
     def _save(self) -> Path:
+        self.collect()  # a checkpoint is of steps that are known to be sound
         started = time.perf_counter()
         state = {
             "config": self.config.as_dict(),

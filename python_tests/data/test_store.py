@@ -105,6 +105,17 @@ def test_any_text_comes_back(tmp_path, made):
     assert store.splits == ()
 
 
+def test_the_cost_of_an_example_counts_the_rows_that_a_model_reads(store, made):
+    examples, texts = made
+    for split in SPLITS:
+        expected = []
+        for e in examples[split]:
+            rows = sum(1 + len(texts.tokens(text)) for text in [*e.sub_utterance, *e.knowledge])
+            rows += (1 + len(e.context)) * (1 + len(e.sub_utterance)) + 1 + len(e.response)
+            expected.append(rows + 2 * (len(e.cognition_graph.indptr) - 1 + len(e.concept_graph.indptr) - 1))
+        assert store.costs(split).tolist() == expected
+
+
 def test_word_vectors_come_back(store, tmp_path, made):
     ids, vectors = store.embeddings()
     assert torch.equal(ids, torch.tensor([8, 10, 11], dtype=torch.int32)) and torch.equal(vectors, torch.arange(12.0).view(3, 4))

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from helpers import random_examples, tiny_config, tiny_featurizer
 from rich.console import Console
@@ -45,6 +46,9 @@ class MemoryStore:
     def batch(self, split: str, indices: Sequence[int], parts: Sequence[str] = PARTS, seed: int = 0) -> Batch:
         made = make_batch([self._splits[split][i] for i in indices], self.texts, parts, seed)
         return self.on_batch(split, list(indices), made)
+
+    def costs(self, split: str) -> np.ndarray:
+        return np.array([len(example.context) for example in self._splits[split]])
 
     def embeddings(self) -> tuple[Tensor, Tensor] | None:
         return None if self._vectors is None else (torch.arange(8, 8 + len(self._vectors)), self._vectors)

@@ -32,7 +32,7 @@ def test_defaults_are_the_recipe_of_the_paper():
         ("phase1_steps", -1), ("max_steps", 0), ("valid_limit", 0), ("min_steps", -1), ("seed", -1), ("seed", 1 << 63),
         ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("betas", (0.9, math.nan)), ("betas", 0.9), ("eps", 0.0), ("lr_scale", 0),
         ("lr_scale", math.inf), ("clip_norm", 0.0), ("clip_norm", "1"), ("ablation", "w/o Everything"), ("precision", "fp16"),
-        ("deterministic", 1), ("model", {"d_model": 16}),
+        ("batching", "sorted"),        ("deterministic", 1), ("model", {"d_model": 16}),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(name, value):
@@ -70,6 +70,11 @@ def test_differences_name_settings_and_leave_out_the_adjustable_ones():
     one, other = TrainConfig(), preset("paper", seed=1, model={"d_model": 100}, log_every=3, device="cpu", max_steps=9)
     assert differences(one.as_dict(), other.as_dict()) == [
         "model.d_model is 300 in the run and 100 now", "seed is 0 in the run and 1 now",
+    ]
+    earlier = {name: value for name, value in one.as_dict().items() if name != "batching"}  # of a version that had it not
+    assert differences(earlier, one.as_dict()) == []
+    assert differences(earlier, preset("paper", batching="bucketed").as_dict()) == [
+        "batching is 'shuffled' in the run and 'bucketed' now",
     ]
     assert ADJUSTABLE <= {item.name for item in fields(TrainConfig)}
 

@@ -276,6 +276,17 @@ def test_resumed_after_an_interruption_it_ends_bit_for_bit_the_same(store, whole
     assert len(json.loads((out / "manifest.json").read_text())["resumed"]) == 1
 
 
+@pytest.mark.parametrize("batching", ["bucketed", "balanced"])
+def test_a_run_of_batches_cut_by_cost_resumes_bit_for_bit(store, whole, tmp_path, batching):
+    config = tiny_run(batching=batching)
+    run(store, tmp_path / "one", config)
+    interrupt_at(store, tmp_path / "two", 6, config)
+    with pytest.raises(ConfigError, match=f"batching is '{batching}' in the run and 'shuffled' now"):
+        run(store, tmp_path / "two", resume=True)
+    run(store, tmp_path / "two", config, resume=True)
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two") != outcome(whole)
+
+
 def test_interrupted_again_and_again_it_ends_bit_for_bit_the_same(store, whole, tmp_path):
     rng = random.Random(1)
     done = 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from case_fast.errors import ConfigError
-from case_fast.training.sampler import Sampler, epoch_order
+from case_fast.training.sampler import WINDOW, Sampler, epoch_order
 from case_fast.training.schedule import EarlyStopping, noam
 
 
@@ -51,6 +51,53 @@ def test_earliest_stop_is_what_happens_when_nothing_gets_better(patience, min_st
         step += every
         stopping.update(step, 3.0)
     assert step == foreseen
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "balanced"])
+@given(st.integers(1, 500), st.integers(1, 6), st.integers(0, 2**63 - 1), st.integers(0, 5))
+def test_batches_cut_by_cost_hold_each_example_once_an_epoch(batching, examples, batch_size, seed, epoch):
+    costs = np.random.default_rng(0).integers(1, 50, examples)
+    sampler = Sampler(examples, batch_size, seed, batching, costs)
+    steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+    batches = [sampler.indices(step) for step in steps]
+    assert sorted(index for batch in batches for index in batch) == list(range(examples))
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    order = epoch_order(seed, epoch, examples).tolist()
+    for first in range(0, len(batches), WINDOW):  # each window holds the examples that the shuffle gave it
+        found = [index for batch in batches[first : first + WINDOW] for index in batch]
+        assert sorted(found) == sorted(order[first * batch_size : (first + WINDOW) * batch_size])
+    for step in (steps[-1], steps[0]):  # a function of the step alone: another sampler, in another order
+        assert Sampler(examples, batch_size, seed, batching, costs).indices(step) == batches[step - steps[0]]
+
+
+def test_bucketed_batches_are_alike_inside_and_balanced_ones_among_each_other():
+    costs = np.random.default_rng(1).lognormal(3, 0.5, 4_000)
+
+    def spread(batching: str) -> tuple[float, float]:
+        sampler = Sampler(len(costs), 16, 0, batching, costs)
+        batches = [costs[sampler.indices(step)] for step in range(sampler.steps_per_epoch)]
+        totals = np.array([batch.sum() for batch in batches])
+        return float(np.mean([batch.std() for batch in batches])), float(totals.std())
+
+    within, among = zip(*(spread(batching) for batching in ("bucketed", "shuffled", "balanced")), strict=True)
+    assert within[0] < 0.2 * within[1] and among[2] < 0.4 * among[1] < 0.2 * among[0]
+
+
+def test_bucketed_batches_come_in_random_order():
+    costs = np.arange(64 * 4)
+    sampler = Sampler(len(costs), 4, 0, "bucketed", costs)
+    first = [sampler.indices(step)[0] for step in range(WINDOW)]
+    assert sorted(first) == list(range(0, 64 * 4, 4)) != first
+    assert first != [sampler.indices(step)[0] for step in range(WINDOW, 2 * WINDOW)]  # the next epoch
+
+
+def test_batching_by_cost_needs_costs():
+    with pytest.raises(ConfigError, match="batching 'bucketed' needs the cost of each example"):
+        Sampler(5, 2, 0, "bucketed")
+    with pytest.raises(ConfigError, match="batching 'balanced' needs the cost of each example"):
+        Sampler(5, 2, 0, "balanced", np.ones(4))
+    with pytest.raises(ConfigError, match="batching must be one of shuffled, bucketed, balanced, not 'sorted'"):
+        Sampler(5, 2, 0, "sorted")
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**63 - 1), st.integers(0, 5))
