@@ -44,28 +44,6 @@ def whole(store, tmp_path_factory) -> Path:
     return out
 
 
-def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
-    """Call ``action`` right after the training step that makes ``step``, or right before the first one."""
-    real = loop.Trainer.train_step
-
-    def train_step(self) -> None:
-        if step == 0 == self.step:
-            action()
-        real(self)
-        if step == self.step:
-            action()
-
-    patch.setattr(loop.Trainer, "train_step", train_step)
-
-
-def interrupt_at(store, out: Path, step: int, config: TrainConfig | None = None, resume: bool = False) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, step, lambda: signal.raise_signal(random.choice([signal.SIGINT, signal.SIGTERM])))
-        with pytest.raises(Interrupted) as caught:
-            run(store, out, config, resume)
-    return str(caught.value)
-
-
 # ---- what a run does and leaves behind
 
 
