@@ -160,7 +160,12 @@ def test_a_batch_beyond_every_capacity_is_taken_as_it_is(store, tmp_path, monkey
     monkeypatch.setattr(forms, "capacities", capacities)
     places = []
     real = forms.PaddedStep.take
-    monkeypatch.setattr(forms.PaddedStep, "take", lambda self, prepared, lr: (places.append(prepared.place), real(self, prepared, lr)))
+
+    def take(self, prepared, lr):
+        places.append(prepared.place)
+        real(self, prepared, lr)
+
+    monkeypatch.setattr(forms.PaddedStep, "take", take)
     run(store, tmp_path / "mixed", tiny_run(step="padded", model=STILL, warmup=400))
     assert {-1, 0} == set(places)
     run(store, tmp_path / "eager", tiny_run(step="eager", model=STILL, warmup=400))
