@@ -127,7 +127,7 @@ def _profile_arguments(parser: ArgumentParser) -> None:
     from case_fast.devices import DEVICES
 
     parser.add_argument("--store", type=str, required=True, help="store that prepare made")
-    parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to take; default: the recipe")
+    parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to use; default: CASE's own")
     parser.add_argument("--steps", type=int, default=5, help="training steps to record of each phase")
     parser.add_argument("--out", type=str, default="profile", help="folder for PHASE.trace.json.gz, which ui.perfetto.dev opens")
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
