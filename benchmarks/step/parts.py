@@ -94,14 +94,14 @@ def _marked(steps: Callable[[], object]) -> None:
 
 
 def attribute(events: Iterable[Any], steps: int) -> dict[str, Any]:
-    """Self times of events summed by part and direction. An op of the backward pass belongs to the part whose forward op gave it
-    its sequence number."""
-    events = [event for event in events if event.device_type == DeviceType.CPU]
+    """Self times of events summed by part and direction. A node of the backward pass belongs to the part of the op that made it:
+    the last one that was given the node's sequence number, since all ops that make no node have the next node's."""
+    events = sorted((event for event in events if event.device_type == DeviceType.CPU), key=lambda event: event.time_range.start)
     of_forward: dict[int, str] = {}
     for event in events:
         part = _part(event)
-        if event.sequence_nr >= 0 and part is not None and not _node(event):
-            of_forward.setdefault(event.sequence_nr, part)
+        if event.sequence_nr >= 0 and part is not None and _node(event) is None:
+            of_forward[event.sequence_nr] = part
     ms: defaultdict[tuple[str, str], float] = defaultdict(float)
     for event in events:
         node, part = _node(event), _part(event)
