@@ -146,7 +146,9 @@ def _benchmarks() -> Any:
 
 def _bench_arguments(parser: ArgumentParser) -> None:
     families = ", ".join(_benchmarks().families())
-    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}")
+    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}; or decode")
+    parser.add_argument("--store", type=str | None, default=None, help="decode: store that prepare made")
+    parser.add_argument("--run", type=str | None, default=None, help="decode: folder that train made")
     parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
                         help="measure nothing; print what was measured before, of this family, all, or gpu (benchmarks/gpu.sh)")
     parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
@@ -368,7 +370,14 @@ def _bench(args: Namespace, console: Console) -> None:
                 console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
-        lines, paths = bench(args.family, sizes, args.quick, Path(args.out or "bench"), told, args.budget, args.device)
+        how = (sizes, args.quick, Path(args.out or "bench"), told, args.budget, args.device)
+        if args.family == "decode":
+            said, paths = import_module("benchmarks.decode.run").bench(args.store, args.run, *how)
+            lines = []
+        else:
+            (lines, paths), said = bench(args.family, *how), []
+    for line in said:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     for line in lines:
         costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "

@@ -6,6 +6,7 @@ so that every log-probability here is that of a word among those that may be sai
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from torch import Tensor
 from case_fast.batch import Batch
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
-from case_fast.equations import greatest
+from case_fast.equations import full_precision, greatest
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.models.base import DialogueModel, Reading, evaluating
 
 _HEAD = 1024  # words within which top-p nearly always ends
+LOOK_EVERY = 8  # words on a GPU between two looks at what has ended; on a CPU a look costs nothing
+_log = logging.getLogger("case_fast")
 
 
 @dataclass(frozen=True)
@@ -102,18 +105,23 @@ def generate(model: DialogueModel, batch: Batch, config: GenerationConfig, first
     Raises:
         CheckpointError: the model's scores are NaN.
     """
+    numbers = _numbers(batch, first_index)
     with evaluating(model):
-        reading = model.read(batch) if reading is None else reading
-        if config.strategy == "beam":
-            return _beam(model, reading, config, batch.size)
-        numbers = range(first_index, first_index + batch.size) if isinstance(first_index, int) else first_index
-        if len(numbers) != batch.size:
-            raise ValueError(f"first_index names {len(numbers)} dialogues, the batch holds {batch.size}")
-        return _one_by_one(model, reading, config, numbers)
+        search = _search(model, config, model.read(batch) if reading is None else reading)
+        search.begin(numbers)
+        return _carry_out(search, search.step, 1 if search.device.type == "cpu" else LOOK_EVERY)
+
+
+def _numbers(batch: Batch, first_index: int | Sequence[int]) -> Sequence[int]:
+    """See `generate`."""
+    numbers = range(first_index, first_index + batch.size) if isinstance(first_index, int) else first_index
+    if len(numbers) != batch.size:
+        raise ValueError(f"first_index names {len(numbers)} dialogues, the batch holds {batch.size}")
+    return numbers
 
 
 def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequence[int] | None = None,
-                 config: GenerationConfig | None = None, batch_size: int = 16, device: torch.device | str | None = None,
+                 config: GenerationConfig | None = None, batch_size: int = 32, device: torch.device | str | None = None,
                  progress: Callable[[int, int], None] | None = None) -> list[Generated]:
     """Replies to the examples ``indices`` (None: all) of a store's split, in their order.
 
@@ -130,12 +138,14 @@ def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequen
     device = device or next(model.parameters()).device
     length = {index: len(store.example(split, index).context) for index in set(indices)}
     order = sorted(range(len(indices)), key=lambda place: -length[indices[place]])  # too long for memory shows at once
+    replayed = Replayed(model, config) if torch.device(device).type == "cuda" else None
     found: dict[int, Generated] = {}
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         chosen = [indices[place] for place in places]
         batch = store.batch(split, chosen, model.needs, seed=0).to(device)
-        found.update(zip(places, generate(model, batch, config, chosen), strict=True))
+        replies = generate(model, batch, config, chosen) if replayed is None else replayed.generate(batch, chosen)
+        found.update(zip(places, replies, strict=True))
         if progress:
             progress(len(found), len(order))
     return [found[place] for place in range(len(order))]
@@ -165,9 +175,11 @@ def _draw(logits: Tensor, config: GenerationConfig, uniform: Tensor) -> Tensor:
         probability, word = greatest(probability, min(config.top_k, vocabulary))
         probability = probability / probability.sum(1, keepdim=True)
     elif config.top_p < 1:
-        # sorting the whole vocabulary is slow, and seldom needed
-        head, word = greatest(probability, min(_HEAD, vocabulary))
-        probability, word = (head, word) if (head.sum(1) >= config.top_p).all() else greatest(probability, vocabulary)
+        # sorting the whole vocabulary is slow, and seldom needed; a GPU is not asked whether it is
+        few = min(_HEAD, vocabulary) if logits.is_cpu else vocabulary
+        head, word = greatest(probability, few)
+        enough = few == vocabulary or (head.sum(1) >= config.top_p).all()
+        probability, word = (head, word) if enough else greatest(probability, vocabulary)
     if config.top_p < 1:
         # the words before it hold less than top_p, so the word that crosses top_p is kept
         probability = probability * (probability.cumsum(1) - probability < config.top_p)
@@ -176,110 +188,291 @@ def _draw(logits: Tensor, config: GenerationConfig, uniform: Tensor) -> Tensor:
     return (place if word is None else word.gather(1, place)).squeeze(1)
 
 
-def _checked(score: float) -> float:
-    if math.isnan(score):
-        raise CheckpointError("the model's scores are not numbers (NaN): its weights are damaged, or its training diverged")
-    return score
+def _penalty(model: DialogueModel, config: GenerationConfig, step: int, device: torch.device) -> Tensor:
+    """(V,) what is added to the scores of the word at ``step``: -inf where it may not be said, else 0."""
+    zero = full_precision(model.output.weight[:1, :1]).new_zeros(1, model.output.weight.shape[0])
+    return _forbid(zero, config, step)[0]
 
 
-# ---- the three strategies
+# ---- the searches
 
 
-def _one_by_one(model: DialogueModel, reading: Reading, config: GenerationConfig, numbers: Sequence[int]) -> list[Generated]:
-    """Greedy search and sampling: one hypothesis a dialogue; a dialogue that has ended leaves the batch."""
-    device = reading.device
-    state = model.start_decoding(reading)
-    going = list(range(len(numbers)))  # the dialogues still in the batch
-    words = torch.full((len(going),), BOS, device=device)
-    said: list[list[int]] = [[] for _ in going]
-    score = [0.0] * len(going)
-    done: dict[int, Generated] = {}
-    if config.strategy == "sample":
-        # all draws of a dialogue in advance, from its own stream
-        draws = [np.random.default_rng((config.seed, number)).random(config.max_words) for number in numbers]
-        uniform = torch.from_numpy(np.stack(draws)).to(device)
-    greedy = config.strategy == "greedy"
-    few = 1 if greedy else min(config.top_k, model.config.vocab_size)  # words to choose from; 0: all
-    for step in range(config.max_words):
-        if few:
-            gain, found = model.next_words(words, step, state, few, _never(config, step))
-            place = torch.zeros_like(words) if greedy else _draw(gain, config, uniform[going, step])
-            words = found.gather(1, place.unsqueeze(1)).squeeze(1)
-        else:
-            gain = _forbid(model.next_word_logits(words, step, state), config, step).log_softmax(1)
-            words = place = _draw(gain, config, uniform[going, step])
-        gain = gain.gather(1, place.unsqueeze(1)).squeeze(1)
-        for dialogue, word, value in zip(going, words.tolist(), gain.tolist(), strict=True):
-            score[dialogue] += _checked(value)
-            if word != EOS:
-                said[dialogue].append(word)
-            if word == EOS or step + 1 == config.max_words:
-                ended = "eos" if word == EOS else "length"
-                done[dialogue] = Generated(tuple(said[dialogue]), score[dialogue], ended)
-        if len(done) == len(numbers):
-            break
-        kept = [place for place, dialogue in enumerate(going) if dialogue not in done]
-        if len(kept) < len(going):
-            going = [going[place] for place in kept]
-            index = torch.tensor(kept, device=device)
-            state.keep(index)
-            words = words[index]
-    return [done[dialogue] for dialogue in range(len(numbers))]
+class _Search:
+    """The search for the replies to a batch. A `step` says one word and asks the device for nothing; what it changes stays where
+    it lies, in tensors of the search, the dialogues that go on in the first rows: the steps of a fixed state can be captured.
+
+    Attributes:
+        going: places in the batch of the dialogues that have no reply yet, in the order of their rows.
+        over: (rows,) whether a dialogue has its reply, or is read for nothing.
+    """
+
+    beams = 1
+
+    def __init__(self, model: DialogueModel, config: GenerationConfig, reading: Reading, fixed: bool):
+        self.model, self.config, self.device = model, config, reading.device
+        self.state = model.start_decoding(reading, self.beams, config.max_words, fixed)
+        self.penalty = _penalty(model, config, config.min_words, self.device)
+        self.early = _penalty(model, config, 0, self.device) if config.min_words else None
+        self.over = torch.empty(reading.size, dtype=torch.bool, device=self.device)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Stand before the first word of so many dialogues of the state; ``numbers``: see `generate`."""
+        self.going = list(range(len(numbers)))
+        self.over[: len(numbers)] = False
+        self.over[len(numbers) :] = True
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def wrong(self) -> Tensor:
+        """() whether a score was NaN."""
+        raise NotImplementedError
+
+    def replies(self, rows: Tensor) -> list[Generated]:
+        """Of the dialogues at ``rows`` (n,), which are over."""
+        raise NotImplementedError
+
+    def moving(self) -> list[Tensor]:
+        """What has a row for each dialogue, beside ``over``."""
+        raise NotImplementedError
+
+    def keep(self, rows: list[int], dialogues: int) -> None:
+        """Go on with these rows; a step reads ``dialogues`` of them, the last of them for nothing where that is more."""
+        kept = torch.tensor(rows, device=self.device)
+        for x in self.moving():
+            x[: len(rows)] = x.index_select(0, kept)
+        self.over[: len(rows)] = False
+        self.over[len(rows) :] = True
+        self.state.keep(kept, dialogues)
+
+    def now_penalty(self) -> Tensor:
+        """(V,) what is added to the scores of the next word."""
+        if self.early is None:
+            return self.penalty
+        return torch.where(self.state.position < self.config.min_words, self.early, self.penalty)
+
+
+class _OneByOne(_Search):
+    """Greedy search and sampling: one hypothesis a dialogue."""
+
+    def __init__(self, model: DialogueModel, config: GenerationConfig, reading: Reading, fixed: bool):
+        super().__init__(model, config, reading, fixed)
+        size, most = reading.size, config.max_words
+        self.said = torch.empty(size, most + 1, dtype=torch.int64, device=self.device)  # after BOS; EOS from the end on
+        self.score = torch.empty(size, dtype=torch.float64, device=self.device)
+        self.uniform = torch.zeros(size, most if config.strategy == "sample" else 0, dtype=torch.float64, device=self.device)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        super().begin(numbers)
+        self.said.fill_(BOS)
+        self.score.zero_()
+        if self.config.strategy == "sample":  # all draws of a dialogue in advance, from its own stream
+            draws = [np.random.default_rng((self.config.seed, number)).random(self.config.max_words) for number in numbers]
+            self.uniform[: len(numbers)] = torch.from_numpy(np.stack(draws))
+
+    def moving(self) -> list[Tensor]:
+        return [self.said, self.score, self.uniform]
+
+    def step(self) -> None:
+        model, config, state = self.model, self.config, self.state
+        said, score, uniform, over = (x[: state.dialogues] for x in (self.said, self.score, self.uniform, self.over))
+        at, penalty = state.position.view(1).clone(), self.now_penalty()
+        newest = said.index_select(1, at).squeeze(1)
+        if few := 1 if config.strategy == "greedy" else min(config.top_k, model.config.vocab_size):
+            gain, word = model.next_words(newest, state, few, penalty)
+        else:  # among all words
+            gain, word = (model.next_word_logits(newest, state) + penalty).log_softmax(1), None
+        if config.strategy == "sample":
+            place = _draw(gain, config, uniform.index_select(1, at).squeeze(1)).unsqueeze(1)
+            gain, word = gain.gather(1, place), place if word is None else word.gather(1, place)
+        score += gain.squeeze(1).double().masked_fill(over, 0)
+        word = word.squeeze(1).masked_fill(over, EOS)
+        said.index_copy_(1, at + 1, word.unsqueeze(1))
+        over |= word == EOS
+
+    def wrong(self) -> Tensor:
+        return self.score[: len(self.going)].isnan().any()
+
+    def replies(self, rows: Tensor) -> list[Generated]:
+        found = []
+        for (_, *said), score in zip(self.said[rows].tolist(), self.score[rows].tolist(), strict=True):
+            eos = EOS in said
+            found.append(Generated(tuple(said[: said.index(EOS)] if eos else said), score, "eos" if eos else "length"))
+        return found
 
 
 def _normalised(score: float, length: int, config: GenerationConfig) -> float:
     return score / length**config.length_penalty
 
 
-def _beam(model: DialogueModel, reading: Reading, config: GenerationConfig, dialogues: int) -> list[Generated]:
+class _BeamSearch(_Search):
     """Beam search: at each step the ``beams`` best continuations of a dialogue live on; those that end with EOS compete for
-    the reply. It ends when no open hypothesis can beat the best ended one, whatever its length; one beam is greedy search.
+    the reply. It is over when no open hypothesis can beat the best ended one, whatever its length; one beam is greedy search.
     """
-    device, beams = reading.device, config.beams
-    state = model.start_decoding(reading, beams)
-    going = list(range(dialogues))
-    words = torch.full((dialogues * beams,), BOS, device=device)
-    score = torch.full((dialogues, beams), -math.inf, device=device)
-    score[:, 0] = 0  # the hypotheses start alike: one of them is enough; -inf marks a free place
-    said: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in going]
-    best: list[Generated | None] = [None] * dialogues
-    best_value = [-math.inf] * dialogues
-    for step in range(config.max_words):
-        most = min(beams, model.config.vocab_size)  # one hypothesis has no more survivors than that
-        value, word = model.next_words(words, step, state, most, _never(config, step))
-        total = score.flatten().unsqueeze(1) + value
-        score, place = greatest(total.reshape(len(going), -1), beams)
-        origin = place // value.shape[1]
-        newest = word.reshape(len(going), -1).gather(1, place)
 
-        length, last = step + 1, step + 1 == config.max_words
-        kept = []
-        for row, (scores, origins, latest) in enumerate(zip(score.tolist(), origin.tolist(), newest.tolist(), strict=True)):
-            dialogue, before = going[row], said[row]
-            said[row] = [[*before[source], new] for source, new in zip(origins, latest, strict=True)]
-            highest = -math.inf  # what an open hypothesis can reach: scores only fall, so at best at the greatest length
-            for hypothesis, reached, new in zip(said[row], scores, latest, strict=True):
-                if _checked(reached) == -math.inf:
-                    continue
-                if new != EOS and not last:
-                    highest = max(highest, _normalised(reached, config.max_words, config))
-                elif _normalised(reached, length, config) > best_value[dialogue]:
-                    best_value[dialogue] = _normalised(reached, length, config)
-                    reply, ended = (hypothesis[:-1], "eos") if new == EOS else (hypothesis, "length")
-                    best[dialogue] = Generated(tuple(reply), reached, ended)
-            if highest > best_value[dialogue]:
-                kept.append(row)
+    def __init__(self, model: DialogueModel, config: GenerationConfig, reading: Reading, fixed: bool):
+        self.beams = config.beams
+        super().__init__(model, config, reading, fixed)
+        most = config.max_words
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(reading.size, *shape, dtype=dtype, device=self.device)
+
+        self.score = empty(self.beams, dtype=self.penalty.dtype)  # -inf marks a free place
+        # the word of each hypothesis after so many words, and which hypothesis before it goes on from
+        self.word, self.origin = empty(most + 1, self.beams), empty(most + 1, self.beams)
+        # of the best ended hypothesis: rank, score, how many words it has and its place then
+        self.best, self.best_score = empty(dtype=torch.float64), empty(dtype=torch.float64)
+        self.best_at, self.best_place = empty(), empty()
+        self.nan = torch.empty((), dtype=torch.bool, device=self.device)
+        lengths = [max(length, 1) ** config.length_penalty for length in range(most + 1)]
+        self.divisor = torch.tensor(lengths, dtype=torch.float64, device=self.device)
+        self.first = torch.arange(reading.size, device=self.device).unsqueeze(1) * self.beams  # hypothesis of each dialogue
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        super().begin(numbers)
+        self.score.fill_(-math.inf)
+        self.score[:, 0] = 0  # the hypotheses start alike: one of them is enough
+        self.word.fill_(BOS)
+        self.best.fill_(-math.inf)
+        self.nan.fill_(False)
+
+    def moving(self) -> list[Tensor]:
+        return [self.score, self.word, self.origin, self.best, self.best_score, self.best_at, self.best_place]
+
+    def step(self) -> None:
+        model, state, beams, count = self.model, self.state, self.beams, self.state.dialogues
+        score, words, origins, best, best_score, best_at, best_place = (x[:count] for x in self.moving())
+        over, before = self.over[:count], state.position.view(1).clone()
+        few = min(beams, model.config.vocab_size)  # one hypothesis has no more survivors than that
+        newest = words.index_select(1, before).flatten()
+        gain, word = model.next_words(newest, state, few, self.now_penalty())
+        total = (score.view(-1, 1) + gain).view(count, -1)
+        reached, place = (x[:, :beams] for x in total.sort(dim=1, descending=True, stable=True))
+        origin, newest = place // few, word.view(count, -1).gather(1, place)
+        at = before + 1
+        origins.index_copy_(1, at, origin.unsqueeze(1))
+        words.index_copy_(1, at, newest.unsqueeze(1))
+        self.nan |= reached.isnan().any()
+
+        eos, living = newest == EOS, reached > -math.inf
+        ended = living & (eos | (at == self.config.max_words))
+        # the best comes first. An open hypothesis can reach no more than its score at the greatest length: scores only fall
+        exact = reached.double()
+        rank, first = (exact / self.divisor[at]).masked_fill(~ended, -math.inf).amax(1), ended.int().argmax(1)
+        highest = (exact / self.divisor[-1]).masked_fill(~living | ended, -math.inf).amax(1)
+        better = (rank > best) & ~over
+        found = (rank, exact.gather(1, first.unsqueeze(1)).squeeze(1), at, first)
+        for kept, new in zip((best, best_score, best_at, best_place), found, strict=True):
+            kept.copy_(torch.where(better, new, kept))
+        over |= ~(highest > best)
+
+        state.reorder((self.first[:count] + origin).flatten())
+        score.copy_(reached.masked_fill(eos, -math.inf))
+
+    def wrong(self) -> Tensor:
+        return self.nan
+
+    def replies(self, rows: Tensor) -> list[Generated]:
+        words, origins = self.word[rows].tolist(), self.origin[rows].tolist()
+        best = zip(self.best_score[rows].tolist(), self.best_at[rows].tolist(), self.best_place[rows].tolist(), strict=True)
+        found = []
+        for word, origin, (score, length, place) in zip(words, origins, best, strict=True):
+            said = []
+            for at in range(length, 0, -1):
+                said.append(word[at][place])
+                place = origin[at][place]
+            eos = said[0] == EOS
+            found.append(Generated(tuple(said[:0:-1] if eos else said[::-1]), score, "eos" if eos else "length"))
+        return found
+
+
+def _search(model: DialogueModel, config: GenerationConfig, reading: Reading, fixed: bool = False) -> _Search:
+    return (_BeamSearch if config.strategy == "beam" else _OneByOne)(model, config, reading, fixed)
+
+
+def _carry_out(search: _Search, step: Callable[[], None], look_every: int, rows_for: Callable[[int], int] = int
+               ) -> list[Generated]:
+    """The replies, in the order of the batch: after every ``look_every`` words those that are there are taken, and their
+    dialogues leave. ``rows_for``: how many rows a step reads for so many dialogues."""
+    most, done = search.config.max_words, {}
+    for words in range(1, most + 1):
+        step()
+        if words % look_every and words < most:
+            continue
+        wrong, *over = torch.cat([search.wrong().view(1), search.over[: len(search.going)]]).tolist()
+        if wrong:
+            raise CheckpointError("the model's scores are not numbers (NaN): its weights are damaged, or its training diverged")
+        ended = [row for row, is_over in enumerate(over) if is_over or words == most]
+        if not ended:
+            continue
+        replies = search.replies(torch.tensor(ended, device=search.device))
+        done.update(zip((search.going[row] for row in ended), replies, strict=True))
+        kept = [row for row, dialogue in enumerate(search.going) if dialogue not in done]
+        search.going = [search.going[row] for row in kept]
         if not kept:
             break
-        state.reorder((torch.arange(len(going), device=device).unsqueeze(1) * beams + origin).flatten())
-        score = score.masked_fill(newest == EOS, -math.inf)
-        if len(kept) < len(going):
-            going, said = [going[row] for row in kept], [said[row] for row in kept]
-            index = torch.tensor(kept, device=device)
-            state.keep(index)
-            score, newest = score[index], newest[index]
-        words = newest.flatten()
-    return [reply for reply in best if reply is not None]
+        search.keep(kept, rows_for(len(kept)))
+    return [done[dialogue] for dialogue in range(len(done))]
+
+
+# ---- many batches on a GPU
+
+
+def _captured(step: Callable[[], None]) -> Callable[[], object]:
+    """What replays a step, as a CUDA graph; the step itself where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        _log.info("decoding word by word is not captured in a CUDA graph: %s", str(error).split("\n", 1)[0])
+        return step
+    return graph.replay
+
+
+class Replayed:
+    """Generates replies to batch after batch in the same memory, each step of a search one CUDA graph: on a GPU, to launch a step
+    takes longer than to compute it.
+
+    There is a graph for each number of rows: the size of the first batch, and powers of two below. The first step of so many
+    rows runs as it is (libraries and kernels are made ready at their first call), the second is captured.
+
+    Args:
+        record: makes of a step what repeats it; for tests.
+    """
+
+    def __init__(self, model: DialogueModel, config: GenerationConfig,
+                 record: Callable[[Callable[[], None]], Callable[[], object]] = _captured, look_every: int = LOOK_EVERY):
+        self.model, self.config, self.record, self.look_every = model, config, record, look_every
+        self.search: _Search | None = None
+        self.steps: dict[int, Callable[[], object] | None] = {}
+
+    def generate(self, batch: Batch, first_index: int | Sequence[int] = 0, reading: Reading | None = None) -> list[Generated]:
+        """As `generate`."""
+        numbers = _numbers(batch, first_index)
+        with evaluating(self.model):
+            reading = self.model.read(batch) if reading is None else reading
+            if self.search is None or not self.model.restart_decoding(self.search.state, reading):
+                self.steps.clear()  # their memory goes first
+                self.search = _search(self.model, self.config, reading, fixed=True)
+            self.search.begin(numbers)
+            self.search.state.narrow(self._rows_for(len(numbers)))
+            return _carry_out(self.search, self._step, self.look_every, self._rows_for)
+
+    def _rows_for(self, dialogues: int) -> int:
+        return min(1 << (dialogues - 1).bit_length(), len(self.search.over))
+
+    def _step(self) -> None:
+        rows = self.search.state.dialogues
+        if rows not in self.steps:
+            self.steps[rows] = None
+            self.search.step()
+            return
+        if self.steps[rows] is None:
+            self.steps[rows] = self.record(self.search.step)
+        self.steps[rows]()
 
 
 # ---- the reference

@@ -49,22 +49,31 @@ Trace = list[dict[int, set[Words]]]  # for each dialogue: the hypotheses that li
 class Uncached:
     """A decoder's state without a cache: the inputs of all words so far, read again at each step; memories are copied."""
 
-    def __init__(self, decoder: torch.nn.Module, memories: Sequence[Memory], beams: int = 1, start: Tensor | None = None,
-                 added: Tensor | None = None):
-        self.decoder, self.memories, self.beams = decoder, memories, beams
-        self.start, self.added = (None if x is None else x.repeat_interleave(beams, 0) for x in (start, added))
-        count = memories[0].cu.numel() - 1
-        self.dialogue = torch.arange(count).repeat_interleave(beams)  # of each hypothesis
-        self.inputs = memories[0].rows.new_empty(count * beams, 0, memories[0].rows.shape[1])
+    def __init__(self, decoder: torch.nn.Module, memories: Sequence[Memory], beams: int, words: int,
+                 start: Tensor | None = None, added: Tensor | None = None, fixed: bool = False):
+        self.decoder, self.memories, self.beams, self.start = decoder, memories, beams, start
+        self.added = None if added is None else added.repeat_interleave(beams, 0)
+        self.dialogues, self.position = memories[0].cu.numel() - 1, torch.tensor(0)
+        self.dialogue = torch.arange(self.dialogues).repeat_interleave(beams)  # of each hypothesis
+        self.inputs = memories[0].rows.new_empty(len(self.dialogue), 0, memories[0].rows.shape[1])
+
+    def next_place(self) -> Tensor:
+        return self.places[self.position]
+
+    def of_hypotheses(self, rows: Tensor) -> Tensor:
+        return rows[self.dialogue]
 
     def reorder(self, origin: Tensor) -> None:
         self.inputs, self.dialogue = self.inputs[origin], self.dialogue[origin]
         self.added = None if self.added is None else self.added[origin]
 
-    def keep(self, dialogues: Tensor) -> None:
-        self.reorder((dialogues[:, None] * self.beams + torch.arange(self.beams)).flatten())
+    def keep(self, kept: Tensor, dialogues: int) -> None:
+        assert len(kept) == dialogues
+        self.dialogues = dialogues
+        self.reorder((kept[:, None] * self.beams + torch.arange(self.beams)).flatten())
 
     def step(self, x: Tensor) -> Tensor:
+        self.position += 1
         self.inputs = torch.cat([self.inputs, x.unsqueeze(1)], dim=1)
         count, length = self.inputs.shape[:2]
         cu = torch.arange(count + 1) * length
@@ -92,8 +101,8 @@ def traced(model: DialogueModel, trace: Trace) -> Iterator[None]:
     """Notes in ``trace`` which hypotheses of each dialogue live at each length."""
     start, decode = model.start_decoding, model._decode_step
 
-    def start_decoding(reading: object, beams: int = 1) -> object:
-        state = start(reading, beams)
+    def start_decoding(reading: object, beams: int, *more: object) -> object:
+        state = start(reading, beams, *more)
         count = reading.memories[0].cu.numel() - 1
         state.said, state.number = [()] * (count * beams), list(range(count))
         first = len(trace)
@@ -104,19 +113,19 @@ def traced(model: DialogueModel, trace: Trace) -> Iterator[None]:
             state.said = [state.said[place] for place in origin.tolist()]
             reorder(origin)
 
-        def kept(dialogues: Tensor) -> None:
-            keep(dialogues)  # reorders
-            state.number = [state.number[place] for place in dialogues.tolist()]
+        def kept(which: Tensor, dialogues: int) -> None:
+            keep(which, dialogues)  # reorders
+            state.number = [state.number[place] for place in which.tolist()]
 
         state.reorder, state.keep, state.first = reordered, kept, first
         return state
 
-    def decoded(words: Tensor, position: int, state: object) -> Tensor:
-        beams = len(state.said) // len(state.number)
+    def decoded(words: Tensor, state: object) -> Tensor:
+        beams, position = len(state.said) // len(state.number), int(state.position)
         state.said = [(*said, word) for said, word in zip(state.said, words.tolist(), strict=True)]
         for place, number in enumerate(state.number):
             trace[state.first + number][position] = set(state.said[place * beams : (place + 1) * beams])
-        return decode(words, position, state)
+        return decode(words, state)
 
     model.start_decoding, model._decode_step = start_decoding, decoded
     try:

@@ -7,8 +7,7 @@ A model is one file with a `ModelConfig` and a `DialogueModel`, and one line in 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -311,29 +310,35 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     # ---- decoding, one word at a time (case_fast.generation drives it)
 
-    def start_decoding(self, reading: Reading, beams: int = 1) -> DecoderState:
-        return self.decoder.start(reading.memories, beams, start=reading.start, added=reading.added)
+    def start_decoding(self, reading: Reading, beams: int = 1, words: int = 30, fixed: bool = False) -> DecoderState:
+        """A state for at most ``words`` words a reply; ``fixed``: in memory that `restart_decoding` takes again."""
+        state = self.decoder.start(reading.memories, beams, words, reading.start, reading.added, fixed)
+        position = torch.arange(words, device=reading.device)
+        state.places = self.place(reading.memories[0].rows.new_zeros(words, self.config.d_model), position)
+        return state
 
-    def next_word_logits(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
-        """(B * beams, V) scores of the next word, given the newest words (B * beams,) at ``position`` (BOS is at 0)."""
-        return eq.full_precision(self.output(self._decode_step(words, position, state)))
+    def restart_decoding(self, state: DecoderState, reading: Reading) -> bool:
+        """Start anew with another batch in the memory of a fixed state; False where it has no room for it."""
+        return self.decoder.restart(state, reading.memories, reading.start, reading.added)
 
-    def next_words(self, words: Tensor, position: int, state: DecoderState, k: int, never: Sequence[int] = ()
-                   ) -> tuple[Tensor, Tensor]:
-        """The k most probable next words and their log-probabilities among those not in ``never``, (B * beams, k) each.
+    def next_word_logits(self, words: Tensor, state: DecoderState) -> Tensor:
+        """(n, V) scores of the next word, given the newest words (n,) of the n hypotheses in ``state``, first of all BOS."""
+        return eq.full_precision(self.output(self._decode_step(words, state)))
+
+    def next_words(self, words: Tensor, state: DecoderState, k: int, penalty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k most probable next words and their log-probabilities, (n, k) each; ``penalty`` (V,) is added to the scores: -inf
+        where a word may not be said.
 
         The scores are those of `next_word_logits`; log-probabilities come first, the best and then the lowest word first.
         """
-        hidden, bias = self._decode_step(words, position, state), self.output.bias
-        if never:
-            bias = bias.index_fill(0, torch.tensor(never, device=bias.device), -math.inf)
-        return ops.top_words(hidden, self.output.weight, bias, k)
+        hidden, bias = self._decode_step(words, state), self.output.bias
+        return ops.top_words(hidden, self.output.weight, bias if penalty is None else bias + penalty, k)
 
-    def _decode_step(self, words: Tensor, position: int, state: DecoderState) -> Tensor:
+    def _decode_step(self, words: Tensor, state: DecoderState) -> Tensor:
         rows = self.embedding(words) * self.config.d_model**0.5
-        if position == 0 and state.start is not None:
-            rows = state.start.to(rows.dtype)
-        return self.decoder.step(self.place(rows, torch.full_like(words, position)), state)
+        if state.start is not None:
+            rows = torch.where(state.position == 0, state.of_hypotheses(state.start).to(rows.dtype), rows)
+        return self.decoder.step(rows + state.next_place(), state)
 
     # ---- weights on disk
 

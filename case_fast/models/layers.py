@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from case_fast.equations import segment_ids, superimpose_intensity, take
-from case_fast.ops import PreparedSources, Source, cross_attention, graph_attention, packed_attention, prepare_sources
+from case_fast.ops import Source, cross_attention, graph_attention, packed_attention, prepare_sources
 
 
 def first_rows(cu: Tensor) -> Tensor:
@@ -206,71 +206,126 @@ class Memory:
 
 
 class DecoderState:
-    """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each.
+    """Key-value cache of one-token decoding for B dialogues with ``beams`` hypotheses each, of at most ``words`` words.
 
-    ``sources[layer]`` are projected and prepared once, when decoding starts; all beams of a dialogue read the same keys, and a
-    dialogue that leaves takes nothing along. ``past`` (layers, 2, slots, capacity, H, D) holds the keys and values of the words
-    so far: each hypothesis has a slot; of those that go on from one hypothesis the first keeps its slot, the others get a copy.
-    ``start``, ``added``: rows (hypotheses, d) of a `Reading`, or None.
+    Which word is next, and what each hypothesis goes on from, is known to the device alone: nothing here asks it. With ``fixed``
+    a step is moreover the same work for every word and for every batch that is loaded (`load`), in the same memory, so that one
+    CUDA graph serves them all.
+
+    Attributes:
+        sources: of each layer, keys and values projected once, when decoding starts; all beams of a dialogue read the same.
+        dialogues: a step reads so many; those that go on are the first.
+        position: () int64, on the device: how many words the cache holds, the place of the next.
+        places: (words, d) what a word's place adds to it, or None; the model sets it.
     """
 
-    def __init__(self, sources: list[PreparedSources], dialogues: int, beams: int, device: torch.device,
-                 start: Tensor | None = None, added: Tensor | None = None):
-        self.sources, self.beams = sources, beams
-        self.start, self.added = (None if x is None else x.repeat_interleave(beams, 0) for x in (start, added))
-        self.dialogues = torch.arange(dialogues, device=device)  # those that go on, by their number in the sources
-        self.size = dialogues * beams
-        self.slots = torch.arange(self.size, device=device)
-        self.past: Tensor | None = None
-        self.length = 0
+    def __init__(self, sources: list[list[Source]], beams: int, words: int, start: Tensor | None = None,
+                 added: Tensor | None = None, fixed: bool = False):
+        like = sources[0][0].key
+        self.beams, self.words, self.fixed = beams, words, fixed
+        self.size = sources[0][0].cu_keys.numel() - 1  # dialogues that there is room for
+        self.sources = [[_with_room(source) for source in layer] for layer in sources] if fixed else sources
+        self.start, self.added = (x.clone() if fixed and x is not None else x for x in (start, added))
+        self.places: Tensor | None = None
+        hypotheses = self.size * beams
+        self.position = torch.zeros((), dtype=torch.int64, device=like.device)
+        # each hypothesis writes the keys and values of its newest word into a row of its own, which nobody writes again
+        self.past = like.new_zeros(len(sources), hypotheses * words, 2, *like.shape[1:])
+        self.own = torch.arange(hypotheses, device=like.device) * words
+        # the rows of the words of each hypothesis, its ancestors' among them; and the place of each dialogue in the sources
+        self.rows = self.own.unsqueeze(1) + torch.arange(words, device=like.device)
+        self.key_of = torch.arange(self.size, device=like.device)
+        self.filled = 0  # what position holds; with ``fixed`` only the device knows
+        self._views: dict[int, tuple] = {}
+        self.narrow(self.size)
+
+    def narrow(self, dialogues: int) -> None:
+        """From now on a step reads the first so many dialogues."""
+        self.dialogues = dialogues
+        if dialogues not in self._views:  # kept: a captured step reads them where they lie
+            cu_words = torch.arange(dialogues * self.beams + 1, device=self.key_of.device)
+            key_of = self.key_of[:dialogues]
+            self._views[dialogues] = (
+                cu_words, cu_words[:: self.beams].contiguous(),
+                [prepare_sources([replace(source, key_of=key_of) for source in layer]) for layer in self.sources],
+            )
+        self.cu_words, self.cu_beams, self.prepared = self._views[dialogues]  # beams are rows of one sequence
 
     def reorder(self, origin: Tensor) -> None:
-        """Keep the hypotheses ``origin`` (B * beams,), in that order."""
-        parents = self.slots[origin].tolist()
-        free = sorted(set(range(self.size)) - set(parents), reverse=True)
-        slots: dict[int, None] = {}  # an ordered set
-        copies = []
-        for parent in parents:
-            slot = parent
-            if parent in slots:
-                slot = free.pop()
-                copies.append((parent, slot))
-            slots[slot] = None
-        if copies and self.past is not None:
-            old, new = torch.tensor(copies, device=origin.device).T
-            self.past[:, :, new, : self.length] = self.past[:, :, old, : self.length]
-        self.slots = torch.tensor(list(slots), dtype=torch.int64, device=origin.device)
+        """Go on from the hypotheses ``origin`` (dialogues * beams,), in that order."""
+        self.rows[: len(origin)] = self.rows.index_select(0, origin)
 
-    def keep(self, dialogues: Tensor) -> None:
-        """Go on with these dialogues (n,) only."""
-        self.reorder((dialogues[:, None] * self.beams + torch.arange(self.beams, device=dialogues.device)).flatten())
-        self.dialogues = self.dialogues[dialogues]
-        if self.added is not None:
-            self.added = self.added.unflatten(0, (-1, self.beams))[dialogues].flatten(0, 1)
-        self.sources = [
-            prepare_sources([replace(source, key_of=self.dialogues) for source in layer.sources]) for layer in self.sources
-        ]
+    def keep(self, kept: Tensor, dialogues: int | None = None) -> None:
+        """Go on with the dialogues ``kept`` (n,), ascending, which become the first; ``dialogues``: as of `narrow`, by default n.
+        What fills up to so many is some dialogue that is read for nothing."""
+        self.reorder((kept[:, None] * self.beams + torch.arange(self.beams, device=kept.device)).flatten())
+        self.key_of[: len(kept)] = self.key_of.index_select(0, kept)
+        self.narrow(len(kept) if dialogues is None else dialogues)
 
-    def lengthen(self, like: Tensor) -> None:
-        """Make room for one more word, whose keys are like ``like`` (hypotheses, H, D), and find where everything lies."""
-        if self.past is None or self.length == self.past.shape[3]:
-            longer = like.new_empty(len(self.sources), 2, self.size, max(32, 2 * self.length), *like.shape[1:])
-            if self.past is not None:
-                longer[:, :, :, : self.length] = self.past
-            self.past = longer
-        capacity = self.past.shape[3]
-        first = torch.arange(self.size + 1, device=like.device) * capacity
-        self.newest = first[self.slots] + self.length  # (hypotheses,) row of the word in past
-        self.length += 1
-        self.cu_past, self.past_length = first, torch.full((self.size,), self.length, device=like.device)
-        self.cu_words = torch.arange(len(self.slots) + 1, device=like.device)
-        self.cu_beams = torch.arange(len(self.dialogues) + 1, device=like.device) * self.beams  # beams: rows of one sequence
+    def load(self, sources: list[list[Source]], start: Tensor | None, added: Tensor | None) -> bool:
+        """Start anew, into the same memory, with another batch of at most as many dialogues; False where it has no room."""
+        pairs = [pair for room, given in zip(self.sources, sources, strict=True) for pair in zip(room, given, strict=True)]
+        if not self.fixed or not all(_fits(room, source) for room, source in pairs):
+            return False
+        for room, source in pairs:
+            _fill(room, source)
+        for room, given in ((self.start, start), (self.added, added)):
+            if given is not None:
+                room[: len(given)] = given
+        torch.arange(self.size, out=self.key_of)
+        self.position.zero_()
+        return True
+
+    def of_hypotheses(self, rows: Tensor) -> Tensor:
+        """Rows (size, d) of dialogues in the order of the sources, for each hypothesis that a step reads."""
+        return rows.index_select(0, self.key_of[: self.dialogues]).repeat_interleave(self.beams, 0)
+
+    def next_place(self) -> Tensor:
+        """(1, d) what its place adds to the next word."""
+        if self.filled == self.words:
+            raise IndexError(f"there is room for {self.words} words, and all of them are said")
+        return self.places.index_select(0, self.position.view(1))
+
+    def begin(self) -> None:
+        """Find where the newest word's keys and values go, and which rows each hypothesis sees; once for all layers."""
+        count, seen = self.dialogues * self.beams, self.words
+        if not self.fixed:
+            self.filled += 1
+            seen = self.filled
+        self.newest = self.own[:count] + self.position
+        self.rows[:count].index_copy_(1, self.position.view(1), self.newest.unsqueeze(1))
+        self.seen = self.rows[:count, :seen].flatten()
+        self.cu_seen = self.cu_words * seen
+        self.position += 1
+        self.seen_length = self.position.repeat(count)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values (hypotheses, H, D) of the newest words into the cache; returns all of this layer's, packed."""
-        assert self.past is not None
-        keys, values = (past.flatten(0, 1) for past in self.past[layer])
-        return keys.index_copy_(0, self.newest, key), values.index_copy_(0, self.newest, value)
+        """Put keys and values (hypotheses, H, D) of the newest words into the cache; returns what each hypothesis sees of this
+        layer, packed: by cu_seen, of each sequence the first seen_length rows."""
+        past = self.past[layer].index_copy_(0, self.newest, torch.stack((key, value), 1))
+        return past.index_select(0, self.seen).unbind(1)
+
+
+def _with_room(source: Source) -> Source:
+    """A copy of it with room for batches like it, a quarter larger: behind the sequences there is one that no dialogue reads."""
+    room = -(-source.key.shape[0] * 5 // 4 // 256) * 256 + 256
+    cu = source.cu_keys.new_empty(source.cu_keys.numel() + 1)
+    copy = replace(source, key=source.key.new_zeros(room, *source.key.shape[1:]),
+                   value=source.value.new_zeros(room, *source.value.shape[1:]), cu_keys=cu)
+    _fill(copy, source)
+    return copy
+
+
+def _fits(room: Source, source: Source) -> bool:
+    return source.key.shape[0] <= room.key.shape[0] and source.cu_keys.numel() < room.cu_keys.numel()
+
+
+def _fill(room: Source, source: Source) -> None:
+    keys, dialogues = source.key.shape[0], source.cu_keys.numel() - 1
+    room.key[:keys], room.value[:keys] = source.key, source.value
+    room.cu_keys[: dialogues + 1] = source.cu_keys
+    room.cu_keys[dialogues + 1 : -1] = keys
+    room.cu_keys[-1] = room.key.shape[0]
 
 
 class DecoderLayer(Dropping):
@@ -304,19 +359,16 @@ class DecoderLayer(Dropping):
         ]
 
     def step(self, x: Tensor, layer: int, state: DecoderState) -> Tensor:
-        """One word for each hypothesis: x (B * beams, d) -> (B * beams, d). The first layer makes room for it."""
+        """One word for each hypothesis: x (B * beams, d) -> (B * beams, d)."""
         attention = self.self_attention
         normed = self.self_norm(x)
         query, key, value = (attention.split(part(normed)) for part in (attention.query, attention.key, attention.value))
-        if layer == 0:
-            state.lengthen(key)
         keys, values = state.append(layer, key, value)
-        attended = packed_attention(query, keys, values, state.cu_words, state.cu_past, key_of=state.slots,
-                                    key_length=state.past_length)
+        attended = packed_attention(query, keys, values, state.cu_words, state.cu_seen, key_length=state.seen_length)
         x = x + attention.output(attended.flatten(1))
-        x = cross_attention(x, state.cu_beams, state.sources[layer])
+        x = cross_attention(x, state.cu_beams, state.prepared[layer])
         if state.added is not None:
-            x = x + state.added
+            x = x + state.of_hypotheses(state.added)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -336,15 +388,20 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     @torch.no_grad()
-    def start(self, memories: Sequence[Memory], beams: int = 1, start: Tensor | None = None, added: Tensor | None = None
-              ) -> DecoderState:
-        """``start``, ``added`` (B, d): of the `Reading`."""
-        sources = [prepare_sources(layer.sources(memories)) for layer in self.layers]
-        return DecoderState(sources, memories[0].cu.numel() - 1, beams, memories[0].rows.device, start, added)
+    def start(self, memories: Sequence[Memory], beams: int, words: int, start: Tensor | None = None,
+              added: Tensor | None = None, fixed: bool = False) -> DecoderState:
+        """``start``, ``added`` (B, d): of the `Reading`; ``words``, ``fixed``: see `DecoderState`."""
+        return DecoderState([layer.sources(memories) for layer in self.layers], beams, words, start, added, fixed)
+
+    @torch.no_grad()
+    def restart(self, state: DecoderState, memories: Sequence[Memory], start: Tensor | None, added: Tensor | None) -> bool:
+        """Start anew in the memory of a fixed state; False where it has no room for these."""
+        return state.load([layer.sources(memories) for layer in self.layers], start, added)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: DecoderState) -> Tensor:
-        """x (B * beams, d), the embedded newest words; returns (B * beams, d) and lengthens the cache in ``state``."""
+        """x (dialogues * beams, d), the embedded newest words; returns (dialogues * beams, d) and lengthens the cache."""
+        state.begin()
         for place, layer in enumerate(self.layers):
             x = layer.step(x, place, state)
         return self.norm(x)

@@ -13,14 +13,16 @@ import pytest
 import torch
 from helpers import as_double, dialogue, inferences, random_examples, speakers_prompts, tiny_config, tiny_model, tiny_vocabulary
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from case_fast import generation
 from case_fast.data.featurizer import TextTable
 from case_fast.data.pack import make_batch
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.generation import Generated, GenerationConfig, generate, generate_all, generate_uncached
+from case_fast.generation import Generated, GenerationConfig, Replayed, generate, generate_all, generate_uncached
 from case_fast.models import CASE
+from case_fast.models.base import evaluating
 
 NEAR_TIE = 1e-4
 GREEDY, BEAM = GenerationConfig(max_words=12), GenerationConfig("beam", max_words=10)
@@ -143,6 +145,71 @@ def test_training_mode_and_dropout_do_not_matter_and_are_restored(many):
         model.output.bias[9] = math.nan
         generate(model, batch, GREEDY)
     assert model.training
+
+
+# ---- without asking the device: what a CUDA graph can hold
+
+
+SEARCHES = [
+    replace(GREEDY, min_words=2), BEAM, GenerationConfig("sample", max_words=12, seed=3),
+    GenerationConfig("sample", max_words=12, top_k=7, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("look_every", [1, 5, 8])
+@pytest.mark.parametrize("config", SEARCHES, ids=lambda c: f"{c.strategy} {c.top_k}")
+def test_replayed_steps_in_the_same_memory_give_the_same_replies(config, look_every, many):
+    """Batch after batch, also of fewer dialogues, and of more keys than there is room for; here a step is its own replay."""
+    examples, texts = many
+    examples = sorted(examples[:60], key=lambda e: len(e.context))
+    model, recorded, states = lively_model(layers=2).double(), [], []
+    replayed = Replayed(model, config, lambda step: recorded.append(len(states)) or step, look_every)
+    for start, size in [(50, 10), (0, 10), (10, 7), (20, 30), (15, 1)]:
+        batch = as_double(make_batch(examples[start : start + size], texts))
+        found, expected = replayed.generate(batch, start), generate(model, batch, config, start)
+        assert [(r.words, r.ended_by) for r in found] == [(r.words, r.ended_by) for r in expected]
+        assert [r.score for r in found] == pytest.approx([r.score for r in expected], abs=1e-9)
+        states += [replayed.search.state] if replayed.search.state not in states else []
+    assert len(states) == 2 and len(recorded) >= len(replayed.steps) > 1
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["plain", "fixed"])
+@pytest.mark.parametrize("config", SEARCHES, ids=lambda c: f"{c.strategy} {c.top_k}")
+def test_a_word_asks_the_device_for_nothing(config, fixed, many, monkeypatch):
+    examples, texts = many
+    model = lively_model()
+    with evaluating(model):
+        search = generation._search(model, config, model.read(make_batch(examples[:9], texts)), fixed)
+        search.begin(range(9))
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"a step calls {name}"))
+        with Asked() as seen:
+            for _ in range(3):
+                search.step()
+    assert len(seen.names) > 20 and not seen.names & {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select"}
+
+
+class Asked(TorchDispatchMode):
+    """Which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nan_is_noticed_however_seldom_one_looks(many):
+    examples, texts = many
+    for config in (GREEDY, BEAM):
+        for look_every in (1, 8):
+            model = lively_model()
+            with torch.no_grad():
+                model.output.bias[9] = math.nan
+            with pytest.raises(CheckpointError, match="not numbers"):
+                Replayed(model, config, lambda step: step, look_every).generate(make_batch(examples[:6], texts))
 
 
 # ---- laws
@@ -307,7 +374,7 @@ def first_words(config: GenerationConfig, model: CASE, count: int = 4000) -> tup
     with torch.no_grad():
         reading = model.read(batch)
         state = model.start_decoding(reading)
-        logits = model.next_word_logits(torch.tensor([BOS]), 0, state)[0].double()
+        logits = model.next_word_logits(torch.tensor([BOS]), state)[0].double()
     logits[[w for w in range(len(SPECIALS)) if w != EOS]] = -math.inf
     seen: Counter = Counter()
     wide = make_batch(examples * 500, texts)

@@ -161,10 +161,10 @@ def check_decoding(model: CASE, batch: Batch, beams: int) -> None:
     """Feeding the reply word by word gives the logits of teacher forcing, position by position."""
     forced = split_rows(model.output(model(batch).hidden), batch.cu_target)
     words = split_rows(batch.decoder_input, batch.cu_target)
-    state = model.start_decoding(model.read(batch), beams)
+    state = model.start_decoding(model.read(batch), beams, max(map(len, words)))
     for position in range(max(map(len, words))):
         newest = torch.tensor([int(row[min(position, len(row) - 1)]) for row in words]).repeat_interleave(beams)
-        logits = model.next_word_logits(newest, position, state).unflatten(0, (batch.size, beams))
+        logits = model.next_word_logits(newest, state).unflatten(0, (batch.size, beams))
         for b, row in enumerate(forced):
             for beam in range(beams if position < len(row) else 0):
                 assert close(logits[b, beam], row[position], TOLERANCE), (b, beam, position)
@@ -193,30 +193,28 @@ def test_hypotheses_can_be_reordered_and_dialogues_dropped():
     model, batch = tiny_model().eval(), make_batch(examples[:3], texts)
     state = model.start_decoding(model.read(batch), 2)
     first = torch.tensor([2, 9, 2, 10, 2, 11])  # two hypotheses a dialogue
-    model.next_word_logits(first, 0, state)
+    model.next_word_logits(first, state)
     state.reorder(torch.tensor([1, 1, 2, 3, 5, 4]))
     state.keep(torch.tensor([0, 2]))
-    logits = model.next_word_logits(torch.tensor([12, 13, 14, 15]), 1, state)
+    logits = model.next_word_logits(torch.tensor([12, 13, 14, 15]), state)
     for row, (example, past, word) in zip(logits, [(0, 9, 12), (0, 9, 13), (2, 11, 14), (2, 2, 15)], strict=True):
         single = model.start_decoding(model.read(make_batch([examples[example]], texts)))
-        model.next_word_logits(torch.tensor([past]), 0, single)
-        assert close(row, model.next_word_logits(torch.tensor([word]), 1, single)[0], TOLERANCE)
+        model.next_word_logits(torch.tensor([past]), single)
+        assert close(row, model.next_word_logits(torch.tensor([word]), single)[0], TOLERANCE)
 
 
 @torch.no_grad()
-def test_a_reply_longer_than_the_cache():
-    """The room for words is doubled when it is full; what was said stays."""
+def test_the_cache_takes_as_many_words_as_it_was_made_for():
     examples, texts = handmade_examples()
     said = " ".join(random.Random(2).choices(["happy", "exam", "so", "dog"], k=69))
     examples = [replace(e, response=dialogue(["rain ."], texts, {}, said).response) for e in examples[:3]]
     model, batch = tiny_model(layers=2).eval(), make_batch(examples, texts)
     check_decoding(model, batch, 2)
-    state = model.start_decoding(model.read(batch), 2)
-    capacities = []
-    for position in range(70):
-        model.next_word_logits(torch.full((6,), 20), position, state)
-        capacities.append(state.past.shape[3])
-    assert capacities == [32] * 32 + [64] * 32 + [128] * 6
+    state = model.start_decoding(model.read(batch), 2, words=3)
+    for _ in range(3):
+        model.next_word_logits(torch.full((6,), 20), state)
+    with pytest.raises(IndexError, match="there is room for 3 words, and all of them are said"):
+        model.next_word_logits(torch.full((6,), 20), state)
 
 
 @torch.no_grad()
@@ -225,14 +223,14 @@ def test_beams_read_the_keys_of_their_dialogue_without_a_copy():
     model, batch = tiny_model().eval(), make_batch(examples, texts)
     reading = model.read(batch)
     state = model.start_decoding(reading, 5)
-    keys = [source.key for source in state.sources[0].sources]
+    keys = [source.key for source in state.sources[0]]
     assert [len(key) for key in keys] == [len(memory.rows) for memory in reading.memories]
-    model.next_word_logits(torch.full((35,), 20), 0, state)
+    model.next_word_logits(torch.full((35,), 20), state)
     past = state.past.data_ptr()
     state.reorder(torch.arange(35))
     state.keep(torch.tensor([1, 4, 6]))
-    model.next_word_logits(torch.full((15,), 20), 1, state)
-    assert all(source.key is key for source, key in zip(state.sources[0].sources, keys, strict=True))
+    model.next_word_logits(torch.full((15,), 20), state)
+    assert all(source.key is key for source, key in zip(state.sources[0], keys, strict=True))
     assert state.past.data_ptr() == past
 
 
