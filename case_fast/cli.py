@@ -146,8 +146,8 @@ def _benchmarks() -> Any:
 
 def _bench_arguments(parser: ArgumentParser) -> None:
     families = ", ".join(_benchmarks().families())
-    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}; or decode")
-    parser.add_argument("--store", type=str | None, default=None, help="decode: store that prepare made")
+    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}; or step, decode")
+    parser.add_argument("--store", type=str | None, default=None, help="step, decode: store that prepare made")
     parser.add_argument("--run", type=str | None, default=None, help="decode: folder that train made")
     parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
                         help="measure nothing; print what was measured before, of this family, all, or gpu (benchmarks/gpu.sh)")
@@ -155,8 +155,8 @@ def _bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
     parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
-    parser.add_argument("--budget", type=float, default=30.0,
-                        help="seconds that all samples of a case and mode may take, at least five of each peer")
+    parser.add_argument("--budget", type=float | None, default=None, help="seconds that all samples of a case and mode may take, "
+                        "at least five of each peer, default 30; step: seconds of steps of each form and point, default 3")
     parser.add_argument("--out", type=str | None, default=None,
                         help="folder for JSON, Markdown table and picture; default bench, and none with --show")
 
@@ -370,8 +370,11 @@ def _bench(args: Namespace, console: Console) -> None:
                 console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
-        how = (sizes, args.quick, Path(args.out or "bench"), told, args.budget, args.device)
-        if args.family == "decode":
+        budget = (3.0 if args.family == "step" else 30.0) if args.budget is None else args.budget
+        how = (sizes, args.quick, Path(args.out or "bench"), told, budget, args.device)
+        if args.family == "step":
+            (lines, paths), said = import_module("benchmarks.step.run").bench(args.store, *how), []
+        elif args.family == "decode":
             said, paths = import_module("benchmarks.decode.run").bench(args.store, args.run, *how)
             lines = []
         else:

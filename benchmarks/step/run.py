@@ -14,12 +14,11 @@ from typing import Any
 
 from benchmarks import report as families_report
 from benchmarks.clock import CpuClock
-from benchmarks.measure import WrongResult
 from benchmarks.step import report
 from benchmarks.step.batches import CONTEXTS, Choice
 from benchmarks.step.worker import COMPILED, OURS, PLAIN
 from case_fast.data import open_store
-from case_fast.errors import ConfigError
+from case_fast.errors import CaseFastError, ConfigError
 from case_fast.files import write_text
 from case_fast.text_files import read_json
 
@@ -59,8 +58,8 @@ def points() -> dict[str, list[Point]]:
     }
 
 
-def bench(store: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None], budget: float
-          ) -> tuple[list[dict[str, Any]], list[Path]]:
+def bench(store: str | None, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None], budget: float,
+          device: str = "cpu") -> tuple[list[dict[str, Any]], list[Path]]:
     """Measure the parts that ``sizes`` names, or all, into OUT/step.json, .md and .png, written after each point.
 
     Without ``sizes`` a run goes on where one before was stopped: what its file holds of this commit, store, machine and budget is
@@ -71,11 +70,15 @@ def bench(store: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callab
         budget: seconds of steps of each form and point, besides start, check and compilation.
 
     Raises:
-        ConfigError: no store given, or an unknown part. DataError: the store is damaged. WrongResult: losses or gradients of the
-            forms differ; nothing of that point is written.
+        ConfigError: no store given, an unknown part, a budget of nothing, another device than the CPU. DataError: the store is
+            damaged. CaseFastError: losses or gradients of the forms differ; nothing of that point is written.
     """
     if not store:
         raise ConfigError("bench step measures real dialogues: give a store that prepare made with --store")
+    if device != "cpu":
+        raise ConfigError("bench step measures on the CPU; benchmarks/gpu.sh measures training steps on a GPU")
+    if not budget > 0:
+        raise ConfigError(f"budget must be above 0 seconds, not {budget}")
     known = points()
     if unknown := [size for size in sizes if size not in known]:
         raise ConfigError(f"bench step has no part {', '.join(unknown)}; it has {', '.join(known)}")
@@ -165,18 +168,18 @@ def _row(form: str, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> di
 
 
 def _check(form: str, found: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises WrongResult where losses or gradients are not ours."""
+    """Raises CaseFastError where losses or gradients are not ours."""
     for name, value in ours["losses"].items():
         if not abs(found["losses"][name] - value) <= TOLERANCE * max(1.0, abs(value)):
-            raise WrongResult(f"the loss {name!r} of {form!r} is {found['losses'][name]}, that of {OURS!r} {value}")
+            raise CaseFastError(f"the loss {name!r} of {form!r} is {found['losses'][name]}, that of {OURS!r} {value}")
     if found["gradients"].keys() != ours["gradients"].keys():
-        raise WrongResult(f"{form!r} and {OURS!r} have gradients of other parameters")
+        raise CaseFastError(f"{form!r} and {OURS!r} have gradients of other parameters")
     largest = max(norm for norm, _ in ours["gradients"].values())
     for name, (norm, product) in ours["gradients"].items():
         its_norm, its_product = found["gradients"][name]
         limit = TOLERANCE * (norm + 1e-3 * largest)
         if not (abs(its_norm - norm) <= limit and abs(its_product - product) <= 4 * limit):  # a product's deviation is the norm
-            raise WrongResult(f"the gradient of {name} of {form!r} has norm {its_norm}, that of {OURS!r} {norm}")
+            raise CaseFastError(f"the gradient of {name} of {form!r} has norm {its_norm}, that of {OURS!r} {norm}")
 
 
 def _ask(form: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def _ask(form: str, request: dict[str, Any]) -> dict[str, Any]:
         return json.loads(answers[-1])
     why = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]
     if form == OURS:
-        raise RuntimeError(f"{form} failed: {why}\n{done.stderr}")
+        raise CaseFastError(f"{form} failed, the benchmark stops: {why}")
     return {"form": form, "failed": why}
 
 
