@@ -18,7 +18,8 @@ from case_fast.text_files import read_json
 
 RESULTS = Path(__file__).parent / "results"  # <machine>/<name>.json
 # which module tells of results that are no family's
-TELLS = {"large_batches": "benchmarks.bilinear_mim.large_batches", "gpu": "benchmarks.gpu_results"}
+TELLS = {"large_batches": "benchmarks.bilinear_mim.large_batches", "gpu": "benchmarks.gpu_results",
+         "step": "benchmarks.step.report", "decode": "benchmarks.decode.report"}
 
 
 def bench(family: str, sizes: Sequence[str], quick: bool, out: Path, tell: Callable[[str, int, int], None], budget: float = 30.0,

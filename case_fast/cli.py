@@ -127,7 +127,7 @@ def _profile_arguments(parser: ArgumentParser) -> None:
     from case_fast.devices import DEVICES
 
     parser.add_argument("--store", type=str, required=True, help="store that prepare made")
-    parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to take; default: the recipe")
+    parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to use; default: CASE's own")
     parser.add_argument("--steps", type=int, default=5, help="training steps to record of each phase")
     parser.add_argument("--out", type=str, default="profile", help="folder for PHASE.trace.json.gz, which ui.perfetto.dev opens")
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
@@ -146,15 +146,17 @@ def _benchmarks() -> Any:
 
 def _bench_arguments(parser: ArgumentParser) -> None:
     families = ", ".join(_benchmarks().families())
-    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}")
+    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}; or step, decode")
+    parser.add_argument("--store", type=str | None, default=None, help="step, decode: store that prepare made")
+    parser.add_argument("--run", type=str | None, default=None, help="decode: folder that train made")
     parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
                         help="measure nothing; print what was measured before, of this family, all, or gpu (benchmarks/gpu.sh)")
     parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
     parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
-    parser.add_argument("--budget", type=float, default=30.0,
-                        help="seconds that all samples of a case and mode may take, at least five of each peer")
+    parser.add_argument("--budget", type=float | None, default=None, help="seconds that all samples of a case and mode may take, "
+                        "at least five of each peer, default 30; step: seconds of steps of each form and point, default 3")
     parser.add_argument("--out", type=str | None, default=None,
                         help="folder for JSON, Markdown table and picture; default bench, and none with --show")
 
@@ -368,7 +370,17 @@ def _bench(args: Namespace, console: Console) -> None:
                 console.print(f"{what} ...", highlight=False, soft_wrap=True)
             progress.update(task, description=what, completed=done, total=total)
 
-        lines, paths = bench(args.family, sizes, args.quick, Path(args.out or "bench"), told, args.budget, args.device)
+        budget = (3.0 if args.family == "step" else 30.0) if args.budget is None else args.budget
+        how = (sizes, args.quick, Path(args.out or "bench"), told, budget, args.device)
+        if args.family == "step":
+            (lines, paths), said = import_module("benchmarks.step.run").bench(args.store, *how), []
+        elif args.family == "decode":
+            said, paths = import_module("benchmarks.decode.run").bench(args.store, args.run, *how)
+            lines = []
+        else:
+            (lines, paths), said = bench(args.family, *how), []
+    for line in said:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     for line in lines:
         costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
         console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "

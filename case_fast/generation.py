@@ -449,11 +449,11 @@ class Replayed:
         self.search: _Search | None = None
         self.steps: dict[int, Callable[[], object] | None] = {}
 
-    def generate(self, batch: Batch, first_index: int | Sequence[int] = 0) -> list[Generated]:
+    def generate(self, batch: Batch, first_index: int | Sequence[int] = 0, reading: Reading | None = None) -> list[Generated]:
         """As `generate`."""
         numbers = _numbers(batch, first_index)
         with evaluating(self.model):
-            reading = self.model.read(batch)
+            reading = self.model.read(batch) if reading is None else reading
             if self.search is None or not self.model.restart_decoding(self.search.state, reading):
                 self.steps.clear()  # their memory goes first
                 self.search = _search(self.model, self.config, reading, fixed=True)
