@@ -30,7 +30,9 @@ from case_fast.models.base import Reading, evaluating
 from case_fast.runs import load_model
 
 STRATEGIES = {"greedy": GenerationConfig(), "beam 5": GenerationConfig("beam", beams=5)}
-BATCHES = 2  # of each size
+COMPILED = "padded, cached, torch.compile"
+BATCHES = 1  # of each size
+SLOW = 2.0  # seconds a call from which it is timed once, on all cores
 NEAR = 1e-4  # two replies whose ranks lie so near may stand for each other
 
 Call = Callable[[], list[Generated]]
@@ -49,7 +51,7 @@ def forms(model: DialogueModel, readings: Sequence[tuple[Any, Reading]], config:
              "padded, cached, eager": by(plain.Cached), "padded, no cache, eager": by(plain.Uncached)}
     if not quick:
         step = torch.compile(plain.cached_step, dynamic=True)
-        found["padded, cached, torch.compile"] = by(functools.partial(plain.Cached, step=step))
+        found[COMPILED] = by(functools.partial(plain.Cached, step=step))
     return found
 
 
@@ -95,6 +97,7 @@ def measure(model: DialogueModel, store: Store, size: int, quick: bool, budget: 
     dialogues = sum(batch.size for batch, _ in readings)
     for strategy, config in STRATEGIES.items():
         torch.compiler.reset()
+        torch.set_num_threads(clock.thread_counts()[-1])
         ours: list[Generated] = []
         ready: dict[str, Timing] = {}
         of_form = forms(model, readings, config, quick)
@@ -108,18 +111,19 @@ def measure(model: DialogueModel, store: Store, size: int, quick: bool, budget: 
                 row["first_call_s"] = time.perf_counter() - started  # compiling is in it
                 ours = ours or found
                 row["different"] = compare(found, ours, config)
-                ready[name] = tuned(call, clock, [torch.get_num_threads()] if quick or device.type != "cpu" else
-                                    clock.thread_counts())
+                counts = clock.thread_counts()
+                one_count = quick or device.type != "cpu" or row["first_call_s"] > SLOW and name != COMPILED
+                ready[name] = tuned(call, clock, counts[-1:] if one_count else counts)
             except WrongResult as why:
                 row["refused"] = str(why)
             except Exception as why:  # a compiler may fail in any way; the others are still measured
                 if name == OURS:
                     raise
                 row["failed"] = f"{type(why).__name__}: {str(why).split(chr(10), 1)[0][:200]}"
-        slow = {name: timing for name, timing in ready.items() if timing.taken > budget / 10}  # one round is all there is time for
-        busy[strategy] = take_turns({n: t for n, t in ready.items() if n not in slow}, clock, 3 if quick else 20, budget)
-        for timing in slow.values():
-            timing.samples.append(timing.taken)
+        in_turns = {name: timing for name, timing in ready.items() if quick or timing.taken <= SLOW}
+        busy[strategy] = take_turns(in_turns, clock, 3 if quick else 20, budget)
+        for timing in ready.values():
+            timing.samples = timing.samples or [timing.taken]
         words = sum(len(reply.words) for reply in ours)
         for row in rows:
             if row["strategy"] == strategy and row["form"] in ready:
