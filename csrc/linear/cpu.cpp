@@ -1,7 +1,7 @@
 // Products of rows with weights on the CPU: checks, and the division into tasks. The arithmetic is in cpu_kernels.cpp.
 //
-// Every task makes some rows of a product, whole, so no sum is divided. The operand with fewer rows is packed, by each task for
-// itself, and the other is read as it lies: by rows of x, or transposed by rows of the weights.
+// Every task makes some rows of a product, whole, so no sum is divided. One operand is packed, by each task for itself, and the
+// rows of the other are read as they lie: forward packs the weights, or where x has fewer rows than they, x.
 #include <algorithm>
 #include <atomic>
 
@@ -65,17 +65,17 @@ int64_t workers_for(const case_fast_linear &c, int64_t outputs, int threads) {
     return c.rows * c.groups * outputs * std::max<int64_t>(c.depth, 1) > few_products ? std::max(threads, 1) : 1;
 }
 
-// The rows [begin, end) of weights that lie end to end: calls part(weight, its number, from, to) for each that has some.
+// Outputs [begin, end) of all: calls part(weight, the number of its first output, from, to) for each weight that has some.
 template <class Part>
 void each_part(const case_fast_linear &c, const case_fast_linear_weight *weights, int64_t begin, int64_t end, Part part) {
-    int64_t first = 0;  // output of the whole of each weight
+    int64_t first = 0;
     for (int32_t s = 0; s < c.sources; first += weights[s++].outputs) {
         const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, weights[s].outputs);
         if (from < to) part(weights[s], first, from, to);
     }
 }
 
-// Row `row` of a group of what is computed by a weight: y or grad_y.
+// Row `row` of a group of y or grad_y of a weight.
 template <class T>
 T *result_of(const case_fast_linear_weight &w, int64_t row, int64_t group) {
     return static_cast<T *>(w.y) + row * w.y_row + group * w.y_group;
@@ -92,8 +92,7 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
     Workspace workspace;
     T *const scratch = workspace.take<T>(workers * most);
     LinearRows<T> *const all_parts = workspace.take<LinearRows<T>>(workers * c.sources);
-    for (int32_t s = 0; s < c.sources; ++s)
-        prepare_output(weights[s].y, size_t(c.rows) * size_t(c.groups) * size_t(weights[s].outputs) * sizeof(T));
+    for (int32_t s = 0; s < c.sources; ++s) prepare_output(weights[s].y, size_t((c.rows - 1) * weights[s].y_row) * sizeof(T));
     if (z) prepare_output(z, size_t(c.rows) * size_t(stride) * sizeof(T));
     const auto of_weights = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
         LinearRows<T> *const parts = all_parts + worker * c.sources;
@@ -182,7 +181,7 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
         kernel.product({c.depth, c.rows, {x + group * c.x_group, 1, c.x_row}, false, false, CASE_FAST_IDENTITY}, parts, count,
                        scratch + worker * most);
     };
-    // the gradient of one whose columns are dense: its columns [begin, end)
+    // the gradient of a weight whose columns are dense: its columns [begin, end)
     const auto of_columns = [&](const case_fast_linear_weight &w, int64_t first, int64_t group, int64_t begin, int64_t end, int64_t worker) {
         const LinearRows<T> rows = {{x + group * c.x_group + begin, 1, c.x_row}, end - begin,
                                     static_cast<T *>(w.grad) + group * w.grad_group + begin * w.grad_column, w.grad_column, nullptr, nullptr, 0};

@@ -78,8 +78,8 @@ class Linear(Case):
         {"rows": 0, "depth": 5, "outputs": 4},
         {"rows": 90, "depth": 61, "outputs": 70, "layout": 2},
     ]
-    AVERAGE = [({"rows": 300, "depth": 300, "outputs": 70}, 10, 1.5, 1.5),
-               ({"rows": 90, "depth": 1300, "outputs": 70, "activation": "gelu"}, 10, 1.5, 1.5)]
+    AVERAGE = [({"rows": 300, "depth": 300, "outputs": 70}, 10, 1.1, 1.4),
+               ({"rows": 90, "depth": 1300, "outputs": 70, "activation": "gelu"}, 10, 1.1, 1.4)]
     DRAWN = []
     STATUSES = []
     COMPILED = [
