@@ -23,6 +23,7 @@ WAYS = [  # family, backend, plan
     ("bilinear_mim", "triton", 0),
     ("linear_cross_entropy", "triton", 0),
     ("segment_sum", "triton", 0),
+    ("residual_norm", "triton", 0),
 ]
 EVERY_DTYPE = ("the paper's batch", "odd head", "dot", "sampled, shared", "prime sizes", "prime sizes, several", "texts")
 
@@ -34,7 +35,7 @@ def ways(*backends: str, of: tuple[str, ...] = tuple(FAMILIES)):
 
 
 ALL = ways("native", "triton")
-QUICK_TO_COMPILE = ("graph_attention", "packed_attention", "cross_attention", "segment_sum")
+QUICK_TO_COMPILE = ("graph_attention", "packed_attention", "cross_attention", "segment_sum", "residual_norm")
 
 
 @pytest.fixture
