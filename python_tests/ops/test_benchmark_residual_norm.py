@@ -20,7 +20,7 @@ def test_peers_are_right(peer, size):
     torch._dynamo.reset()
     case = case_of(size)
     work, expected = FAMILY.peers[peer](case), truth(case)
-    for mode in (*MODES, BACKWARD):
+    for mode in MODES if "torch.compile" in peer else (*MODES, BACKWARD):
         assert work.check(mode, expected) <= 1
         assert len(work.run(mode)) == (2 if mode == MODES[0] else 2 + len(case.inputs))
 

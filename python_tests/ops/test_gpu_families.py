@@ -24,6 +24,7 @@ WAYS = [  # family, backend, plan
     ("linear_cross_entropy", "triton", 0),
     ("segment_sum", "triton", 0),
     ("pooled_attention", "triton", 0),
+    ("residual_norm", "triton", 0),
 ]
 EVERY_DTYPE = ("the paper's batch", "odd head", "dot", "sampled, shared", "prime sizes", "prime sizes, several", "texts")
 
@@ -35,7 +36,8 @@ def ways(*backends: str, of: tuple[str, ...] = tuple(FAMILIES)):
 
 
 ALL = ways("native", "triton")
-QUICK_TO_COMPILE = ("graph_attention", "packed_attention", "cross_attention", "segment_sum", "pooled_attention")
+QUICK_TO_COMPILE = ("graph_attention", "packed_attention", "cross_attention", "segment_sum", "pooled_attention",
+                    "residual_norm")
 
 
 @pytest.fixture
