@@ -72,7 +72,7 @@ def pooled_attention(query: Tensor, rows: Tensor, cu: Tensor, scale: float, drop
         out = _PooledAttention.apply(runs, query, rows, cu, *numbers, seed_at)
     else:
         out = common.call(_forward_op, _forward, runs, query, rows, cu, *numbers, seed_at)[0]
-    return out if out.dtype == given else common.restored(out, given)
+    return common.restored(out, given)
 
 
 def _check(query: Tensor, rows: Tensor, cu: Tensor) -> None:
