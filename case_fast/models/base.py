@@ -25,6 +25,7 @@ from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.models.layers import AnySeed, DecoderState, Memory, seed_at
+from case_fast.ops.device_flag import raise_pending as raise_pending
 
 POSITIONS = 1024  # places in a sequence whose embeddings are looked up; those of a longer one are computed
 
@@ -420,6 +421,12 @@ def _not_of_this_model(folder: Path, error: Exception) -> CheckpointError:
 def no_autocast(like: Tensor) -> AbstractContextManager[None]:
     """Softmax, KL and the MIM sums run in float32 under autocast."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+def ops_that_ask(device: torch.device) -> list[str]:
+    """The ops that run in plain torch on this device and ask it for sizes: a step that has them cannot be captured."""
+    asking = ("packed_attention", "cross_attention")
+    return [name for name in asking if ops.backend_name(name, device.type) == "reference"]
 
 
 @contextmanager

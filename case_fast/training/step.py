@@ -27,9 +27,7 @@ from case_fast.data.capacity import Capacity, capacities, fitted
 from case_fast.data.store import Store
 from case_fast.errors import ConfigError
 from case_fast.models import DialogueModel, Output
-from case_fast.models.base import POSITIONS
-from case_fast.ops import backend_name
-from case_fast.ops.device_flag import raise_pending
+from case_fast.models.base import POSITIONS, ops_that_ask, raise_pending
 from case_fast.training.config import TrainConfig
 from case_fast.training.sampler import Sampler, step_seed
 
@@ -283,7 +281,7 @@ def _obstacle(device: torch.device) -> str:
     """Why no step can be captured on this device; empty where it can."""
     if device.type != "cuda":
         return f"CUDA graphs need a GPU, and this run is on {device}"
-    asking = [family for family in ("packed_attention", "cross_attention") if backend_name(family, "cuda") == "reference"]
+    asking = ops_that_ask(device)
     return f"the plain form of {' and '.join(asking)}, which runs here, asks the device for sizes" if asking else ""
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers import random_examples, tiny_config, tiny_featurizer
 from rich.console import Console
@@ -17,7 +20,8 @@ from torch import Tensor
 from case_fast.batch import PARTS, Batch
 from case_fast.data.featurizer import Example
 from case_fast.data.pack import make_batch
-from case_fast.training import TrainConfig, TrainResult, train
+from case_fast.errors import Interrupted
+from case_fast.training import TrainConfig, TrainResult, loop, train
 
 PHASE_1, PHASE_2 = 4, 9  # steps
 
@@ -79,3 +83,25 @@ def outcome(out: Path) -> dict[str, str]:
 def records(out: Path, event: str) -> list[dict]:
     found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [record for record in found if record["event"] == event]
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
+    """Call ``action`` right after the training step that makes ``step``, or right before the first one."""
+    real = loop.Trainer.train_step
+
+    def train_step(self) -> None:
+        if step == 0 == self.step:
+            action()
+        real(self)
+        if step == self.step:
+            action()
+
+    patch.setattr(loop.Trainer, "train_step", train_step)
+
+
+def interrupt_at(store, out: Path, step: int, config: TrainConfig | None = None, resume: bool = False) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(random.choice([signal.SIGINT, signal.SIGTERM])))
+        with pytest.raises(Interrupted) as caught:
+            run(store, out, config, resume)
+    return str(caught.value)

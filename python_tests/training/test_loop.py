@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from training_helpers import PHASE_1, PHASE_2, MemoryStore, outcome, records, run, tiny_run
+from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.data import Featurizer
 from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
@@ -42,28 +42,6 @@ def whole(store, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     run(store, out)
     return out
-
-
-def at_step(patch: pytest.MonkeyPatch, step: int, action) -> None:
-    """Call ``action`` right after the training step that makes ``step``, or right before the first one."""
-    real = loop.Trainer.train_step
-
-    def train_step(self) -> None:
-        if step == 0 == self.step:
-            action()
-        real(self)
-        if step == self.step:
-            action()
-
-    patch.setattr(loop.Trainer, "train_step", train_step)
-
-
-def interrupt_at(store, out: Path, step: int, config: TrainConfig | None = None, resume: bool = False) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, step, lambda: signal.raise_signal(random.choice([signal.SIGINT, signal.SIGTERM])))
-        with pytest.raises(Interrupted) as caught:
-            run(store, out, config, resume)
-    return str(caught.value)
 
 
 # ---- what a run does and leaves behind
