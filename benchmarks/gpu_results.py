@@ -106,8 +106,11 @@ def _sanitizers(record: Record) -> list[str]:
 def _training(record: Record) -> list[str]:
     rows = []
     for phase, of in only(record, "training").get("phases", {}).items():
-        rows.append([str(phase), *(_shown(of.get(name)) for name in ("ms", "launches", "busy", "losses", "cpu_losses"))])
-    return _table(["training, phase", "ms a step", "launches", "share of GPU busy", "first losses", "on the CPU"], rows)
+        for form in (of, of.get("eager")):
+            if form:
+                rows.append([str(phase), *(_shown(form.get(name)) for name in (
+                    "form", "ms", "launches", "busy", "losses", "cpu_losses"))])
+    return _table(["training, phase", "form", "ms a step", "launches", "share of GPU busy", "first losses", "on the CPU"], rows)
 
 
 def _shown(value: Any) -> str:

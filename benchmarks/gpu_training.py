@@ -80,6 +80,8 @@ def steps(store: Store, out: Path, config: TrainConfig, count: int) -> bool:
     for name in names:
         phase = replace(config, phase1_steps=count + PROFILED if name != names[-1] else 0)
         measured = _timed(store, phase, count)
+        if device.type == "cuda" and config.step != "eager":
+            measured["eager"] = _timed(store, replace(phase, step="eager"), count)
         here, cpu = _losses(store, phase), _losses(store, replace(phase, device="cpu", precision="float32"))
         measured |= {"losses": here, "cpu_losses": cpu, "agree": _agree(here, cpu, TOLERANCE[config.precision])}
         found["phases"][name] = measured
@@ -98,6 +100,7 @@ def _losses(store: Store, config: TrainConfig) -> list[float]:
 
 def _loss_of_a_step(run: Any) -> float:
     run.train_step()
+    run.collect()
     return run.recent[-1].losses["loss"]
 
 
@@ -106,19 +109,23 @@ def _agree(here: Sequence[float], cpu: Sequence[float], tolerance: float) -> boo
 
 
 def _timed(store: Store, config: TrainConfig, count: int) -> dict[str, Any]:
-    """``ms`` a step: the median from one step's end to the next over the last two thirds; the first compile kernels."""
+    """``ms`` a step: the median from one step's end to the next over the last two thirds; the first compile kernels. Of steps
+    that the host only queues, the mean over these: it waits before them and behind them."""
     cuda = resolve_device(config.device).type == "cuda"
     with tempfile.TemporaryDirectory() as folder, trainer(store, folder, config) as run:
         if cuda:
             torch.cuda.reset_peak_memory_stats(run.device)
-        ends = [time.perf_counter()]
-        for _ in range(count):
-            run.train_step()  # ends with the losses' way to the host: the step before Adam is over then
+        ends, late = [time.perf_counter()], count // 3
+        for step in range(count):
+            run.train_step()  # eager: ends with the losses' way to the host: the step before Adam is over then
+            if step + 1 in (late, count):
+                run.collect()
             ends.append(time.perf_counter())
         took = [1e3 * (end - start) for start, end in zip(ends, ends[1:], strict=False)]
-        late = took[count // 3 :]
+        spent = took[late:]
+        ms = statistics.median(spent) if run.form.at_once else statistics.mean(spent)
         found: dict[str, Any] = {
-            "ms": statistics.median(late), "ms_least": min(late), "ms_most": max(late), "ms_first": took[0],
+            "form": type(run.form).__name__, "ms": ms, "ms_least": min(spent), "ms_most": max(spent), "ms_first": took[0],
             **peak_memory(run.device), "launches": None, "copies": None, "busy_ms": None, "busy": None,
         }
         if cuda:

@@ -235,7 +235,6 @@ def test_real_batches_of_every_capacity(real_data: Path, tmp_path: Path):
         batch = next(batch for batch in batches if capacity.holds(batch)
                      and not any(smaller.holds(batch) for smaller in sizes[:place]) or capacity is sizes[-1])
         for phase in ("bow", "all"):
-            exact = as_double(batch)
-            same_step(trained(as_double(fitted(batch, capacity)), phase=phase, **words), trained(exact, phase=phase, **words), 1e-11)
-            same_step(trained(fitted(batch, capacity), phase=phase, dtype=torch.float32, **words),
-                      trained(batch, phase=phase, dtype=torch.float32, **words), 1e-4)
+            for kind, dtype, tolerance in ((as_double, torch.float64, 1e-11), (lambda x: x, torch.float32, 1e-4)):
+                filled, exact = (trained(kind(x), phase=phase, dtype=dtype, **words) for x in (fitted(batch, capacity), batch))
+                same_step(filled, exact, tolerance)

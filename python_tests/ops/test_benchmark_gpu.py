@@ -346,8 +346,10 @@ def made_record() -> dict:
         "device": {"": bounds},
         "build": {"": {"native": {"cuda": True}}},
         "smoke": {"graph_attention": {"ran": ["graph_attention"], "left_out": {}, "failed": {}}},
-        "training": {"": {"phases": {"all": {"ms": 14.25, "launches": 1322.0, "busy": 0.31, "losses": [9.5, 9.25],
-                                             "cpu_losses": [9.5, 9.25], "agree": True}}}},
+        "training": {"": {"phases": {"all": {
+            "form": "CapturedStep", "ms": 4.75, "launches": 1280.0, "busy": 0.97, "losses": [9.5, 9.25],
+            "cpu_losses": [9.5, 9.25], "agree": True,
+            "eager": {"form": "EagerStep", "ms": 14.25, "launches": 1322.0, "busy": 0.31}}}}},
         "tests": {"graph_attention": {"passed": 100, "failed": 1, "skipped": 2, "begun": 103, "collected": 110,
                                       "running": "t.py::hangs", "failing": {"t.py::wrong": "out is off"}}},
         "sanitizers": {"memcheck": {"summary": "ERROR SUMMARY: 0 errors", "errors": 0, "kernels": {},
@@ -390,7 +392,8 @@ def test_the_page_tells_all_that_the_record_holds(stored, tmp_path, capsys):
     assert "| graph_attention | 100 | 1 | 2 | 7 |" in lines and "- `t.py::wrong`: out is off" in lines
     assert "- `t.py::hangs`: ran when the time was over" in lines
     assert "| memcheck | 0 | ERROR SUMMARY: 0 errors | graph_attention |  |" in lines
-    assert "| all | 14.25 | 1322 | 0.31 | 9.5, 9.25 | 9.5, 9.25 |" in lines
+    assert "| all | CapturedStep | 4.75 | 1280 | 0.97 | 9.5, 9.25 | 9.5, 9.25 |" in lines
+    assert "| all | EagerStep | 14.25 | 1322 | 0.31 |  |  |" in lines
     # 15 MB at 3 TB/s are 5 us of 10; the compiled peer is 3 times ours as launched, the eager one 4 times ours replayed
     assert ("| graph_attention | paper | forward | 10 | **3.00** | compiled | 50 % (bytes) | 2.00 | 0.25 |" in lines)
     assert "- ours, graph_attention: 1e5, float32, case_fast: OutOfMemoryError: no" in lines

@@ -107,7 +107,8 @@ def test_a_step_that_is_not_finite_is_named_within_an_interval_and_changes_nothi
     def poison(split, indices, batch):
         if split == "train" and indices == sampler.indices(step - 1) and int(batch.seed) == forms.step_seed(0, step - 1):
             met.append(indices)
-            if len(met) > 1 and (lasting or len(met) == 2):  # the first time its size is measured
+            made = len(met) - (step <= sampler.steps_per_epoch)  # those of the first epoch are measured before
+            if made == 1 or (made > 1 and lasting):
                 batch.concept.intensity[0] = float("nan")
         return batch
 
