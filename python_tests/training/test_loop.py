@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from helpers import tiny_config
+from rich.console import Console
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.data import Featurizer
