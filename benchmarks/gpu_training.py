@@ -109,8 +109,8 @@ def _agree(here: Sequence[float], cpu: Sequence[float], tolerance: float) -> boo
 
 
 def _timed(store: Store, config: TrainConfig, count: int) -> dict[str, Any]:
-    """``ms`` a step: the median from one step's end to the next over the last two thirds; the first compile kernels. Of steps that
-    the host only queues, the mean over these: it waits before them and behind them."""
+    """``ms`` a step: the median from one step's end to the next over the last two thirds; the first compile kernels. Of steps
+    that the host only queues, the mean over these: it waits before them and behind them."""
     cuda = resolve_device(config.device).type == "cuda"
     with tempfile.TemporaryDirectory() as folder, trainer(store, folder, config) as run:
         if cuda:

@@ -36,12 +36,12 @@ class _Tensors:
         self._map(lambda tensor: tensors.append(tensor) or tensor)
         starts = [0, *itertools.accumulate(-(-tensor.nbytes // 16) * 16 for tensor in tensors)]
         block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
-        start = iter(starts)
-
-        def put(tensor: Tensor) -> Tensor:
-            return _view(block, next(start), tensor).copy_(tensor)
-
-        return self._map(put), block
+        typed = {dtype: block.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+        views = [typed[x.dtype].as_strided(x.shape, x.stride(), start // x.itemsize)
+                 for x, start in zip(tensors, starts, strict=False)]
+        torch._foreach_copy_(views, tensors)
+        view = iter(views)
+        return self._map(lambda _: next(view)), block
 
     def laid_over(self, block: Tensor) -> Self:
         """The tensors of another block like the one that `joined` made of these."""

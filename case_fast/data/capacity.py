@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from case_fast.batch import Batch, CasePart, ConceptPart, Graphs
@@ -220,7 +221,8 @@ class _Rows:
 
 def _filled(x: Tensor, total: int, rest: np.ndarray | int = 0) -> Tensor:
     """x (n,) and behind it ``rest``, (total - n,) or one number."""
-    out = x.new_empty(total)
-    out[: len(x)] = x
-    out.numpy()[len(x) :] = rest
-    return out
+    old = x.numpy()
+    out = np.empty(total, dtype=old.dtype)
+    out[: len(old)] = old
+    out[len(old) :] = rest
+    return torch.from_numpy(out)

@@ -7,6 +7,7 @@ kernel. The registered ops `case_fast::bilinear_mim_forward` and `_backward` cal
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -217,9 +218,7 @@ def _forward(runs: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: T
 
         return triton.forward(x, y, weight, positive, num_negatives, seed, seed_at, score, deterministic, sizes)
     found = _outputs(runs, x, y, weight, num_negatives, score)
-    if sizes is not None:
-        for result in found:
-            result.zero_()
+    _cleared(x, y, sizes, found)
     _run("forward", x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, found)
     return found
 
@@ -237,12 +236,17 @@ def _backward(runs: str, grad_side_y: Tensor, grad_side_x: Tensor, x: Tensor, y:
         )
         return [gradient for gradient in found if gradient is not None]
     found = common.empty_like(x, y, weight)
-    if sizes is not None:
-        for gradient in found[:2]:
-            gradient.zero_()
+    _cleared(x, y, sizes, found[:2])
     others = (saved, grad_side_y, grad_side_x, *found, *[None] * (3 - len(found)))
     _run("backward", x, y, weight, positive, sizes, num_negatives, seed, seed_at, score, others)
     return found
+
+
+def _cleared(x: Tensor, y: Tensor, sizes: Tensor | None, found: Sequence[Tensor]) -> None:
+    """Zeros for what the kernel does not write, where not all exist."""
+    if sizes is not None and _existing(x, y, sizes) != (x.shape[0], y.shape[0]):
+        for result in found:
+            result.zero_()
 
 
 def _run(direction: str, x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None, sizes: Tensor | None,

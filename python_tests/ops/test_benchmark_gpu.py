@@ -348,7 +348,8 @@ def made_record() -> dict:
         "smoke": {"graph_attention": {"ran": ["graph_attention"], "left_out": {}, "failed": {}}},
         "training": {"": {"phases": {"all": {
             "form": "CapturedStep", "ms": 4.75, "launches": 1280.0, "busy": 0.97, "losses": [9.5, 9.25],
-            "cpu_losses": [9.5, 9.25], "agree": True, "eager": {"form": "EagerStep", "ms": 14.25, "launches": 1322.0, "busy": 0.31}}}}},
+            "cpu_losses": [9.5, 9.25], "agree": True,
+            "eager": {"form": "EagerStep", "ms": 14.25, "launches": 1322.0, "busy": 0.31}}}}},
         "tests": {"graph_attention": {"passed": 100, "failed": 1, "skipped": 2, "begun": 103, "collected": 110,
                                       "running": "t.py::hangs", "failing": {"t.py::wrong": "out is off"}}},
         "sanitizers": {"memcheck": {"summary": "ERROR SUMMARY: 0 errors", "errors": 0, "kernels": {},

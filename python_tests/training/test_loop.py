@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_config
 from rich.console import Console
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
@@ -263,6 +264,15 @@ def test_a_run_of_batches_cut_by_cost_resumes_bit_for_bit(store, whole, tmp_path
         run(store, tmp_path / "two", resume=True)
     run(store, tmp_path / "two", config, resume=True)
     assert outcome(tmp_path / "one") == outcome(tmp_path / "two") != outcome(whole)
+
+
+def test_a_run_does_not_depend_on_workers_and_goes_on_with_others(sample_store, tmp_path):
+    model = tiny_config(graph_dropout=0.2, encoder_dropout=0.1, num_negatives=2)
+    for name, workers in (("none", 0), ("two", 2)):
+        run(sample_store, tmp_path / name, tiny_run(model=model, workers=workers, valid_limit=40, max_steps=4))
+    interrupt_at(sample_store, tmp_path / "other", 6, tiny_run(model=model, workers=1, valid_limit=40, max_steps=4))
+    run(sample_store, tmp_path / "other", tiny_run(model=model, workers=2, valid_limit=40, max_steps=4), resume=True)
+    assert outcome(tmp_path / "none") == outcome(tmp_path / "two") == outcome(tmp_path / "other")
 
 
 def test_interrupted_again_and_again_it_ends_bit_for_bit_the_same(store, whole, tmp_path):
