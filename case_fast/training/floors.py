@@ -39,13 +39,15 @@ class Rates:
 
 
 def measure_rates(device: torch.device, seconds: float = 0.5) -> Rates:
-    """The best of as many calls as fit: of square products, by torch and by this package; of copying 64 MiB, and of going over
-    them in place, where no line is read only to be written over."""
+    """The best of as many calls as fit: of square products, by torch and by this package; of going over 256 MiB in place, and of
+    copying one half to the other, which reads what it will write over besides."""
     x, y = (torch.randn(1024, 1024, device=device) for _ in range(2))
-    read, written = (torch.zeros(1 << 24, device=device) for _ in range(2))
+    memory = torch.zeros(1 << 26, device=device)
+    half = memory.numel() // 2
     products = [_fastest(lambda product=product: product(x, y), device, seconds / 2) for product in _products()]
-    passes = [_fastest(call, device, seconds / 2) for call in (lambda: written.copy_(read), lambda: written.mul_(1.0))]
-    return Rates(2 * 1024**3 / min(products), 2 * read.nbytes / min(passes))
+    in_place = _fastest(lambda: memory.mul_(1.0), device, seconds / 2)
+    copied = _fastest(lambda: memory[:half].copy_(memory[half:]), device, seconds / 2)
+    return Rates(2 * 1024**3 / min(products), memory.nbytes * max(2 / in_place, 1 / copied))
 
 
 def _products() -> list[Callable]:
