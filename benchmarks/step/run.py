@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,10 @@ WORDS = 8531  # of a vocabulary without the rarest words: that of the published 
 USUAL = Choice(size=16, count=6, words=WORDS)
 TOLERANCE = 1e-3  # of a loss, and of a gradient's norm and products, by their size; float32 sums in another order
 PATIENCE = 600  # seconds after which a process is given up
-ROOM = 0.5  # of the machine's free memory that the plain form may be expected to take
+ROOM = 0.7  # of the memory that is free, what the plain form may be expected to take
+
+
+_MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -150,10 +154,11 @@ def _measured(point: Point, store: str, quick: bool, budget: float) -> dict[str,
 
 
 def _too_large(choice: Choice) -> str:
-    """Why the plain form would not fit: for each pair of vertices of G_CS it holds some forty rows of d numbers at its peak."""
+    """Why the plain form would not fit: for each pair of vertices of G_CS it holds some twenty rows of d numbers at its peak."""
     vertices = 90 if choice.inferences is None else 8 + 12 * choice.inferences
-    expected, free = choice.size * vertices**2 * 300 * 4 * 40, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"would take about {expected / 1e9:.0f} GB" if expected > ROOM * free else ""
+    expected = choice.size * vertices**2 * 300 * 4 * 20
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMORY.read_text()) if _MEMORY.is_file() else None
+    return f"would take about {expected / 1e9:.0f} GB" if found and expected > ROOM * int(found[1]) * 1024 else ""
 
 
 def _row(form: str, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
