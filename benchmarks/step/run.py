@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ WORDS = 8531  # of a vocabulary without the rarest words: that of the published 
 USUAL = Choice(size=16, count=6, words=WORDS)
 TOLERANCE = 1e-3  # of a loss, and of a gradient's norm and products, by their size; float32 sums in another order
 PATIENCE = 600  # seconds after which a process is given up
-ROOM = 0.5  # of the machine's free memory that the plain form may be expected to take
+ROOM = 0.7  # of the memory that is free, what the plain form may be expected to take
+
+
+_MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,8 @@ def bench(store: str | None, sizes: Sequence[str], quick: bool, out: Path, tell:
           device: str = "cpu") -> tuple[list[dict[str, Any]], list[Path]]:
     """Measure the parts that ``sizes`` names, or all, into OUT/step.json, .md and .png, written after each point.
 
-    Without ``sizes`` a run goes on where one before was stopped: what its file holds of this commit, store, machine and budget is
-    not measured again.
+    What the file holds of this commit, store, machine and budget stays: a run that was stopped goes on where it was, and several
+    runs can share the parts; only what ``sizes`` names is measured again.
 
     Args:
         quick: two dialogues a batch, on one thread, without compiling: whether all works, not how fast it is.
@@ -84,16 +88,19 @@ def bench(store: str | None, sizes: Sequence[str], quick: bool, out: Path, tell:
         raise ConfigError(f"bench step has no part {', '.join(unknown)}; it has {', '.join(known)}")
     opened = open_store(store)
     found = families_report.environment("packed_attention") | {"quick": quick, "budget": budget, "store": opened.fingerprint}
-    before = {} if sizes else _before(out / f"{NAME}.json", found)
+    if quick:
+        known = {part: [replace(point, choice=replace(point.choice, size=2, count=2)) for point in those]
+                 for part, those in known.items()}
     chosen = [point for size in sizes or known for point in known[size]]
-    cases: list[dict[str, Any]] = []
+    cases = {name: case for name, case in _before(out / f"{NAME}.json", found).items() if case["part"] not in sizes}
     paths: list[Path] = []
     for place, point in enumerate(chosen):
         tell(point.name, place, len(chosen))
-        case = before.get(point.name) or _same(point, cases) or _measured(point, store, quick, budget)
-        cases.append(case | {"part": point.part, "value": point.value})
-        paths = write(found, cases, out)
-    return [line for case in cases for line in report.summary(case)], paths
+        if point.name not in cases:
+            case = _same(point, cases.values()) or _measured(point, store, quick, budget)
+            cases[point.name] = case | {"part": point.part, "value": point.value}
+        paths = write(found, [cases[p.name] for those in known.values() for p in those if p.name in cases], out)
+    return [line for point in chosen for line in report.summary(cases[point.name])], paths
 
 
 def _before(path: Path, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -107,10 +114,10 @@ def _before(path: Path, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {f"{case['part']} {case['value']}": case for case in results["cases"]}
 
 
-def _same(point: Point, cases: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _same(point: Point, cases: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """A point that was measured already: the usual one is a member of each growth."""
     for case in cases:
-        if case["choice"] == asdict(point.choice) and case["phase"] == point.phase and point.part != "parts" != case["part"]:
+        if "parts" not in (point.part, case["part"]) and (case["choice"], case["phase"]) == (asdict(point.choice), point.phase):
             return case | {"rows": [row for row in case["rows"] if row["form"] in point.forms]}
     return None
 
@@ -130,17 +137,16 @@ def write(found: dict[str, Any], cases: list[dict[str, Any]], out: Path) -> list
 
 
 def _measured(point: Point, store: str, quick: bool, budget: float) -> dict[str, Any]:
-    choice = Choice(**asdict(point.choice) | {"size": 2, "count": 2}) if quick else point.choice
-    request = {"store": store, "choice": asdict(choice), "phase": point.phase, "seconds": 0.1 if quick else budget,
-               "threads": [1] if quick else CpuClock().thread_counts(), "assembly": point.part == "step"}
     case = {"phase": point.phase, "choice": asdict(point.choice)}
+    request = case | {"store": store, "seconds": 0.1 if quick else budget, "assembly": point.part == "step",
+                      "threads": [1] if quick else CpuClock().thread_counts()}
     if point.part == "parts":
         return case | {"rows": [], **_ask(OURS, request | {"parts": True})}
     rows: list[dict[str, Any]] = []
     for form in point.forms:
         if form == COMPILED and quick:
             rows.append({"form": form, "left_out": "not compiled in a quick run"})
-        elif form != OURS and (why := _too_large(choice)):
+        elif form != OURS and (why := _too_large(point.choice)):
             rows.append({"form": form, "left_out": why})
         else:
             rows.append(_row(form, _ask(form, request | {"form": form}), rows))
@@ -150,10 +156,11 @@ def _measured(point: Point, store: str, quick: bool, budget: float) -> dict[str,
 
 
 def _too_large(choice: Choice) -> str:
-    """Why the plain form would not fit: for each pair of vertices of G_CS it holds some forty rows of d numbers at its peak."""
+    """Why the plain form would not fit: for each pair of vertices of G_CS it holds some twenty rows of d numbers at its peak."""
     vertices = 90 if choice.inferences is None else 8 + 12 * choice.inferences
-    expected, free = choice.size * vertices**2 * 300 * 4 * 40, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"would take about {expected / 1e9:.0f} GB" if expected > ROOM * free else ""
+    expected = choice.size * vertices**2 * 300 * 4 * 20
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMORY.read_text()) if _MEMORY.is_file() else None
+    return f"would take about {expected / 1e9:.0f} GB" if found and expected > ROOM * int(found[1]) * 1024 else ""
 
 
 def _row(form: str, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The least time that an op could take on a machine: what it must multiply and move, by the rates of products and of copies.
+"""The least time that an op could take on a machine: what it must multiply and move, by the rates of products and of memory.
 
 ``COSTS`` is the one place that knows what an op costs: from the shapes that the profiler saw, floating-point operations without
 any that is made again, and bytes with each input read and each result written once. An op that is not in it has bytes alone, its
@@ -39,12 +39,15 @@ class Rates:
 
 
 def measure_rates(device: torch.device, seconds: float = 0.5) -> Rates:
-    """The best of as many calls as fit: of square products, by torch and by this package, and of copies of 64 MiB."""
+    """The best of as many calls as fit: of square products, by torch and by this package; of going over 256 MiB in place, and of
+    copying one half to the other, which reads what it will write over besides."""
     x, y = (torch.randn(1024, 1024, device=device) for _ in range(2))
-    read, written = (torch.zeros(1 << 24, device=device) for _ in range(2))
+    memory = torch.zeros(1 << 26, device=device)
+    half = memory.numel() // 2
     products = [_fastest(lambda product=product: product(x, y), device, seconds / 2) for product in _products()]
-    copy = _fastest(lambda: written.copy_(read), device, seconds / 2)
-    return Rates(2 * 1024**3 / min(products), 2 * read.nbytes / copy)
+    in_place = _fastest(lambda: memory.mul_(1.0), device, seconds / 2)
+    copied = _fastest(lambda: memory[:half].copy_(memory[half:]), device, seconds / 2)
+    return Rates(2 * 1024**3 / min(products), memory.nbytes * max(2 / in_place, 1 / copied))
 
 
 def _products() -> list[Callable]:
