@@ -326,7 +326,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """A state for at most ``words`` words a reply; ``fixed``: in memory that `restart_decoding` takes again."""
         state = self.decoder.start(reading.memories, beams, words, reading.start, reading.added, fixed)
         position = torch.arange(words, device=reading.device)
-        state.places = self.place(reading.memories[0].rows.new_zeros(words, self.config.d_model), position)
+        state.places = eq.sinusoidal_position(position, self.config.d_model, reading.memories[0].rows.dtype)
         return state
 
     def restart_decoding(self, state: DecoderState, reading: Reading) -> bool:
