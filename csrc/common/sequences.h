@@ -126,35 +126,51 @@ void set_dropout(Attention<T> &a, double dropout_p, uint64_t seed) {
     a.kept_scale = a.drop_below && dropout_p < 1 ? T(1 / (1 - dropout_p)) : T(1);
 }
 
-// grad_query of all segments, grad_key and grad_value of all key sequences. The arrays of `a` are whole.
+// grad_query of all segments, grad_key and grad_value of all key sequences. The arrays of `a` are whole. A task is one head after
+// the other of some key sequences: heads of a sequence share cache lines, which two threads would take from each other.
 template <class T>
 struct AttentionBackward {
     const Attention<T> &a;
     const Keys &keys;
     std::vector<Owned> segments;  // by key sequence
     std::vector<int64_t> first;   // of a key sequence: its first segment
+    std::vector<int64_t> bounds;  // of the tasks, in heads of key sequences
 
-    AttentionBackward(const Attention<T> &attention, const Keys &k, const void *cu_query, int64_t batch)
+    AttentionBackward(const Attention<T> &attention, const Keys &k, const void *cu_query, int64_t batch, int threads)
         : a(attention), keys(k), segments(segments_of(k, cu_query, batch, attention.causal)), first(size_t(k.sequences) + 1, 0) {
         if (keys.of)
             std::stable_sort(segments.begin(), segments.end(), [](const Owned &x, const Owned &y) { return x.sequence < y.sequence; });
         for (const Owned &s : segments) ++first[size_t(s.sequence) + 1];
         for (size_t s = 1; s < first.size(); ++s) first[s] += first[s - 1];
+        std::vector<int64_t> costs;
+        for (int64_t s = 0; s < keys.sequences; ++s) {
+            int64_t cost = 8 * keys.rows_of(s) + 1;
+            each_segment(s, [&](const Segment &x) { cost += x.rows * (8 + x.keys); });
+            costs.insert(costs.end(), size_t(a.heads), cost);
+        }
+        bounds = even_ranges(costs, threads <= 1 ? 1 : std::min<int64_t>(32 * int64_t(threads), int64_t(costs.size()) + 1));
     }
     int64_t workspace() const {
         int64_t most = 0;
         for (const Segment &s : segments) most = std::max(most, attention_workspace(s.rows, s.keys, true));
         return most;
     }
-    int64_t tasks() const { return keys.sequences * a.heads; }
+    int64_t tasks() const { return int64_t(bounds.size()) - 1; }
     void run(int64_t task, T *memory) const {
-        const int64_t sequence = task / a.heads, head = task % a.heads, offset = head * a.dim;
-        for (int64_t row = keys.begin(sequence); row < keys.begin(sequence + 1); ++row) {
-            std::fill_n(a.grad_key + row * a.grad_key_stride + offset, a.dim, T(0));
-            std::fill_n(a.grad_value + row * a.grad_value_stride + offset, a.dim, T(0));
+        for (int64_t i = bounds[size_t(task)], end = bounds[size_t(task) + 1]; i < end; ++i) {
+            const int64_t sequence = i / a.heads, head = i % a.heads, offset = head * a.dim;
+            for (int64_t row = keys.begin(sequence); row < keys.begin(sequence + 1); ++row) {
+                std::fill_n(a.grad_key + row * a.grad_key_stride + offset, a.dim, T(0));
+                std::fill_n(a.grad_value + row * a.grad_value_stride + offset, a.dim, T(0));
+            }
+            each_segment(sequence, [&](const Segment &s) { attention_kernels<T>().backward(a, s, int(head), memory); });
         }
-        for (int64_t s = first[size_t(sequence)]; s < first[size_t(sequence) + 1]; ++s)
-            attention_kernels<T>().backward(a, segments[size_t(s)], int(head), memory);
+    }
+
+private:
+    template <class Body>
+    void each_segment(int64_t sequence, Body body) const {
+        for (int64_t s = first[size_t(sequence)]; s < first[size_t(sequence) + 1]; ++s) body(segments[size_t(s)]);
     }
 };
 

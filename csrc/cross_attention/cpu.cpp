@@ -225,7 +225,7 @@ int block_backward(const case_fast_cross_attention &c, const case_fast_source *s
     int64_t slot_size = most_rows * width;
     for (int i = 0; i < c.sources; ++i) {
         attentions.push_back(describe<T>(c, sources[i]));
-        works.emplace_back(attentions.back(), keys[size_t(i)], c.cu_hidden, c.batch);
+        works.emplace_back(attentions.back(), keys[size_t(i)], c.cu_hidden, c.batch, threads);
         slot_size = std::max(slot_size, works.back().workspace());
     }
     Workspace workspace;

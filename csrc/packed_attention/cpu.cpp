@@ -67,7 +67,7 @@ int attend(const case_fast_packed_attention &c, const Keys &keys, const void *qu
 
 template <class T>
 int backward(const case_fast_packed_attention &c, const Keys &keys, Attention<T> a, int threads) {
-    const AttentionBackward<T> work(a, keys, c.cu_query, c.batch);
+    const AttentionBackward<T> work(a, keys, c.cu_query, c.batch, threads);
     Workspace workspace;
     Slots<T> slots(workspace, threads, work.workspace());
     prepare_output(a.grad_query, size_t(c.queries * a.grad_query_stride) * sizeof(T));
