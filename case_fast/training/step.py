@@ -31,6 +31,7 @@ from case_fast.models.base import POSITIONS, ops_that_ask, raise_pending
 from case_fast.training.config import TrainConfig
 from case_fast.training.sampler import Sampler, step_seed
 
+SUMMED_WHOLE = 1 << 14  # numbers; torch's threads share a sum of twice as many
 SEEN = 256  # batches of the first epoch that capacities are measured by
 _log = logging.getLogger("case_fast")
 
@@ -87,7 +88,7 @@ class EagerStep:
         """Forward and backward; the output, and the norm of all gradients."""
         output = self.forward(batch)
         output.loss.backward()
-        return output, nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return output, total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _update(self, norm: Tensor) -> None:
         if self.config.clip_norm is not None:
@@ -283,6 +284,18 @@ def _obstacle(device: torch.device) -> str:
         return f"CUDA graphs need a GPU, and this run is on {device}"
     asking = ops_that_ask(device)
     return f"the plain form of {' and '.join(asking)}, which runs here, asks the device for sizes" if asking else ""
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """() the norm of all gradients together, with the same bits for any number of threads.
+
+    As `torch.nn.utils.get_total_norm`, which on CPU divides what it sums by the number of threads.
+    """
+    if not gradients or not gradients[0].is_cpu:
+        return nn.utils.get_total_norm(gradients)
+    norm = torch.linalg.vector_norm
+    rows = [norm(x.flatten(1), dim=1) if x.dim() > 1 else x.reshape(-1) for x in gradients]
+    return norm(torch.stack([norm(part) for part_of in rows for part in part_of.split(SUMMED_WHOLE)]))
 
 
 def _words(batch: Batch) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from training_helpers import MemoryStore, records, run, tiny_run
 
 from case_fast.models import CASE, CASEConfig
-from case_fast.training.loop import total_norm
+from case_fast.training.step import total_norm
 
 STEPS = 50  # of each phase
 
