@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import gpu
 import pytest
 import torch
 from helpers import tiny_config
-from training_helpers import PHASE_1, PHASE_2, MemoryStore, interrupt_at, records, run, tiny_run
+from training_helpers import MemoryStore, interrupt_at, records, run, tiny_run
 
 from case_fast.training import NotFinite, TrainConfig
 from case_fast.training import step as forms
@@ -16,7 +17,8 @@ from case_fast.training.checkpoint import Checkpoints
 
 pytestmark = [gpu.NEEDS["native"], gpu.NEEDS["triton"]]
 STILL = tiny_config(num_negatives=2)  # no dropout
-LAST = PHASE_1 + PHASE_2
+STEPS = 12  # of each phase: of every capacity some are launched, one is captured, others are replayed
+LAST = 2 * STEPS
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,9 @@ def store() -> MemoryStore:
 
 
 def config(form: str, **changes: object) -> TrainConfig:
-    return tiny_run(**{"step": form, "device": gpu.DEVICE, "model": STILL, "warmup": 400, "log_every": 3} | changes)
+    settings = {"step": form, "device": gpu.DEVICE, "model": STILL, "warmup": 400, "log_every": 3, "phase1_steps": STEPS,
+                "max_steps": STEPS}
+    return tiny_run(**settings | changes)
 
 
 def ended(out: Path) -> dict[str, torch.Tensor]:
@@ -38,9 +42,9 @@ def losses(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """The capacity and phase of each graph that is captured."""
-    found = []
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The phase of each graph that is captured."""
+    found: list[str] = []
     real = forms.CapturedStep._captured
 
     def captured(self, batch):
@@ -68,14 +72,14 @@ def test_captured_padded_and_eager_runs_agree(store, tmp_path, graphs, precision
 
 
 def test_dropout_draws_anew_in_every_replay(store, tmp_path, graphs):
-    """With the same batch and the same weights."""
+    """With the same dialogues, in another order, and the same weights."""
     dropping = tiny_config(graph_dropout=0.3, encoder_dropout=0.3, decoder_dropout=0.3)
-    run(store, tmp_path / "run", config("captured", model=dropping, lr_scale=1e-12, batch_size=22, max_steps=12, log_every=1))
+    run(store, tmp_path / "run", config("captured", model=dropping, lr_scale=1e-12, batch_size=22, log_every=1))
     seen = [record["losses"]["bow"] for record in records(tmp_path / "run", "step")]
-    assert graphs and len(set(seen)) == len(seen)
+    assert graphs and all(abs(one - other) > 1e-5 for one, other in pairwise(seen))  # order alone changes less
 
 
-@pytest.mark.parametrize("stop", [6, 9])
+@pytest.mark.parametrize("stop", [9, 17])
 def test_a_captured_run_resumes_bit_for_bit(store, tmp_path, graphs, stop):
     run(store, tmp_path / "whole", config("captured"))
     interrupt_at(store, tmp_path / "run", stop, config("captured"))
