@@ -79,8 +79,8 @@ class Linear(nn.Linear):
 
 
 def heads_of(x: Tensor, projections: Sequence[Linear], heads: int) -> tuple[Tensor, ...]:
-    """x (T, d) through several projections of equal width by one product, (T, H, D) each."""
-    return linear(x, [part.weight for part in projections]).unflatten(-1, (len(projections), heads, -1)).unbind(1)
+    """x (T, d) through several projections by one product, (T, H, D) each."""
+    return tuple([y.unflatten(-1, (heads, -1)) for y in linear(x, [part.weight for part in projections], split=True)])
 
 
 def normalized(x: Tensor, norm: nn.LayerNorm, update: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor = 0
