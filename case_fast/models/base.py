@@ -270,7 +270,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
         One lookup for all of them: the backward of each lookup fills a gradient as large as the table.
         """
-        rows = self.embedding(torch.cat([*words.values()])) * self.config.d_model**0.5
+        rows = eq.take(self.embedding.weight, torch.cat([*words.values()])) * self.config.d_model**0.5
         return dict(zip(words, rows.split([len(ids) for ids in words.values()]), strict=True))
 
     def place(self, rows: Tensor, position: Tensor, longest: int) -> Tensor:
