@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.step.batches import Choice, examples_of, indices_of
 from benchmarks.step.plain_case import LENGTHS, collate, plain_of
-from case_fast.cli import _keep_freed_memory
 from case_fast.data import Store, open_store
 from case_fast.data.pack import make_batch
+from case_fast.memory import keep_freed_memory
 from case_fast.models import CASE, CASEConfig
 
 OURS, PLAIN, COMPILED = "case_fast", "plain, eager", "plain, torch.compile"
@@ -143,7 +143,7 @@ def best_optimizer(module: nn.Module, losses_of: Losses, batches: Sequence[Any])
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What a request measures: {"form", "phase", "store", "choice", "seconds", "threads"}."""
-    _keep_freed_memory()  # every form has it, as `case-fast train` does
+    keep_freed_memory()  # every form has it, as `case-fast train` does
     form, phase, seconds, choice = request["form"], request["phase"], request["seconds"], Choice(**request["choice"])
     store = open_store(request["store"])
     counts = request["threads"]
@@ -205,7 +205,7 @@ def main() -> None:
 def parts(request: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.step.parts import measure
 
-    _keep_freed_memory()
+    keep_freed_memory()
     choice = Choice(**request["choice"])
     torch.set_num_threads(request["threads"][-1])
     store = open_store(request["store"])
