@@ -32,29 +32,35 @@ def padded(memory: Memory, copies: int) -> tuple[Tensor, Tensor]:
     return rows.repeat_interleave(copies, 0), mask[:, None, None].repeat_interleave(copies, 0)
 
 
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """By torch, as such code has it; the layer of the model itself computes by `case_fast.ops.linear`."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
 def split(x: Tensor, heads: int) -> Tensor:
     """(R, n, d) to (R, H, n, D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def projected(attention: Attention, memory: Tensor) -> tuple[Tensor, Tensor]:
-    return split(attention.key(memory), attention.heads), split(attention.value(memory), attention.heads)
+    return split(product(attention.key, memory), attention.heads), split(product(attention.value, memory), attention.heads)
 
 
 def attend(attention: Attention, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False
            ) -> Tensor:
     """What is added to x (R, n, d); nothing where the mask leaves no key."""
-    found = F.scaled_dot_product_attention(split(attention.query(x), attention.heads), key, value, mask, is_causal=causal)
+    found = F.scaled_dot_product_attention(split(product(attention.query, x), attention.heads), key, value, mask, is_causal=causal)
     if mask is not None:
         found = found.masked_fill(~mask.any(-1, keepdim=True), 0)
-    return attention.output(found.transpose(1, 2).flatten(2))
+    return product(attention.output, found.transpose(1, 2).flatten(2))
 
 
 def after_self(layer: DecoderLayer, x: Tensor, memories: Sequence[tuple[Tensor, Tensor]], masks: Sequence[Tensor]) -> Tensor:
     """The sources in turn, by their keys and values, then the feed-forward net."""
     for norm, attention, (key, value), mask in zip(layer.cross_norm, layer.cross_attention, memories, masks, strict=True):
         x = x + attend(attention, norm(x), key, value, mask)
-    return x + layer.ffn(layer.ffn_norm(x))
+    inner, _, outer = layer.ffn
+    return x + product(outer, F.relu(product(inner, layer.ffn_norm(x))))
 
 
 def cached_step(model: DialogueModel, x: Tensor, past: list[tuple[Tensor, Tensor]], memories: list[list[tuple[Tensor, Tensor]]],

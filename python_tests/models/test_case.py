@@ -387,7 +387,7 @@ def test_forward_asks_the_device_for_no_size_and_draws_no_seed(monkeypatch):
         with Seen() as seen:
             model(seeded(batch, 5)).loss.backward()
         asked = {"aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::randint", "aten::masked_select"}
-        assert len(seen.names) > 50 and not set(seen.names) & asked
+        assert len(seen.names) > 40 and not set(seen.names) & asked
         assert seen.numbers["aten::rsub"] == len(seeds) > 9  # a launch for each seed
     with Seen() as seen, torch.no_grad():
         model.eval().read(batch)
