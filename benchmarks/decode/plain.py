@@ -43,13 +43,15 @@ def split(x: Tensor, heads: int) -> Tensor:
 
 
 def projected(attention: Attention, memory: Tensor) -> tuple[Tensor, Tensor]:
-    return split(product(attention.key, memory), attention.heads), split(product(attention.value, memory), attention.heads)
+    key, value = product(attention.key, memory), product(attention.value, memory)
+    return split(key, attention.heads), split(value, attention.heads)
 
 
 def attend(attention: Attention, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False
            ) -> Tensor:
     """What is added to x (R, n, d); nothing where the mask leaves no key."""
-    found = F.scaled_dot_product_attention(split(product(attention.query, x), attention.heads), key, value, mask, is_causal=causal)
+    query = split(product(attention.query, x), attention.heads)
+    found = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
     if mask is not None:
         found = found.masked_fill(~mask.any(-1, keepdim=True), 0)
     return product(attention.output, found.transpose(1, 2).flatten(2))
