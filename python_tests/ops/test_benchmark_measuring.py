@@ -214,7 +214,7 @@ def test_what_runs_on_a_gpu_is_known(name):
     cpu, cuda = family_of(name), family_of(name, "cuda")
     assert next(iter(cpu.peers)) == next(iter(cuda.peers)) == OURS
     ways = [peer for peer in cuda.peers if is_ours(peer)]
-    assert len(ways) > 1 and {peer for peer in cuda.peers if peer not in ways} < set(cpu.peers)
+    assert ways and {peer for peer in cuda.peers if peer not in ways} < set(cpu.peers)
     size = cpu.quick_sizes[0]
     for way in ways:
         try:

@@ -9,7 +9,7 @@ import pytest
 from triton_worker import MARKS, in_own_process
 
 WORKER = str(Path(__file__).parents[1] / "support" / "triton_worker_launches.py")
-MOST_VARIANTS = 16  # of both phases of training: a third of a second each, before the first steps
+MOST_VARIANTS = 27  # of both phases of training: a third of a second each, before the first steps
 pytestmark = MARKS
 
 
