@@ -19,10 +19,10 @@ from case_fast.models import CASE
 MODULES = {
     "cognition_encoder": "cognition encoder", "context_encoder": "context encoder", "cognition_graph": "graphs",
     "concept_graph": "graphs", "reaction_encoder": "reactions", "reaction_context_encoder": "reactions", "decoder": "decoder",
-    "embedding": "words", "phi_cognition": "alignment", "phi_concept": "alignment",
+    "phi_cognition": "alignment", "phi_concept": "alignment",
 }
-METHODS = {"_reactions": "reactions", "_bow_loss": "vocabulary", "word_losses": "vocabulary", "_coarse": "alignment",
-           "_fine": "alignment", "_diversity_weights": "vocabulary"}
+METHODS = {"look_up": "words", "_reactions": "reactions", "_bow_loss": "vocabulary", "word_losses": "vocabulary",
+           "_coarse": "alignment", "_fine": "alignment", "_diversity_weights": "vocabulary"}
 PARTS = ("words", "cognition encoder", "context encoder", "graphs", "reactions", "decoder", "vocabulary", "alignment", "the rest")
 _PREFIX = "part: "
 
