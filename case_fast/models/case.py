@@ -15,7 +15,7 @@ from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading, Why, no_autocast
-from case_fast.models.layers import Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, seed_at
+from case_fast.models.layers import Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
 
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
 
@@ -258,8 +258,8 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         average = eq.segment_mean(encoded, case.reaction_segment, rows)
         # W [S_X[j] ; h_i] = W_1 S_X[j] + W_2 h_i: the first part is the same for all reactions of a dialogue
         of_context, of_reaction = self.reaction_fusion.weight.chunk(2, dim=1)
-        fused = eq.take(ops.linear(context, of_context), case.reaction_context)
-        fused = fused + eq.take(ops.linear(average.to(context.dtype), of_reaction), case.reaction_context_segment)
+        fused = eq.take(product(context, of_context), case.reaction_context)
+        fused = fused + eq.take(product(average.to(context.dtype), of_reaction), case.reaction_context_segment)
         cu, seed = case.cu_reaction_context, seed_at(batch.seed, "reactions in context")
         return self.reaction_context_encoder(fused, cu, first_only=True, seed=seed)
 
@@ -323,8 +323,8 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         """S'_X, (T, d) (Eq. 18, `equations.fuse_context`), W_1 S_X[i] + (W_2 r_cog + W_3 r_aff + b): once a dialogue what is the
         same for all of its rows."""
         of_context, of_dialogue = self.fusion.weight.split([self.config.d_model, 2 * self.config.d_model], dim=1)
-        same = ops.linear(torch.cat([r_cog, r_aff], dim=-1).to(context.dtype), of_dialogue, self.fusion.bias)
-        return F.relu(ops.linear(context, of_context) + eq.take(same, segment))
+        same = product(torch.cat([r_cog, r_aff], dim=-1).to(context.dtype), of_dialogue, self.fusion.bias)
+        return F.relu(product(context, of_context) + eq.take(same, segment))
 
     def explain(self, reading: CASEReading) -> Why:
         """The prior over both kinds of knowledge (Eq. 4) and the gate (Eq. 15)."""

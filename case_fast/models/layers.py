@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from case_fast.ops import (
     packed_attention,
     pooled_attention,
     prepare_sources,
+    reference,
     residual,
     residual_norm,
 )
@@ -71,16 +73,26 @@ def drawn(seed: AnySeed) -> int | Tensor:
     return (seed.factor * seed.step + seed.shift) % 2**63
 
 
+def product(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None,
+            split: bool = False) -> Any:
+    """`case_fast.ops.linear`; under autocast on CPU torch's products, since those have half precision there and ours have not."""
+    if not (x.is_cpu and torch.is_autocast_enabled("cpu")):
+        return linear(x, weight, bias, activation, split)
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    y = reference.linear(x, weights, bias, activation)
+    return y.split([w.shape[-2] for w in weights], -1) if split else y
+
+
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by the package's own product."""
+    """`torch.nn.Linear` for rows (n, d) by the package's own product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 def heads_of(x: Tensor, projections: Sequence[Linear], heads: int) -> tuple[Tensor, ...]:
     """x (T, d) through several projections by one product, (T, H, D) each."""
-    return tuple([y.unflatten(-1, (heads, -1)) for y in linear(x, [part.weight for part in projections], split=True)])
+    return tuple([y.unflatten(-1, (heads, -1)) for y in product(x, [part.weight for part in projections], split=True)])
 
 
 def normalized(x: Tensor, norm: nn.LayerNorm, update: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor = 0
@@ -139,10 +151,10 @@ class Attention(Dropping):
         q . (W_k n) = (W_k^T q) . n and sum_j p_j (W_v n_j) = W_v (sum_j p_j n_j): keys and values are not made.
         """
         key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))  # (H, D, d)
-        query = linear(self.split(self.query(first)), key.transpose(1, 2))
+        query = product(self.split(self.query(first)), key.transpose(1, 2))
         dropout_p, own_seed = self.drop(seed)
         pooled = pooled_attention(query, rows, cu, key.shape[1] ** -0.5, dropout_p=dropout_p, seed=own_seed)
-        return self.output(linear(pooled, value).flatten(-2))
+        return self.output(product(pooled, value).flatten(-2))
 
 
 class FeedForward(nn.Sequential):
@@ -154,7 +166,7 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         inner, _, outer = self
-        return outer(linear(x, inner.weight, inner.bias, self.activation))
+        return outer(product(x, inner.weight, inner.bias, self.activation))
 
 
 class EncoderLayer(Dropping):
