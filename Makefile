@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	@$(VENV)/bin/case-fast demo
 
 test: $(VENV)/.installed-test
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	@$(VENV)/bin/ruff check .
