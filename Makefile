@@ -33,7 +33,7 @@ cpp-test: export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
 cpp-test: $(CPP_TOOLS)
 	@$(CMAKE) -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCASE_FAST_SANITIZE=$(SANITIZE) -DCASE_FAST_CUDA=OFF
 	@$(CMAKE) --build $(CPP_BUILD)
-	@ctest --test-dir $(CPP_BUILD) --output-on-failure
+	@ctest --test-dir $(CPP_BUILD) --output-on-failure -j 2
 
 bare: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 bare: $(VENV)/.installed
