@@ -13,8 +13,8 @@
 
 #include "check.h"
 #include "common/philox.h"
-#include "common/simd.h"
 #include "common/types.h"
+#include "levels.h"
 
 namespace {
 
@@ -198,18 +198,6 @@ List<T> gather(const List<T> &y, int64_t row, int64_t stride) {
 template <class T>
 List<double> doubles(const List<T> &x) {
     return List<double>(x.begin(), x.end());
-}
-
-// Calls body(name) with each vector width that this machine has.
-template <class Body>
-void at_each_level(Body body) {
-    unsetenv("CASE_FAST_SIMD");
-    const case_fast_simd widest = case_fast_simd_level();
-    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
-        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
-        if (level > widest || case_fast_simd_level() != level) continue;
-        body(case_fast_simd_name(level));
-    }
 }
 
 }  // namespace

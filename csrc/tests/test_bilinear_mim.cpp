@@ -14,6 +14,7 @@
 #include "check.h"
 #include "common/philox.h"
 #include "common/simd.h"
+#include "levels.h"
 
 namespace {
 
@@ -386,16 +387,12 @@ void test_plan() {
 
 int main() {
     test_bad_inputs();
-    unsetenv("CASE_FAST_SIMD");
-    const case_fast_simd widest = case_fast_simd_level();
-    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
-        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
-        if (level > widest || case_fast_simd_level() != level) continue;
-        test_against_naive(case_fast_simd_name(level));
+    at_each_level([](const char *level) {
+        test_against_naive(level);
         test_saturated();
         test_without_negatives();
         test_nan_shows();
-    }
+    });
     test_plan();
     test_large(case_fast_simd_name(case_fast_simd_level()));
 }

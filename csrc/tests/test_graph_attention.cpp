@@ -17,8 +17,8 @@
 #include "check.h"
 #include "common/parallel.h"
 #include "common/philox.h"
-#include "common/simd.h"
 #include "graph_attention/graph_attention.h"
+#include "levels.h"
 
 namespace {
 
@@ -377,14 +377,10 @@ int main() {
     test_philox();
     test_parallel();
     test_bad_inputs();
-    unsetenv("CASE_FAST_SIMD");
-    const case_fast_simd widest = case_fast_simd_level();
-    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
-        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
-        if (level > widest || case_fast_simd_level() != level) continue;
-        test_against_naive(case_fast_simd_name(level));
+    at_each_level([](const char *level) {
+        test_against_naive(level);
         test_dropout_limits();
         test_exponential();
         test_nan_stays_in_its_graph();
-    }
+    });
 }

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "check.h"
-#include "common/simd.h"
+#include "levels.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace {
@@ -415,12 +415,8 @@ void test_bad_inputs() {
 
 int main() {
     test_bad_inputs();
-    unsetenv("CASE_FAST_SIMD");
-    const case_fast_simd widest = case_fast_simd_level();
-    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
-        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
-        if (level > widest || case_fast_simd_level() != level) continue;
-        test_against_naive(case_fast_simd_name(level));
+    at_each_level([](const char *level) {
+        test_against_naive(level);
         test_many_rows();
         test_rows_without_gradient();
         test_large_scores();
@@ -429,5 +425,5 @@ int main() {
         test_top_words<float>();
         test_top_words<double>();
         test_top_words_with_nan();
-    }
+    });
 }

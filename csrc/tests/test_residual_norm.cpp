@@ -11,7 +11,7 @@
 
 #include "check.h"
 #include "common/philox.h"
-#include "common/simd.h"
+#include "levels.h"
 #include "residual_norm/residual_norm.h"
 
 namespace {
@@ -214,12 +214,8 @@ void test_all() {
 }  // namespace
 
 int main() {
-    unsetenv("CASE_FAST_SIMD");
-    const case_fast_simd widest = case_fast_simd_level();
-    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
-        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
-        if (level > widest || case_fast_simd_level() != level) continue;
-        std::printf("residual_norm: %s\n", case_fast_simd_name(level));
+    at_each_level([](const char *level) {
+        std::printf("residual_norm: %s\n", level);
         test_all();
-    }
+    });
 }

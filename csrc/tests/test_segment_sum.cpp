@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "check.h"
-#include "common/simd.h"
+#include "levels.h"
 #include "segment_sum/segment_sum.h"
 
 namespace {
@@ -162,12 +162,8 @@ void test_all() {
 }  // namespace
 
 int main() {
-    unsetenv("CASE_FAST_SIMD");
-    const case_fast_simd widest = case_fast_simd_level();
-    for (const case_fast_simd level : {CASE_FAST_SCALAR, CASE_FAST_NEON, CASE_FAST_AVX2, CASE_FAST_AVX512}) {
-        setenv("CASE_FAST_SIMD", case_fast_simd_name(level), 1);
-        if (level > widest || case_fast_simd_level() != level) continue;
-        std::printf("segment_sum: %s\n", case_fast_simd_name(level));
+    at_each_level([](const char *level) {
+        std::printf("segment_sum: %s\n", level);
         test_all();
-    }
+    });
 }
