@@ -82,6 +82,19 @@ CASE_FAST_INLINE int64_t transpose(const float *from, int64_t lane_stride, int64
 }
 #endif
 
+#if defined(__x86_64__)
+// to[j * to_stride + i] = from[i * from_stride + j] for i and j below 4
+CASE_FAST_INLINE void transpose_four(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
+    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(to, a);
+    _mm_storeu_ps(to + to_stride, b);
+    _mm_storeu_ps(to + 2 * to_stride, c);
+    _mm_storeu_ps(to + 3 * to_stride, d);
+}
+#endif
+
 // to[l] = from[l * stride] for `count` of `width` lanes and 0 beyond, for each k: lane l lies at from + l * lane_stride.
 template <class T, int width>
 CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t depth_stride, int64_t count, int64_t depth, T *to) {
@@ -107,13 +120,7 @@ CASE_FAST_INLINE void pack_panel(const T *from, int64_t lane_stride, int64_t dep
                 const T *const source = from + l * lane_stride + k;
                 T *const target = to + k * width + l;
                 if constexpr (sizeof(T) == 4) {
-                    __m128 a = _mm_loadu_ps(source), b = _mm_loadu_ps(source + lane_stride);
-                    __m128 c = _mm_loadu_ps(source + 2 * lane_stride), d = _mm_loadu_ps(source + 3 * lane_stride);
-                    _MM_TRANSPOSE4_PS(a, b, c, d);
-                    _mm_storeu_ps(target, a);
-                    _mm_storeu_ps(target + width, b);
-                    _mm_storeu_ps(target + 2 * width, c);
-                    _mm_storeu_ps(target + 3 * width, d);
+                    transpose_four(source, lane_stride, target, width);
                 } else {
                     const __m128d a = _mm_loadu_pd(source), b = _mm_loadu_pd(source + lane_stride);
                     _mm_storeu_pd(target, _mm_unpacklo_pd(a, b));

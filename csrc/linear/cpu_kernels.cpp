@@ -136,17 +136,7 @@ void store_transposed(const T *from, int64_t width, int64_t rows, int64_t column
     if constexpr (sizeof(T) == 4)
         for (; i + 4 <= rows; i += 4) {
             int64_t j = 0;
-            for (; j + 4 <= columns; j += 4) {
-                const float *const source = from + i * width + j;
-                float *const target = to + j * stride + i;
-                __m128 a = _mm_loadu_ps(source), b = _mm_loadu_ps(source + width);
-                __m128 c = _mm_loadu_ps(source + 2 * width), d = _mm_loadu_ps(source + 3 * width);
-                _MM_TRANSPOSE4_PS(a, b, c, d);
-                _mm_storeu_ps(target, a);
-                _mm_storeu_ps(target + stride, b);
-                _mm_storeu_ps(target + 2 * stride, c);
-                _mm_storeu_ps(target + 3 * stride, d);
-            }
+            for (; j + 4 <= columns; j += 4) transpose_four(from + i * width + j, width, to + j * stride + i, stride);
             for (; j < columns; ++j)
                 for (int64_t l = i; l < i + 4; ++l) to[j * stride + l] = from[l * width + j];
         }
