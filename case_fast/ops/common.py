@@ -138,6 +138,12 @@ def check_sequences(query_name: str, cu_query: Tensor, key_name: str, cu_key: Te
         raise IndexError(f"{of_name} names sequences of {key_name}, which has none")
 
 
+def attended_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised out, as query (n, H, d), and the log of each softmax' divisor (n, H), in the dtype of sums."""
+    lse = torch.empty(query.shape[:2], dtype=sum_dtype(query), device=query.device)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
+
+
 def beyond_gpu(dimension: int, device: str) -> str:
     """What about heads of that size the kernels of attention do not take."""
     return "" if dimension <= MAX_DIMENSION or device == "cpu" else f"heads of more than {MAX_DIMENSION} dimensions"

@@ -126,12 +126,6 @@ def _check_contents(query: Tensor, key: Tensor, cu_query: Tensor, cu_key: Tensor
 # ------------------------------------------------------------------------------------------------------------ registered ops
 
 
-def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised out and lse."""
-    lse = torch.empty(query.shape[:2], dtype=common.sum_dtype(query), device=query.device)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
-
-
 def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Uninitialised gradients."""
     return tuple(common.empty_like(*inputs))
@@ -140,7 +134,7 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 def _forward(runs: str, query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
              key_length: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int, seed_at: Tensor | None
              ) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(query)
+    out, lse = common.attended_outputs(query)
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         _check_contents(query, key, cu_query, cu_key, key_of, key_length)
         numbers = (causal, scale, dropout_p, reference.seed_of(seed, seed_at), key_of, key_length)
@@ -200,7 +194,7 @@ _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_query, Tensor cu_ke
 _NUMBERS = "bool causal, float scale, float dropout_p, SymInt seed, Tensor? seed_at"  # SymInt: a new seed does not compile again
 # out, and the log of the softmax' divisor (Tq, H) in the dtype of sums, kept for backward.
 _forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", _forward,
-                              lambda runs, query, *rest: _outputs(query))
+                              lambda runs, query, *rest: common.attended_outputs(query))
 # Gradients of query, key and value.
 _backward_op = common.register(
     f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",

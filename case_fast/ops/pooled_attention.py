@@ -92,12 +92,6 @@ def _check(query: Tensor, rows: Tensor, cu: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------------ registered ops
 
 
-def _outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised out and lse."""
-    lse = torch.empty(query.shape[:2], dtype=common.sum_dtype(query), device=query.device)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), lse
-
-
 def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Uninitialised gradients."""
     return tuple(common.empty_like(*inputs))
@@ -108,14 +102,14 @@ def _forward(runs: str, query: Tensor, rows: Tensor, cu: Tensor, scale: float, d
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
         common.check_offsets("cu", cu, rows.shape[0], "rows")
         out = reference.pooled_attention(query, rows, cu, scale, dropout_p, reference.seed_of(seed, seed_at))
-        return out, _outputs(query)[1].zero_()
+        return out, common.attended_outputs(query)[1].zero_()
     query, rows, cu = _dense(query), _dense(rows), cu.contiguous()
     numbers = (scale, dropout_p, seed, seed_at)
     if runs == "triton":
         from case_fast.ops import pooled_attention_triton as triton
 
         return triton.forward(query, rows, cu, *numbers)
-    out, lse = _outputs(query)
+    out, lse = common.attended_outputs(query)
     _run("forward", query, rows, cu, numbers, (out.data_ptr(), lse.data_ptr()))
     return out, lse
 
@@ -161,7 +155,7 @@ def _dense(x: Tensor) -> Tensor:
 _INPUTS, _NUMBERS = "Tensor query, Tensor rows, Tensor cu", "float scale, float dropout_p, SymInt seed, Tensor? seed_at"
 # out, and the log of the softmax' divisor (s, H) in the dtype of sums, kept for backward.
 _forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)", _forward,
-                              lambda runs, query, *rest: _outputs(query))
+                              lambda runs, query, *rest: common.attended_outputs(query))
 # Gradients of query and rows.
 _backward_op = common.register(
     f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor)",
