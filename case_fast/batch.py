@@ -89,8 +89,7 @@ class CasePart(_Tensors):
             cu_response (B + 1,).
         text, text_position: (S,) [CLS] + words of the distinct knowledge texts of the batch; cu_text (n_text + 1,).
         distinct_word, distinct_position: (U,) the distinct pairs of a word and its place in a text, in order; text_distinct (S,)
-            the pair at each row of ``text``: what depends on these two alone need be computed U times instead of S. No model
-            reads them yet: it would move the last bits of gradients.
+            the pair at each row of ``text``: what depends on these two alone is computed U times instead of S.
         cognition: graphs G_CS; cognition_text (V_cs,) the text of each vertex.
         knowledge: (K,) the vertices of G_CS that are commonsense knowledge, in order; cu_knowledge (B + 1,),
             knowledge_dialogue (K,), knowledge_reaction (K,) row of the reaction er_i that belongs to the same sub-utterance.

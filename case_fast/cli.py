@@ -372,20 +372,22 @@ def _bench(args: Namespace, console: Console) -> None:
 
         budget = (3.0 if args.family == "step" else 30.0) if args.budget is None else args.budget
         how = (sizes, args.quick, Path(args.out or "bench"), told, budget, args.device)
-        if args.family == "step":
-            (lines, paths), said = import_module("benchmarks.step.run").bench(args.store, *how), []
-        elif args.family == "decode":
-            said, paths = import_module("benchmarks.decode.run").bench(args.store, args.run, *how)
-            lines = []
+        if args.family == "decode":
+            lines, paths = import_module("benchmarks.decode.run").bench(args.store, args.run, *how)
         else:
-            (lines, paths), said = bench(args.family, *how), []
-    for line in said:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+            step = args.family == "step"
+            found, paths = import_module("benchmarks.step.run").bench(args.store, *how) if step else bench(args.family, *how)
+            lines = [_in_words(line) for line in found]
     for line in lines:
-        costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
-        console.print(f"  {line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
-                      f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}", highlight=False, soft_wrap=True)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     _print_paths(paths, console)
+
+
+def _in_words(line: dict[str, Any]) -> str:
+    """A case and mode of a benchmark's summary."""
+    costs = "".join(f"; {times:.2f} x {name}" for name, times in line["in_yardsticks"].items())
+    return (f"{line['case']:<10} {line['mode']:<17} {line['ours_ms']:10.3f} ms, {line['ratio']:6.1f} x faster than "
+            f"{line['best_peer']} ({line['best_peer_ms']:.3f} ms){costs}")
 
 
 def _print_paths(paths: Sequence[Path], console: Console) -> None:

@@ -240,8 +240,10 @@ class GraphEncoderLayer(Dropping):
             dropout_p=dropout_p, seed=own_seed,
         )
         _, x = self.added(x, self.output(attended.flatten(-2)), self.attention_norm, seed_at(seed, "attended"))
-        total, normed = self.added(x, self.ffn(x), self.ffn_norm, seed_at(seed, "feed-forward"))
-        return normed if intensity is None else normalized(superimpose_intensity(total, intensity), self.ffn_norm)[1]
+        of_ffn = seed_at(seed, "feed-forward")
+        if intensity is None:
+            return self.added(x, self.ffn(x), self.ffn_norm, of_ffn)[1]
+        return normalized(superimpose_intensity(residual(x, self.ffn(x), *self.drop(of_ffn)), intensity), self.ffn_norm)[1]
 
 
 class GraphEncoder(nn.Module):
