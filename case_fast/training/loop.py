@@ -397,8 +397,9 @@ class Trainer:
         if self.stop.signal:
             return
         mean, losses = found.mean_nll, dict(found.losses)
-        metrics: dict[str, Any] = {"ppl": _perplexity(mean), "accuracy": found.accuracy, "loss": losses.pop("loss"),
-                                   "losses": losses, "examples": self.valid_size, "target_words": found.words}
+        metrics: dict[str, Any] = {"ppl": _perplexity(mean), "ppl_geometric": _perplexity(found.mean_nll_of_replies),
+                                   "accuracy": found.accuracy, "loss": losses.pop("loss"), "losses": losses,
+                                   "examples": self.valid_size, "target_words": found.words}
         if not math.isfinite(mean):
             path = self.run.dump(self.step, {"phase": self.phase, "split": "valid", "metrics": metrics})
             raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")

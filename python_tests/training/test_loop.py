@@ -104,6 +104,9 @@ def test_best_weights_load_and_measure_what_the_log_says(store, whole):
         output = model(store.batch("valid", range(5)))
     (end,) = records(whole, "end")
     assert output.nll.double().mean().exp().item() == pytest.approx(end["best"]["ppl"], rel=1e-6)
+    replies = output.nll.double().split(store.batch("valid", range(5)).cu_target.diff().tolist())
+    geometric = torch.stack([nll.mean() for nll in replies]).mean().exp().item()
+    assert geometric == pytest.approx(end["best"]["ppl_geometric"], rel=1e-6) and geometric != pytest.approx(end["best"]["ppl"])
     right = (output.emotion_logits.argmax(-1) == store.batch("valid", range(5)).emotion).float().mean()
     assert right.item() == pytest.approx(end["best"]["accuracy"])
 
