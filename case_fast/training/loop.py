@@ -258,6 +258,12 @@ class Trainer:
             f"{self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
+        config, first = self.config, f"{self.phase_1_steps:,} steps of phase 1, then " if self.phase_1_steps else ""
+        self.display.line(
+            f"{first}{config.fewest_steps:,} steps at least: {config.patience} validations in a row without a better perplexity "
+            f"end training, one every {config.validate_every:,} steps, counted from step {config.min_steps:,} on"
+            + (f"; {config.max_steps:,} steps at most" if config.max_steps else "")
+        )
         unknown = self.store.manifest.get("counts", {}).get("unknown_response_words", {})
         if unknown:
             shares = ", ".join(f"{100 * share:.2f} % ({split})" for split, share in unknown.items())
