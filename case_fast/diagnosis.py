@@ -28,7 +28,7 @@ from case_fast.references import References, read_references
 
 BATCH, SEED = 16, 99  # dialogues of a held-out batch, and what they are drawn by
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the gate
-ALL = "all of these"  # the last swap
+ALL = "everything"  # the last swap
 
 Forward = Callable[[Batch], Output]
 
@@ -37,7 +37,7 @@ Forward = Callable[[Batch], Output]
 
 
 def held_out(store: Store, split: str, count: int) -> list[list[int]]:
-    """Examples of ``count`` batches of 16, no two of one conversation; fewer where the split has not so many."""
+    """Examples of ``count`` batches of 16, no two of one conversation; fewer if there are not so many."""
     order = torch.randperm(store.size(split), generator=torch.Generator().manual_seed(SEED)).tolist()
     seen: set[str] = set()
     chosen: list[int] = []
@@ -241,7 +241,7 @@ SWAPS: dict[str, tuple[str, Callable[[Example, Example], Example]]] = {
 def swaps(model: DialogueModel, store: Store, split: str, groups: Sequence[Sequence[int]], device: torch.device | str = "cpu"
           ) -> dict[str, dict[str, Any]]:
     """Perplexity and emotion accuracy with a dialogue's own knowledge ("own"), and with that of the next dialogue of its group,
-    kind by kind and all at once. "nll_rise" is of a word, and its standard error that of the same replies read twice.
+    kind by kind and "everything" at once. "rise" is that of the perplexity in per cent, and "rise_error" its standard error.
     {} of a model that reads no knowledge.
     """
     kinds = {name: [change] for name, (part, change) in SWAPS.items() if part in model.needs}
@@ -263,16 +263,18 @@ def swaps(model: DialogueModel, store: Store, split: str, groups: Sequence[Seque
     for name, changes in {**kinds, ALL: [change for (change,) in kinds.values()]}.items():
         other = read(changes)
         rise, error = _rise(own, other)
-        found[name] = {"ppl": math.exp(other.mean_nll), "accuracy": other.accuracy, "nll_rise": rise, "nll_rise_error": error}
+        found[name] = {"ppl": math.exp(other.mean_nll), "accuracy": other.accuracy, "rise": rise, "rise_error": error}
     return found
 
 
 def _rise(own: References, other: References) -> tuple[float, float]:
-    """Mean rise of -log P of a word, and its standard error: of a ratio of sums over replies, which are drawn independently."""
+    """By how much the perplexity is higher, in per cent, and the standard error: that of a ratio of sums over replies, which are
+    drawn independently, of the rise of -log P of a word."""
     words = np.array([len(row) for row in own.nll], dtype=np.float64)
     differences = np.array([after.sum() - before.sum() for before, after in zip(own.nll, other.nll, strict=True)])
     rise, n = differences.sum() / words.sum(), len(words)
-    return float(rise), float(np.sqrt(np.square(differences - rise * words).sum() * n / max(n - 1, 1)) / words.sum())
+    error = np.sqrt(np.square(differences - rise * words).sum() * n / max(n - 1, 1)) / words.sum()
+    return 100 * math.expm1(rise), 100 * math.exp(rise) * float(error)
 
 
 # -------------------------------------------------------------------------------------------------------------------- all of it
