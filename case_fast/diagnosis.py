@@ -33,11 +33,11 @@ ALL = "everything"  # the last swap
 Forward = Callable[[Batch], Output]
 
 
-# ---------------------------------------------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------------------------------------- what is measured
 
 
 def held_out(store: Store, split: str, count: int) -> list[list[int]]:
-    """Examples of ``count`` batches of 16, no two of one conversation; fewer if there are not so many."""
+    """Examples of ``count`` batches of 16, no two of one conversation; fewer where the split ends."""
     order = torch.randperm(store.size(split), generator=torch.Generator().manual_seed(SEED)).tolist()
     seen: set[str] = set()
     chosen: list[int] = []
@@ -61,10 +61,11 @@ def common_share(rows: Tensor) -> float:
 
 def effective_rank(rows: Tensor) -> float:
     """exp of the entropy of the singular values of rows (n, d), as shares of their sum (Roy and Vetterli, "The effective rank",
-    EUSIPCO 2007): in how many directions they lie, 1 where all are one vector. NaN where all are 0."""
-    values = torch.linalg.svdvals(torch.linalg.qr(rows, mode="r").R)
-    share = values / values.sum()
-    return float(torch.special.entr(share).sum().exp())
+    EUSIPCO 2007): in how many directions they lie, 1 where all are one vector. NaN where all are 0 or one is not finite."""
+    if not rows.isfinite().all():
+        return math.nan
+    values = torch.linalg.eigvalsh(rows.T @ rows).clamp(min=0).sqrt()  # d x d: a tenth of the time of a decomposition of the rows
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def perplexities(probability: Tensor, dialogue: Tensor) -> tuple[Tensor, Tensor]:

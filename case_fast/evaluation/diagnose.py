@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("case_fast")
 
 # What counts as healthy: rules of thumb, with their reasons in docs/diagnose.md.
-ALIKE = 0.9  # common share, at most
+ALIKE = 0.99  # common share, at most
 NARROW = 0.7  # perplexity of a prior over the number of its rows, at most
 ALIGNED = 3.0  # top-1 over chance, at least
 DROWNED = 0.01  # gradient of a loss over that of the whole, at least
@@ -153,7 +153,7 @@ def table(found: Mapping[str, Any]) -> Table:
         title=f"Diagnosis of {_title(found)}", title_justify="left", box=needed("rich.box", "a table in the terminal").SIMPLE_HEAD
     )
     for name in ("figure", "value", "beside", "healthy"):
-        shown.add_column(name)
+        shown.add_column(name, no_wrap=name == "figure")
     colours = {True: "green", False: "red", None: ""}
     for part in rows(found):
         for row in part:

@@ -23,6 +23,7 @@ from rich.console import Console
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.data import Featurizer
+from case_fast.diagnosis import figures, held_out, in_short, look
 from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
@@ -549,4 +550,5 @@ def test_batches_are_made_ahead_in_order_and_never_two_at_once(tmp_path):
     sampler = loop.Sampler(22, 4, 0)
     trained = [indices for split, indices in made if split == "train"]
     assert trained == [sampler.indices(step) for step in range(STEPS + 1)]  # one ahead
-    assert [indices for split, indices in made if split == "valid"] == [list(range(5))] * 3
+    held, whole = held_out(store, "valid", loop.DIAGNOSED), list(range(5))
+    assert [indices for split, indices in made if split == "valid"] == [whole, *held, whole, whole]  # held out once for all
