@@ -85,8 +85,7 @@ def diagnose_run(run: str | Path, data: str | Path, split: str = "valid", out: s
 
 
 def _title(found: Mapping[str, Any]) -> str:
-    return (f"{found['model']['model']}, {found['dialogues']:,} dialogues of {found['split']} in {found['batches']} batches "
-            f"(weights: {found['checkpoint']})")
+    return f"{found['model']['model']}, {found['dialogues']:,} dialogues of {found['split']} (weights: {found['checkpoint']})"
 
 
 def rows(found: Mapping[str, Any]) -> Iterator[list[Row]]:
