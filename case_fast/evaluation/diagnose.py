@@ -114,7 +114,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[list[Row]]:
     ]
     if gate := found.get("gate"):
         low, *_, high = gate["quantiles"].values()
-        yield [Row("gate mu", f"{gate['mean']:.3f} ± {gate['std']:.3f}", f"90 % in {low:.2f} .. {high:.2f}", "not all alike")]
+        yield [Row("gate mu", f"{gate['mean']:.3f} ± {gate['std']:.3f}", f"90 %: {low:.2f}-{high:.2f}", "not all alike")]
     yield [
         Row("own knowledge" if name == "own" else f"another's {name}", f"{of['ppl']:.2f}" + _accuracy(of),
             *(() if name == "own" else (f"{of['rise']:+.2f} ± {of['rise_error']:.2f} %", f"> {STANDARD_ERRORS:g} errors",
