@@ -71,6 +71,7 @@ def test_profile_of_both_phases(sample_store, tmp_path, capsys):
     told = capsys.readouterr().out
     for phase in ("bow", "all"):
         assert f"Phase {phase}:" in told and str(tmp_path / "found" / f"{phase}.trace.json.gz") in told.replace("\n", "")
+        assert (tmp_path / "found" / f"{phase}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         events = json.loads(gzip.decompress((tmp_path / "found" / f"{phase}.trace.json.gz").read_bytes()))["traceEvents"]
         names = {event.get("name") for event in events}
         ours = {f"case_fast::{op}" for op in ("graph_attention_forward", "pooled_attention_backward", "linear_backward")}
