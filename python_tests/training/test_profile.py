@@ -75,8 +75,8 @@ def test_profile_of_both_phases(sample_store, tmp_path, capsys):
         events = json.loads(gzip.decompress((tmp_path / "found" / f"{phase}.trace.json.gz").read_bytes()))["traceEvents"]
         names = {event.get("name") for event in events}
         ours = {f"case_fast::{op}" for op in ("graph_attention_forward", "pooled_attention_backward", "linear_backward")}
-        assert ours <= names
-    assert "aten::_fused_adam_" in told and "between ops" in told
+        assert ours | {"aten::_fused_adam_"} <= names
+    assert told.count("other parts") == told.count("between ops") == 2
 
 
 def test_profile_of_a_run(tmp_path):
