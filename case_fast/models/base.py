@@ -48,6 +48,7 @@ class ModelConfig:
     kind: ClassVar[str]  # the model's name in MODELS
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name of an ablation -> the settings that it changes
     retired: ClassVar[tuple[str, ...]] = ()  # settings of earlier versions that changed nothing in evaluation: read over
+    came_later: ClassVar[Mapping[str, Any]] = {}  # settings that earlier versions lacked -> what these did
 
     vocab_size: int = 24_000
     emotions: int = 32
@@ -89,12 +90,17 @@ class ModelConfig:
         return {"model": self.kind, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], saved: bool = False) -> Self:
         """Undo `as_dict`; what is left out keeps its default.
+
+        Args:
+            saved: the values are those of a trained model: what they lack is what the version that wrote them did (`came_later`),
+                whatever the default is now.
 
         Raises:
             ConfigError: an unknown setting, or a value that cannot work.
         """
+        values = {**cls.came_later, **values} if saved else values
         values = {name: value for name, value in values.items() if name != "model" and name not in cls.retired}
         known = [item.name for item in fields(cls)]
         if unknown := [name for name in values if name not in known]:
@@ -370,7 +376,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
             remedy = "case_fast.models.load opens any of them"
             raise CheckpointError(f"{folder} holds the model {found}, not {cls.Config.kind}: {remedy}")
         try:
-            model = cls(cls.Config.from_dict(config))
+            model = cls(cls.Config.from_dict(config, saved=True))
             model.load_weights(folder / "model.safetensors")
         except (ValueError, TypeError) as error:
             raise _not_of_this_model(folder, error) from error

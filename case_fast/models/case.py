@@ -33,9 +33,13 @@ class CASEConfig(ModelConfig):
         fine_alignment: L_fine on.
         intensity: where emotion intensity enters the concept graph: "after" the encoder, as the paper says; "before_norm",
             into its last layer norm, where it cancels, as the authors' code has it; "off".
-        mim_score: how both MIM losses score a pair: "bilinear_sigmoid", sigmoid(x^T W y), as the paper says; "dot", x . y, as
-            the authors' code has it: w_coarse and w_fine are then without use.
+        mim_score: how both MIM losses score a pair: "bilinear_sigmoid", sigmoid(x^T W y), as the paper says; "standardized",
+            sigmoid(x^T W y / d) of x and y standardized over the batch (`equations.standardized`); "dot", x . y, as the authors'
+            code has it: w_coarse and w_fine are then without use.
         num_negatives: sampled negatives a pair in L_fine, None for all in the batch.
+        discernment_scale: of the products of Eq. 4-6: "none", as the paper says; "sqrt_d", d^-1/2, as attention has it.
+        kl_reduction: L_KL is the "sum" over a dialogue's vertices, as the paper says, or the "mean" over the batch's vertices,
+            as the authors' code has it, a small share of that.
         detach_posterior: the posterior is a fixed target in L_KL.
         alpha: weight of L_fine in L_align.
         gamma_align: weight of L_align.
@@ -54,6 +58,7 @@ class CASEConfig(ModelConfig):
         "w/o FGAlign": {"fine_alignment": False},
     }
     retired = ("seed",)  # of drawn negatives; seeds come with the batch
+    came_later = {"mim_score": "bilinear_sigmoid", "discernment_scale": "none", "kl_reduction": "sum"}  # as the paper prints it
 
     cognition_relations: int = 7
     graph_dropout: float = 0.1
@@ -62,8 +67,10 @@ class CASEConfig(ModelConfig):
     coarse_alignment: bool = True
     fine_alignment: bool = True
     intensity: Literal["after", "before_norm", "off"] = "after"
-    mim_score: Literal["bilinear_sigmoid", "dot"] = "bilinear_sigmoid"
+    mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "bilinear_sigmoid"
     num_negatives: int | None = None
+    discernment_scale: Literal["none", "sqrt_d"] = "none"
+    kl_reduction: Literal["sum", "mean"] = "sum"
     detach_posterior: bool = True
     alpha: float = 0.2
     gamma_align: float = 1.0
@@ -73,12 +80,16 @@ class CASEConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.intensity not in ("after", "before_norm", "off"):
-            raise ConfigError(f"intensity must be after, before_norm or off, not {self.intensity!r}")
-        if self.mim_score not in ("bilinear_sigmoid", "dot"):
-            raise ConfigError(f"mim_score must be bilinear_sigmoid or dot, not {self.mim_score!r}")
+        self._one_of("intensity", "after", "before_norm", "off")
+        self._one_of("mim_score", "bilinear_sigmoid", "standardized", "dot")
+        self._one_of("discernment_scale", "none", "sqrt_d")
+        self._one_of("kl_reduction", "sum", "mean")
         if self.num_negatives is not None and self.num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1 or None, not {self.num_negatives}")
+
+    def _one_of(self, name: str, *known: str) -> None:
+        if getattr(self, name) not in known:
+            raise ConfigError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}")
 
     @property
     def gammas(self) -> tuple[float, float, float, float]:
@@ -200,8 +211,9 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         super()._initialize()
         d = self.config.d_model
         nn.init.normal_(self.vertex_type.weight, std=1.0)  # as large as a scaled word embedding
-        nn.init.normal_(self.w_coarse, std=1 / d)  # larger starts saturate the sigmoid
-        nn.init.normal_(self.w_fine, std=1 / d)
+        std = 1.0 if self.config.mim_score == "standardized" else 1 / d  # larger starts saturate the sigmoid
+        nn.init.normal_(self.w_coarse, std=std)
+        nn.init.normal_(self.w_fine, std=std)
         nn.init.normal_(self.w_aff, std=(2 * d) ** -0.5)
         nn.init.xavier_uniform_(self.w_emo)
 
@@ -270,10 +282,16 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         y_cog = self.cognition_encoder(reply, cu, first_only=True, seed=seed_at(seed, "reply as cognition"))
         y_ctx = self.context_encoder(reply + words["response_role"], cu, first_only=True, seed=seed_at(seed, "reply as context"))
         with no_autocast(knowledge):
-            return (
-                eq.discernment(knowledge, y_cog, batch.case.knowledge_dialogue),
-                eq.discernment(concept, y_ctx, batch.concept.graph.dialogue),
-            )
+            return self._discerned(batch, knowledge, concept, y_cog, y_ctx)
+
+    def _discerned(self, batch: Batch, knowledge: Tensor, concept: Tensor, of_cognition: Tensor, of_concept: Tensor
+                   ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of both kinds of knowledge (Eq. 4-6), by signals (B, d) for each."""
+        scale = self.config.d_model**-0.5 if self.config.discernment_scale == "sqrt_d" else 1.0
+        return (
+            eq.discernment(knowledge, of_cognition, batch.case.knowledge_dialogue, scale),
+            eq.discernment(concept, of_concept, batch.concept.graph.dialogue, scale),
+        )
 
     def _expected(self, batch: Batch, knowledge: Tensor, concept: Tensor, log_cognition: Tensor, log_concept: Tensor
                   ) -> tuple[Tensor, Tensor]:
@@ -304,8 +322,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         phi_cognition, phi_concept = self.phi_cognition(summary), self.phi_concept(summary)
         reaction = self._reactions(batch, words["reaction"], context)
         with no_autocast(context):
-            log_cognition = eq.discernment(knowledge, phi_cognition, batch.case.knowledge_dialogue)
-            log_concept = eq.discernment(concept, phi_concept, batch.concept.graph.dialogue)
+            log_cognition, log_concept = self._discerned(batch, knowledge, concept, phi_cognition, phi_concept)
             r_cog, r_emo = self._expected(batch, knowledge, concept, log_cognition, log_concept)
             er_0 = eq.full_precision(eq.take(reaction, batch.case.reaction_first))
             gate = eq.affect_gate(r_emo, er_0, self.w_aff)
@@ -361,10 +378,13 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         x, y = eq.full_precision(x), eq.full_precision(y)
         with no_autocast(x):
             used = None if score == "dot" else weight
+            if score == "standardized":
+                x, y, used = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1]), weight / weight.shape[0]
+                score = "bilinear_sigmoid"
             side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score, sizes=sizes)
         pairs = sizes[0]
         with torch.no_grad():
-            if score != "dot":
+            if used is not None:
                 diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(x.dtype), "mean", pairs)
             diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives[0], pairs)
             diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives[1], pairs)
@@ -400,6 +420,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             (log_q_concept, reading.log_prior_concept, batch.concept.graph.dialogue),
         ):
             weight = eq.take(batch.dialogue_weight, dialogue)
+            weight = eq.shares(weight) if self.config.kl_reduction == "mean" else weight
             kl = kl + eq.discernment_kl(log_q.detach() if self.config.detach_posterior else log_q, log_p, weight)
         diagnostics: dict[str, Tensor] = {}
         zero = bow.new_zeros(())

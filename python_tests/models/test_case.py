@@ -98,7 +98,11 @@ def trainable(model: CASE) -> set[str]:
 # ---- against the slow model
 
 CONFIGS = {
-    "paper": {},
+    "as printed": dict(CASEConfig.came_later),
+    "scaled discernment": {"discernment_scale": "sqrt_d"},
+    "standardized MIM scores": {"mim_score": "standardized"},
+    "L_KL averaged over vertices": {"kl_reduction": "mean", "detach_posterior": False},
+    "scaled, standardized and averaged": {"discernment_scale": "sqrt_d", "mim_score": "standardized", "kl_reduction": "mean"},
     "two layers, four heads": {"layers": 2, "heads": 4},
     "intensity before the norm": {"intensity": "before_norm"},
     "no intensity": {"intensity": "off"},
@@ -212,7 +216,7 @@ def test_without_a_graph_encoder_the_initial_vertices_stand_in():
 def test_config_refuses_what_cannot_work():
     for wrong in (
         {"heads": 5}, {"d_model": 0}, {"graph_dropout": 1.0}, {"intensity": "before"}, {"num_negatives": 0}, {"layers": 0},
-        {"mim_score": "cosine"},
+        {"mim_score": "cosine"}, {"discernment_scale": 0.1}, {"kl_reduction": "none"},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             tiny_config(**wrong)
