@@ -8,8 +8,8 @@ divides by a count that can be 0. Half-precision inputs are reduced in float32. 
 1 over the number of rows that the mean is over, come with the batch, so that rows that only fill it up have none.
 
 Deviations from the paper's print, as the project defines them: Eq. 9 and 11 are negated (a loss is minimised); Eq. 11 and 19
-are averaged; the posterior is detached in Eq. 7 by the caller. Eq. 4-6 may be scaled, Eq. 7 averaged over vertices, and the vectors
-of Eq. 10 and 12 standardized: settings of `CASEConfig` that keep each equation's form (docs/paper.md).
+are averaged; the posterior is detached in Eq. 7 by the caller. The products of Eq. 4-6 may be scaled, Eq. 7 be averaged over
+vertices, the vectors of Eq. 10 and 12 be standardized: settings of `CASEConfig` (docs/paper.md).
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def model_class(name: str) -> type[DialogueModel]:
 
 
 def build(name: str, saved: bool = False, **settings: Any) -> DialogueModel:
-    """A new model with these settings of its configuration; `ConfigError` names an unknown one. ``saved``: `ModelConfig.from_dict`."""
+    """A new model with these settings of its configuration; `ConfigError` names an unknown one. ``saved``: as of
+    `ModelConfig.from_dict`."""
     kind = model_class(name)
     return kind(kind.Config.from_dict(settings, saved))
 

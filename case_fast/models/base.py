@@ -281,9 +281,13 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     def place(self, rows: Tensor, position: Tensor, longest: int) -> Tensor:
         """word * sqrt(d) + sinusoidal position, (n, d); position (n,), all of them below ``longest``."""
-        if longest > POSITIONS or rows.dtype == torch.float64:  # the table has the digits of float32
-            return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
-        return rows + eq.take(self.position_table, position).to(rows.dtype)
+        return rows + self.positions(position, longest, rows.dtype)
+
+    def positions(self, position: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        """(n, d) embeddings of places ``position`` (n,), all of them below ``longest``."""
+        if longest > POSITIONS or dtype == torch.float64:  # the table has the digits of float32
+            return eq.sinusoidal_position(position, self.config.d_model, dtype)
+        return eq.take(self.position_table, position).to(dtype)
 
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
@@ -331,8 +335,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def start_decoding(self, reading: Reading, beams: int = 1, words: int = 30, fixed: bool = False) -> DecoderState:
         """A state for at most ``words`` words a reply; ``fixed``: in memory that `restart_decoding` takes again."""
         state = self.decoder.start(reading.memories, beams, words, reading.start, reading.added, fixed)
-        position = torch.arange(words, device=reading.device)
-        state.places = eq.sinusoidal_position(position, self.config.d_model, reading.memories[0].rows.dtype)
+        state.places = self.positions(torch.arange(words, device=reading.device), words, reading.memories[0].rows.dtype)
         return state
 
     def restart_decoding(self, state: DecoderState, reading: Reading) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,8 +16,9 @@ from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading, Why, no_autocast
-from case_fast.models.layers import Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
+from case_fast.models.layers import AnySeed, Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
 
+SPECIAL_WORDS = 8  # from padding to the roles, the first of every vocabulary
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
 
 
@@ -38,6 +40,9 @@ class CASEConfig(ModelConfig):
             code has it: w_coarse and w_fine are then without use.
         num_negatives: sampled negatives a pair in L_fine, None for all in the batch.
         discernment_scale: of the products of Eq. 4-6: "none", as the paper says; "sqrt_d", d^-1/2, as attention has it.
+        vertex_pooling: what the cognition encoder makes of a text: its [CLS] row ("cls"), or the "mean" of its rows.
+        special_scale: how large the rows of special words and of vertex types start beside those of words, and how large place 0
+            is, where [CLS] stands: below 1, what all vertices have in common is small.
         kl_reduction: L_KL is the "sum" over a dialogue's vertices, as the paper says, or the "mean" over the batch's vertices,
             as the authors' code has it, a small share of that.
         detach_posterior: the posterior is a fixed target in L_KL.
@@ -58,7 +63,8 @@ class CASEConfig(ModelConfig):
         "w/o FGAlign": {"fine_alignment": False},
     }
     retired = ("seed",)  # of drawn negatives; seeds come with the batch
-    came_later = {"mim_score": "bilinear_sigmoid", "discernment_scale": "none", "kl_reduction": "sum"}  # as the paper prints it
+    came_later = {"mim_score": "bilinear_sigmoid", "discernment_scale": "none", "vertex_pooling": "cls", "special_scale": 1.0,
+                  "kl_reduction": "sum"}  # the paper as printed
 
     cognition_relations: int = 7
     graph_dropout: float = 0.1
@@ -70,6 +76,8 @@ class CASEConfig(ModelConfig):
     mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "bilinear_sigmoid"
     num_negatives: int | None = None
     discernment_scale: Literal["none", "sqrt_d"] = "none"
+    vertex_pooling: Literal["cls", "mean"] = "cls"
+    special_scale: float = 1.0
     kl_reduction: Literal["sum", "mean"] = "sum"
     detach_posterior: bool = True
     alpha: float = 0.2
@@ -83,7 +91,11 @@ class CASEConfig(ModelConfig):
         self._one_of("intensity", "after", "before_norm", "off")
         self._one_of("mim_score", "bilinear_sigmoid", "standardized", "dot")
         self._one_of("discernment_scale", "none", "sqrt_d")
+        self._one_of("vertex_pooling", "cls", "mean")
         self._one_of("kl_reduction", "sum", "mean")
+        scale = self.special_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+            raise ConfigError(f"special_scale must be a number of at least 0, not {scale!r}")
         if self.num_negatives is not None and self.num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1 or None, not {self.num_negatives}")
 
@@ -211,6 +223,9 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         super()._initialize()
         d = self.config.d_model
         nn.init.normal_(self.vertex_type.weight, std=1.0)  # as large as a scaled word embedding
+        with torch.no_grad():
+            self.vertex_type.weight *= self.config.special_scale
+            self.embedding.weight[:SPECIAL_WORDS] *= self.config.special_scale
         std = 1.0 if self.config.mim_score == "standardized" else 1 / d  # larger starts saturate the sigmoid
         nn.init.normal_(self.w_coarse, std=std)
         nn.init.normal_(self.w_fine, std=std)
@@ -238,6 +253,18 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
     # ---- reading the context (sections 3.1 and 3.2)
 
+    def positions(self, position: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        found, scale = super().positions(position, longest, dtype), self.config.special_scale
+        return found if scale == 1 else torch.where((position == 0).unsqueeze(1), found * scale, found)
+
+    def _text_vectors(self, rows: Tensor, cu: Tensor, seed: AnySeed, index: Tensor | None = None) -> Tensor:
+        """(s, d), a vector for each text of the cognition encoder; its arguments."""
+        if self.config.vertex_pooling == "cls":
+            return self.cognition_encoder(rows, cu, first_only=True, seed=seed, index=index)
+        encoded = self.cognition_encoder(rows, cu, seed=seed, index=index)
+        text = torch.searchsorted(cu[1:], torch.arange(encoded.shape[0], device=cu.device), right=True)
+        return eq.segment_mean(encoded, text, cu.shape[0] - 1)
+
     def _context_words(self, batch: Batch) -> dict[str, Tensor]:
         return {"text": batch.case.distinct_word, "concept": batch.concept.word, "context": batch.context,
                 "context_role": batch.context_role, "reaction": batch.case.reaction}
@@ -247,7 +274,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         c, case, part = self.config, batch.case, batch.concept
         texts = self.place(words["text"], case.distinct_position, batch.longest)
         seed = seed_at(batch.seed, "texts")
-        texts = self.cognition_encoder(texts, case.cu_text, first_only=True, seed=seed, index=case.text_distinct)
+        texts = self._text_vectors(texts, case.cu_text, seed, case.text_distinct)
         cognition = eq.take(texts, case.cognition_text)
         if c.cognition_graph:
             g, seed = case.cognition, seed_at(batch.seed, "cognition graph")
@@ -279,7 +306,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         """Log of Eq. 5 and 6, from the reply read by the cognition and the context encoder."""
         cu, seed = batch.case.cu_response, batch.seed
         reply = self.place(words["response"], batch.case.response_position, batch.longest)
-        y_cog = self.cognition_encoder(reply, cu, first_only=True, seed=seed_at(seed, "reply as cognition"))
+        y_cog = self._text_vectors(reply, cu, seed_at(seed, "reply as cognition"))
         y_ctx = self.context_encoder(reply + words["response_role"], cu, first_only=True, seed=seed_at(seed, "reply as context"))
         with no_autocast(knowledge):
             return self._discerned(batch, knowledge, concept, y_cog, y_ctx)

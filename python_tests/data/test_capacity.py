@@ -61,6 +61,7 @@ def same_step(found: tuple, expected: tuple, tolerance: float) -> None:
 CONFIGS = [{}, {"num_negatives": 3}, {"mim_score": "dot"}, {"mim_score": "dot", "num_negatives": 3}, {"layers": 2},
            {"detach_posterior": False, "intensity": "before_norm"},
            {"mim_score": "standardized", "discernment_scale": "sqrt_d", "kl_reduction": "mean"},
+           {"vertex_pooling": "mean", "special_scale": 0.1, "layers": 2},
            {"mim_score": "standardized", "num_negatives": 3, "kl_reduction": "mean", "detach_posterior": False}]
 
 
@@ -197,7 +198,7 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("phase", ["bow", "all"])
-@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}, CONFIGS[-2]], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}, CONFIGS[-3], CONFIGS[-2]], ids=str)
 def test_a_step_asks_the_device_for_nothing(changes, phase):
     model = model_of(phase=phase, dtype=torch.float32, graph_dropout=0.2, **DROPOUT, **changes)
     batch = seeded(fitted(ragged(8), buckets()[-1]), 5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import random
 import re
 import socket
@@ -102,6 +103,8 @@ CONFIGS = {
     "scaled discernment": {"discernment_scale": "sqrt_d"},
     "standardized MIM scores": {"mim_score": "standardized"},
     "L_KL averaged over vertices": {"kl_reduction": "mean", "detach_posterior": False},
+    "mean of the rows": {"vertex_pooling": "mean"},
+    "small special words": {"special_scale": 0.1},
     "scaled, standardized and averaged": {"discernment_scale": "sqrt_d", "mim_score": "standardized", "kl_reduction": "mean"},
     "two layers, four heads": {"layers": 2, "heads": 4},
     "intensity before the norm": {"intensity": "before_norm"},
@@ -217,6 +220,7 @@ def test_config_refuses_what_cannot_work():
     for wrong in (
         {"heads": 5}, {"d_model": 0}, {"graph_dropout": 1.0}, {"intensity": "before"}, {"num_negatives": 0}, {"layers": 0},
         {"mim_score": "cosine"}, {"discernment_scale": 0.1}, {"kl_reduction": "none"},
+        {"vertex_pooling": "max"}, {"special_scale": -0.1}, {"special_scale": math.inf}, {"special_scale": True},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             tiny_config(**wrong)

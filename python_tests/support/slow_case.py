@@ -85,7 +85,8 @@ class SlowCase:
         rows = []
         for place, word in zip(positions if positions is not None else range(len(ids)), ids, strict=True):
             angles = [place / 10_000 ** (i / max(half - 1, 1)) for i in range(half)]
-            wave = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            large = self.c.special_scale if place == 0 else 1.0
+            wave = [large * wave(angle) for wave in (math.sin, math.cos) for angle in angles]
             rows.append(self.word(word) + torch.tensor(wave[:d], dtype=torch.float64))
         return torch.stack(rows) if rows else torch.zeros(0, d, dtype=torch.float64)
 
@@ -167,11 +168,16 @@ class SlowCase:
 
     # ---- one dialogue
 
+    def text_vector(self, rows: Tensor) -> Tensor:
+        """Of [CLS] and a text, as the cognition encoder sees it."""
+        encoded = self.encoder("cognition_encoder", rows)
+        return sum(encoded) / len(encoded) if self.c.vertex_pooling == "mean" else encoded[0]
+
     def cognition_vectors(self, e: Example, texts: TextTable) -> list[Tensor]:
         """cs_i of K_CS."""
         subs = len(e.sub_utterance)
         ids = [*e.sub_utterance.tolist(), *e.knowledge.tolist()]
-        x = torch.stack([self.encoder("cognition_encoder", self.embed([CLS, *texts.tokens(i)]))[0] for i in ids])
+        x = torch.stack([self.text_vector(self.embed([CLS, *texts.tokens(i)])) for i in ids])
         if self.c.cognition_graph:
             edges = [(0, i, 1) for i in range(1, subs)] + [(j, j + 1, 2) for j in range(1, subs - 1)]
             for n, (sub, relation) in enumerate(
@@ -225,7 +231,7 @@ class SlowCase:
         context = self.encoder("context_encoder", self.embed([CLS, *e.context.tolist()]) + roles)
         er, has_reaction = self.reactions(e, texts, context)
         reply = self.embed([CLS, *e.response.tolist()])
-        y_cog = self.encoder("cognition_encoder", reply)[0]
+        y_cog = self.text_vector(reply)
         y_ctx = self.encoder("context_encoder", reply + self.word(LISTENER))[0]
         p_cs, p_ec = (self.linear(f"{name}.0", context[0]).tanh() for name in ("phi_cognition", "phi_concept"))
 
