@@ -111,6 +111,7 @@ def standardized(x: Tensor, count: Tensor, eps: float = 1e-5) -> Tensor:
         count: () how many rows exist, the first ones. The others are in no statistic and must be finite; what becomes of them
             is left open (`mim_sides` reads over them), and their gradient is 0 if that of their result is.
     """
+    x = full_precision(x)
     weight = (torch.arange(x.shape[0], device=x.device) < count).to(x.dtype) / count.clamp(min=1)
     centred = x - weight @ x
     return centred * (weight @ centred.square() + eps).rsqrt()
