@@ -63,8 +63,9 @@ class CASEConfig(ModelConfig):
         "w/o FGAlign": {"fine_alignment": False},
     }
     retired = ("seed",)  # of drawn negatives; seeds come with the batch
-    came_later = {"mim_score": "bilinear_sigmoid", "discernment_scale": "none", "vertex_pooling": "cls", "special_scale": 1.0,
-                  "kl_reduction": "sum"}  # the paper as printed
+    # What the paper prints, whatever the defaults are; it is also what there was before these were settings.
+    printed = came_later = {"mim_score": "bilinear_sigmoid", "discernment_scale": "none", "vertex_pooling": "cls",
+                            "special_scale": 1.0, "kl_reduction": "sum"}
 
     cognition_relations: int = 7
     graph_dropout: float = 0.1
@@ -401,17 +402,16 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
              seed: int | Tensor = 0) -> Tensor:
         """``sizes``: (2,) pairs and rows of y that exist; ``negatives``: how many each pair has over rows of y (affection) and
         over rows of x (cognition)."""
-        score = self.config.mim_score
+        kind = self.config.mim_score
         x, y = eq.full_precision(x), eq.full_precision(y)
         with no_autocast(x):
-            used = None if score == "dot" else weight
-            if score == "standardized":
-                x, y, used = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1]), weight / weight.shape[0]
-                score = "bilinear_sigmoid"
+            if kind == "standardized":
+                x, y, weight = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1]), weight / weight.shape[0]
+            score, used = ("dot", None) if kind == "dot" else ("bilinear_sigmoid", weight)
             side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score, sizes=sizes)
         pairs = sizes[0]
         with torch.no_grad():
-            if used is not None:
+            if score != "dot":
                 diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(x.dtype), "mean", pairs)
             diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives[0], pairs)
             diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives[1], pairs)

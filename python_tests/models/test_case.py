@@ -25,6 +25,7 @@ from helpers import (
     CONCEPTS,
     CONTENT_WORDS,
     NO_CONCEPT_WORDS,
+    PRINTED,
     as_double,
     close,
     dialogue,
@@ -101,7 +102,7 @@ def trainable(model: CASE) -> set[str]:
 # ---- against the slow model
 
 CONFIGS = {
-    "as printed": dict(CASEConfig.came_later),
+    "as printed": PRINTED,
     "scaled discernment": {"discernment_scale": "sqrt_d"},
     "all of these": ALL_SETTINGS,
     "standardized MIM scores": {"mim_score": "standardized"},
@@ -205,7 +206,7 @@ def test_ablation_changes_what_it_names_and_nothing_else(name: str):
 
 def test_without_a_graph_encoder_the_initial_vertices_stand_in():
     batch = random_batch(5)
-    model = ablated_model("w/o Graph").eval()
+    model = ablated_model("w/o Graph", **PRINTED).eval()
     reading = model.read(batch)
     d = model.config.d_model
     position = eq.sinusoidal_position(batch.concept.position, d)
@@ -254,7 +255,8 @@ def dialogues_with(relations: tuple[str, ...], concepts: bool, count: int) -> tu
 @pytest.mark.parametrize("concepts", [True, False])
 def test_empty_knowledge(concepts: bool, size: int):
     """Every subset of the five relations missing: a finite loss, and a finite gradient for every trainable parameter."""
-    models = [tiny_model(d_model=8, heads=2, ffn=8, **changes).train() for changes in ({}, ALL_SETTINGS | {"num_negatives": 3})]
+    models = [tiny_model(d_model=8, heads=2, ffn=8, num_negatives=k, **changes).train()
+              for k, changes in ((None, PRINTED), (3, ALL_SETTINGS))]
     for number, missing in enumerate(SUBSETS):
         kept = tuple(r for r in RELATIONS if r not in missing)
         batch = make_batch(*dialogues_with(kept, concepts, size))
@@ -277,7 +279,7 @@ def test_empty_knowledge(concepts: bool, size: int):
             assert out.losses["coarse"] == 0 and (found["w_coarse"] == 0).all()
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_SETTINGS], ids=["printed", "all settings"])
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
 def test_each_gap_in_phase_1_and_no_nan_on_the_way_back(changes):
     """A dialogue of every kind by itself; anomaly mode also sees a NaN that is dropped before it reaches a parameter."""
     examples, texts = handmade_examples()
@@ -371,7 +373,7 @@ def test_no_counts_weigh_all_words_alike():
 
 def test_sampled_negatives_follow_the_seed_of_the_batch():
     batch = random_batch(8)
-    model = ablated_model(None, num_negatives=3).eval()
+    model = ablated_model(None, num_negatives=3, **PRINTED).eval()
     quiet = [model(batch).losses["fine"] for _ in range(2)]
     assert quiet[0].equal(quiet[1])
     losses = [model(seeded(batch, seed)).losses["fine"].item() for seed in range(4)]
@@ -381,7 +383,7 @@ def test_sampled_negatives_follow_the_seed_of_the_batch():
     knowledge, reaction = reading.knowledge[case.paired], reading.reaction[case.with_reaction]
     loss = eq.bilinear_mim(knowledge, reaction, model.w_fine, case.positive, 3, drawn(seed_at(0, "negatives")))
     same(loss, quiet[0], 1e-6)
-    full = ablated_model(None).eval()(batch)
+    full = ablated_model(None, **PRINTED).eval()(batch)
     assert full.losses["coarse"].equal(model(batch).losses["coarse"])  # only L_fine is sampled
 
 
@@ -510,7 +512,7 @@ def test_diagnostics_of_standardized_scores(k: int | None):
 
 def test_special_words_and_place_0_start_as_large_as_asked():
     assert case.SPECIAL_WORDS == len(SPECIALS)
-    printed, small = tiny_model(), tiny_model(special_scale=0.1)
+    printed, small = (tiny_model(special_scale=scale) for scale in (1.0, 0.1))
     scale = torch.ones(printed.config.vocab_size, 1)
     scale[: len(SPECIALS)] = 0.1
     assert small.embedding.weight.equal(printed.embedding.weight * scale)
@@ -557,7 +559,7 @@ def _relative(out: CASEOutput, truth: CASEOutput) -> dict[str, float]:
     return {n: ((out.losses[n].double() - v).abs() / v.abs().clamp(min=1)).item() for n, v in truth.losses.items()}
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_SETTINGS], ids=["printed", "all settings"])
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
 def test_bfloat16_autocast_is_finite_and_close(changes):
     batch = random_batch(8, seed=2)
     model = tiny_model(d_model=32, **changes).eval()
@@ -700,7 +702,7 @@ class LaterConfig(CASEConfig):
 
 def test_weights_saved_before_a_setting_existed_load_with_what_they_were_trained_with(tmp_path, monkeypatch):
     """Whatever the default is by then; new models take the new default, and saved settings stay."""
-    model = tiny_model().eval()
+    model = tiny_model(**PRINTED).eval()
     monkeypatch.setattr(CASE, "Config", LaterConfig)
     first = {"vocab_size", "emotions", "eos_id", "d_model", "heads", "layers", "ffn", "encoder_dropout", "decoder_dropout",
              "cognition_relations", "graph_dropout", "cognition_graph", "concept_graph", "coarse_alignment", "fine_alignment",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     ALL_SETTINGS,
+    PRINTED,
     close,
     dialogue,
     handmade_examples,
@@ -113,7 +114,7 @@ def test_a_real_dialogue_does_not_depend_on_its_batch(real_data: Path, tmp_path:
     check_invariance(fit(store, 60, range(128), 16), store, "test", 200, random.Random(4))
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_SETTINGS], ids=["printed", "all settings"])
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
 def test_every_gap_among_others(changes):
     """Dialogues with and without each kind of knowledge do not touch one another."""
     model = tiny_model(**changes).eval()
@@ -126,7 +127,7 @@ def test_every_gap_among_others(changes):
             assert all(close(t[name], alone[name], TOLERANCE) for t in twice for name in alone)
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_SETTINGS], ids=["printed", "all settings"])
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
 def test_nan_in_one_dialogue_stays_there(changes):
     """The others' outputs are bit-identical; L_coarse and L_fine, which mix dialogues, show the NaN."""
     examples, texts = random_examples(9, seed=1)

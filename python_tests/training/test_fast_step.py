@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from helpers import ALL_SETTINGS, as_double, random_batch, seeded, tiny_model
+from helpers import ALL_SETTINGS, PRINTED, as_double, random_batch, seeded, tiny_model
 from torch import nn
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, records, run, tiny_run
 
@@ -43,7 +43,7 @@ def curve(dropout: float, steps: int, changes: dict) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("dropout, steps, changes", [(0.0, 50, {}), (0.2, 10, {}), (0.2, 10, ALL_SETTINGS)])
+@pytest.mark.parametrize("dropout, steps, changes", [(0.0, 50, PRINTED), (0.2, 10, PRINTED), (0.2, 10, ALL_SETTINGS)])
 def test_the_kernels_learn_as_plain_torch_does(dropout, steps, changes):
     """With dropout too: what is dropped is a function of the step's seed and the place, on every backend."""
     fast, plain = (on(backend, lambda: curve(dropout, steps, changes)) for backend in ("native", "reference"))
@@ -66,7 +66,7 @@ def test_a_run_begun_in_plain_torch_goes_on_with_the_kernels(tmp_path):
     assert len(losses[0]) == PHASE_1 + PHASE_2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("phase, changes", [*((phase, {}) for phase in CASE.phases), ("all", ALL_SETTINGS)])
+@pytest.mark.parametrize("phase, changes", [*((phase, PRINTED) for phase in CASE.phases), ("all", ALL_SETTINGS)])
 def test_gradients_have_the_same_bits_for_any_number_of_threads(phase, changes):
     """At the paper's sizes, at which torch would share out its own loops."""
     torch.manual_seed(0)

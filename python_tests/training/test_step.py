@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ALL_SETTINGS, tiny_config
+from helpers import ALL_SETTINGS, PRINTED, tiny_config
 from training_helpers import PHASE_1, MemoryStore, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.errors import ConfigError
@@ -36,7 +36,7 @@ def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
     return Checkpoints(out / "checkpoints").read(step).tensors["model"]
 
 
-@pytest.mark.parametrize("changes", [{}, ALL_SETTINGS], ids=["printed", "all settings"])
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
 def test_losses_of_fifty_steps_are_those_of_the_eager_step(store, tmp_path, changes):
     model = replace(STILL, **changes)
     eager, padded = (curve(store, tmp_path / form, model=model, step=form) for form in ("eager", "padded"))
