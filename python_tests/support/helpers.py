@@ -47,6 +47,11 @@ INTENSITY = {
 NO_CONCEPT_WORDS = ("rain", "cake", "sister", "home", "work", "sleep")  # words that no concept belongs to
 
 
+PRINTED = CASEConfig.printed
+ALL_SETTINGS = {"mim_score": "standardized", "discernment_scale": "sqrt_d", "vertex_pooling": "mean", "special_scale": 0.1,
+                "kl_reduction": "mean"}  # none of them printed
+
+
 @cache
 def tiny_vocabulary() -> Vocabulary:
     return Vocabulary([*SPECIALS, *WORDS])
