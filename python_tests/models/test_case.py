@@ -66,6 +66,7 @@ SWITCHED_OFF = {
 }
 # What follows from cs_i and from ec_i: the rest of the forward pass must not change without that graph encoder.
 FROM_COGNITION = {
+    "knowledge",
     "prior_cognition",
     "posterior_cognition",
     "r_cog",
@@ -75,8 +76,8 @@ FROM_COGNITION = {
     "losses.fine",
 }
 FROM_CONCEPT = {
-    "prior_concept", "posterior_concept", "r_emo", "r_aff", "gate", "emotion_logits", "losses.bow", "losses.kl", "losses.coarse",
-    "losses.emotion",
+    "concept", "prior_concept", "posterior_concept", "r_emo", "r_aff", "gate", "emotion_logits", "losses.bow", "losses.kl",
+    "losses.coarse", "losses.emotion",
 }
 DECODED = {"loss", "hidden", "nll", "prediction", "losses.generation", "losses.diversity"}
 
