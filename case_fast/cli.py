@@ -524,11 +524,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
         if name == "train":
-            from case_fast.training import preset_values
+            from case_fast.training import TrainConfig, preset_values
 
             kind, preset, rest = _chosen(rest)
             values = preset_values(preset, kind)
             _train_arguments(parser, kind)
+            fewest = TrainConfig.from_dict(values).fewest_steps
+            parser.description += f" With this preset the last phase takes {fewest:,} steps at least (early stopping)."
             parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
             arguments(parser)

@@ -183,9 +183,10 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         },
     }
     published = {
-        "": {"source": "Zhou et al. (ACL 2023), Table 1", "ppl": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402},
+        "": {"source": "Zhou et al. (ACL 2023), Table 1", "ppl_geometric": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402},
         **{
-            name: {"source": "Zhou et al. (ACL 2023), Table 2", "ppl": ppl, "dist_1": dist_1, "dist_2": dist_2, "acc_1": accuracy}
+            name: {"source": "Zhou et al. (ACL 2023), Table 2", "ppl_geometric": ppl, "dist_1": dist_1,
+                   "dist_2": dist_2, "acc_1": accuracy}
             for name, ppl, dist_1, dist_2, accuracy in (
                 ("w/o Graph", 36.10, 0.68, 3.50, 0.280), ("w/o Align", 35.75, 0.65, 3.34, 0.369),
                 ("w/o CSGraph", 35.51, 0.64, 3.18, 0.375), ("w/o ECGraph", 36.24, 0.72, 3.94, 0.329),
