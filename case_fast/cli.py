@@ -142,7 +142,8 @@ def _profile_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--store", type=str, required=True, help="store that prepare made")
     parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to use; default: CASE's own")
     parser.add_argument("--steps", type=int, default=5, help="training steps to record of each phase")
-    parser.add_argument("--out", type=str, default="profile", help="folder for PHASE.trace.json.gz, which ui.perfetto.dev opens")
+    parser.add_argument("--out", type=str, default="profile",
+                        help="folder for PHASE.png and PHASE.trace.json.gz, which ui.perfetto.dev opens")
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
 
 
@@ -369,13 +370,15 @@ def _profile(args: Namespace, console: Console) -> None:
     from rich.markdown import Markdown
 
     from case_fast.data import open_store
-    from case_fast.training.profile import markdown, profile_training
+    from case_fast.training.profile import markdown, picture, profile_training
 
     rates, phases = profile_training(open_store(args.store), args.out, args.steps, args.run, args.device)
     for profiled in phases:
         text = markdown(profiled, rates)
         console.print(Markdown(text)) if console.is_terminal else print(text)
-        _print_paths([profiled.trace], console)
+        bars = profiled.trace.with_name(f"{profiled.phase}.png")
+        picture(profiled, rates, bars)
+        _print_paths([profiled.trace, bars], console)
 
 
 def _bench(args: Namespace, console: Console) -> None:
@@ -521,11 +524,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
         if name == "train":
-            from case_fast.training import preset_values
+            from case_fast.training import TrainConfig, preset_values
 
             kind, preset, rest = _chosen(rest)
             values = preset_values(preset, kind)
             _train_arguments(parser, kind)
+            fewest = TrainConfig.from_dict(values).fewest_steps
+            parser.description += f" With this preset the last phase takes {fewest:,} steps at least (early stopping)."
             parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
             arguments(parser)

@@ -268,7 +268,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
     _require(weights / _WEIGHTS, remedy)
     try:
         settings = read_config(files.best)
-        model = build(settings.pop("model", "case"), **settings)
+        model = build(settings.pop("model", "case"), saved=True, **settings)
         model.load_weights(weights / _WEIGHTS)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = error.__cause__ or error  # the model's own sentence would say the same twice

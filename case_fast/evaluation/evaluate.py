@@ -155,7 +155,7 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
     references = [store.example(split, index).response.tolist() for index in indices]
     ranking = None if scores is None else m.rank_emotions(scores)
     found = [
-        m.perplexity(nll, words), m.response_perplexity(nll, words),
+        *m.perplexities(nll, words),
         m.distinct_n(replies, 1, decoding), m.distinct_n(replies, 2, decoding),
         m.emotion_accuracy(scores, labels, 1), m.emotion_accuracy(scores, labels, TOP),
         m.distinct_replies(replies, decoding), m.reply_words(replies, decoding), m.unknown_rate(references, UNK),

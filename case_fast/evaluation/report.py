@@ -268,7 +268,8 @@ def _in_words(evaluation: Evaluation) -> Iterator[Node]:
         yield (tag("b", f"Perplexity {found['ppl'].text}: "),
                f"at each word of the human replies of {evaluation.split} the model is as unsure as if it chose among "
                f"{found['ppl'].text} words that are equally likely. Lower is better. It depends on the vocabulary{scope}, so it "
-               f"compares only with figures over the same one{unknown}.")
+               f"compares only with figures over the same one{unknown}. Papers of this field print the geometric mean over "
+               "replies of each reply's perplexity, in which long replies weigh no more than short ones.")
     metric = found.get("acc_1")
     if metric is not None and 0 <= metric.value <= 1 <= metric.count:
         binomtest = needed("scipy.stats", "the interval of an accuracy").binomtest

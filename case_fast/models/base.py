@@ -48,6 +48,7 @@ class ModelConfig:
     kind: ClassVar[str]  # the model's name in MODELS
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name of an ablation -> the settings that it changes
     retired: ClassVar[tuple[str, ...]] = ()  # settings of earlier versions that changed nothing in evaluation: read over
+    came_later: ClassVar[Mapping[str, Any]] = {}  # settings that earlier versions lacked -> what these did
 
     vocab_size: int = 24_000
     emotions: int = 32
@@ -89,12 +90,17 @@ class ModelConfig:
         return {"model": self.kind, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], saved: bool = False) -> Self:
         """Undo `as_dict`; what is left out keeps its default.
+
+        Args:
+            saved: the values are those of a trained model: what they lack is what the version that wrote them did (`came_later`),
+                whatever the default is now.
 
         Raises:
             ConfigError: an unknown setting, or a value that cannot work.
         """
+        values = {**cls.came_later, **values} if saved else values
         values = {name: value for name, value in values.items() if name != "model" and name not in cls.retired}
         known = [item.name for item in fields(cls)]
         if unknown := [name for name in values if name not in known]:
@@ -317,9 +323,13 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     def place(self, rows: Tensor, position: Tensor, longest: int) -> Tensor:
         """word * sqrt(d) + sinusoidal position, (n, d); position (n,), all of them below ``longest``."""
-        if longest > POSITIONS or rows.dtype == torch.float64:  # the table has the digits of float32
-            return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
-        return rows + eq.take(self.position_table, position).to(rows.dtype)
+        return rows + self.positions(position, longest, rows.dtype)
+
+    def positions(self, position: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        """(n, d) embeddings of places ``position`` (n,), all of them below ``longest``."""
+        if longest > POSITIONS or dtype == torch.float64:  # the table has the digits of float32
+            return eq.sinusoidal_position(position, self.config.d_model, dtype)
+        return eq.take(self.position_table, position).to(dtype)
 
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
@@ -367,8 +377,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def start_decoding(self, reading: Reading, beams: int = 1, words: int = 30, fixed: bool = False) -> DecoderState:
         """A state for at most ``words`` words a reply; ``fixed``: in memory that `restart_decoding` takes again."""
         state = self.decoder.start(reading.memories, beams, words, reading.start, reading.added, fixed)
-        position = torch.arange(words, device=reading.device)
-        state.places = eq.sinusoidal_position(position, self.config.d_model, reading.memories[0].rows.dtype)
+        state.places = self.positions(torch.arange(words, device=reading.device), words, reading.memories[0].rows.dtype)
         return state
 
     def restart_decoding(self, state: DecoderState, reading: Reading) -> bool:
@@ -412,7 +421,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
             remedy = "case_fast.models.load opens any of them"
             raise CheckpointError(f"{folder} holds the model {found}, not {cls.Config.kind}: {remedy}")
         try:
-            model = cls(cls.Config.from_dict(config))
+            model = cls(cls.Config.from_dict(config, saved=True))
             model.load_weights(folder / "model.safetensors")
         except (ValueError, TypeError) as error:
             raise _not_of_this_model(folder, error) from error

@@ -12,6 +12,7 @@ from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
 from case_fast.training.sampler import BATCHINGS
+from case_fast.training.schedule import EarlyStopping
 
 PRECISIONS = ("float32", "bf16")
 STEPS = ("auto", "eager", "captured", "padded")
@@ -39,7 +40,8 @@ class TrainConfig:
         clip_norm: largest norm of all gradients together; None: no clipping.
         validate_every: steps of the last phase between validations.
         min_steps: steps of the last phase before early stopping counts.
-        patience: validations in a row without a better perplexity that end training.
+        patience: validations in a row without a better perplexity that end training: the last phase takes
+            (ceil(min_steps / validate_every) + patience - 1) x validate_every steps at least.
         max_steps: most steps of the last phase; None: until early stopping.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
@@ -129,14 +131,20 @@ class TrainConfig:
             return self.phase1_steps
         return self.phase1_epochs * math.ceil(examples / self.batch_size)
 
+    @property
+    def fewest_steps(self) -> int:
+        """The fewest steps that the last phase can have."""
+        earliest = EarlyStopping(self.patience, self.min_steps).earliest_stop(0, self.validate_every)
+        return min(earliest, self.max_steps or earliest)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them."""
         return {"kind": self.model.kind} | asdict(self) | {"betas": list(self.betas)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], saved: bool = False) -> Self:
         """Settings from plain values: "kind" the model's name (absent: case), "model" a mapping of its settings; what is left out
-        keeps its default.
+        keeps its default. ``saved``: the model's are those of a run, see `ModelConfig.from_dict`.
 
         Raises:
             ConfigError: an unknown name, or a value that cannot work.
@@ -149,7 +157,7 @@ class TrainConfig:
         if not isinstance(model, ModelConfig):
             if not isinstance(model, Mapping):
                 raise ConfigError(f"model must be a mapping of names to values, not {model!r}")
-            values["model"] = model_class(kind).Config.from_dict(model)
+            values["model"] = model_class(kind).Config.from_dict(model, saved)
         names = [item.name for item in fields(cls)]
         if unknown := [name for name in values if name not in names]:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(names)}")
@@ -189,9 +197,9 @@ def config_class(kind: str) -> type[TrainConfig]:
 def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two `TrainConfig.as_dict` differ in, in words, without the `ADJUSTABLE` settings.
 
-    ``run`` may be of an earlier version: what it lacks has its default, what is retired is left out.
+    ``run`` may be of an earlier version: what it lacks is what that version did, what is retired is left out.
     """
-    run, now = _flat(TrainConfig.from_dict(run).as_dict()), _flat(now)
+    run, now = _flat(TrainConfig.from_dict(run, saved=True).as_dict()), _flat(now)
     if run["kind"] != now["kind"]:  # then hardly anything else is comparable
         return [f"the model is {run['kind']} in the run and {now['kind']} now"]
     names = [name for name in {**run, **now} if name not in ADJUSTABLE]

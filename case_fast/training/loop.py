@@ -260,6 +260,12 @@ class Trainer:
             f"{self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
+        config, first = self.config, f"{self.phase_1_steps:,} steps of phase 1, then " if self.phase_1_steps else ""
+        self.display.line(
+            f"{first}{config.fewest_steps:,} steps at least: {config.patience} validations in a row without a better perplexity "
+            f"end training, one every {config.validate_every:,} steps, counted from step {config.min_steps:,} on"
+            + (f"; {config.max_steps:,} steps at most" if config.max_steps else "")
+        )
         unknown = self.store.manifest.get("counts", {}).get("unknown_response_words", {})
         if unknown:
             shares = ", ".join(f"{100 * share:.2f} % ({split})" for split, share in unknown.items())
@@ -399,8 +405,9 @@ class Trainer:
         if self.stop.signal:
             return
         mean, losses = found.mean_nll, dict(found.losses)
-        metrics: dict[str, Any] = {"ppl": _perplexity(mean), "accuracy": found.accuracy, "loss": losses.pop("loss"),
-                                   "losses": losses, "examples": self.valid_size, "target_words": found.words}
+        metrics: dict[str, Any] = {"ppl": _perplexity(mean), "ppl_geometric": _perplexity(found.mean_nll_of_replies),
+                                   "accuracy": found.accuracy, "loss": losses.pop("loss"), "losses": losses,
+                                   "examples": self.valid_size, "target_words": found.words}
         if not math.isfinite(mean):
             path = self.run.dump(self.step, {"phase": self.phase, "split": "valid", "metrics": metrics})
             raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")

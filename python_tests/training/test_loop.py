@@ -127,6 +127,9 @@ def test_best_weights_load_and_measure_what_the_log_says(store, whole):
         output = model(store.batch("valid", range(5)))
     (end,) = records(whole, "end")
     assert output.nll.double().mean().exp().item() == pytest.approx(end["best"]["ppl"], rel=1e-6)
+    replies = output.nll.double().split(store.batch("valid", range(5)).cu_target.diff().tolist())
+    geometric = torch.stack([nll.mean() for nll in replies]).mean().exp().item()
+    assert geometric == pytest.approx(end["best"]["ppl_geometric"], rel=1e-6) and geometric != pytest.approx(end["best"]["ppl"])
     right = (output.emotion_logits.argmax(-1) == store.batch("valid", range(5)).emotion).float().mean()
     assert right.item() == pytest.approx(end["best"]["accuracy"])
 
@@ -151,6 +154,8 @@ def test_without_a_terminal_plain_lines_say_what_happens(store, tmp_path, monkey
     text = io.StringIO()
     train(store, tmp_path / "run", tiny_run(), Console(file=text, width=50))
     lines = text.getvalue().splitlines()
+    assert ("4 steps of phase 1, then 9 steps at least: 3 validations in a row without a better perplexity end training, "
+            "one every 3 steps, counted from step 3 on; 9 steps at most") in lines
     assert "unknown words among the words of the replies: 12.50 % (train), 25.00 % (valid)" in lines
     assert [line for line in lines if line.startswith("phase 1 (bow): 3 of 4 steps; loss ") and "lr 3.3e-02" in line]
     assert [line for line in lines if line.startswith("phase 2 (all): 9 of 9 steps; loss ") and "words/s" in line]
