@@ -290,20 +290,16 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
 
 
 def _diagnose(args: Namespace, console: Console) -> None:
-    from case_fast.evaluation import diagnose
-    from case_fast.files import plain
+    from case_fast.evaluation.diagnose import answers, diagnose_run, table
 
     with _bar(console) as progress:
-        task = progress.add_task("Opening", total=None)
-        found, paths = diagnose.diagnose_run(args.run, args.data, args.split, args.out, args.batches, args.device,
-                                             args.checkpoint, lambda what: progress.update(task, description=what))
+        task = progress.add_task("opening", total=None)
+        found, paths = diagnose_run(args.run, args.data, args.split, args.out, args.batches, args.device, args.checkpoint,
+                                    lambda what: progress.update(task, description=what))
     if args.json:
-        print(json.dumps(plain(found), ensure_ascii=False, indent=2))
-        return
-    console.print(diagnose.table(found))
-    for line in diagnose.answers(found):
-        console.print(line, highlight=False)
-    _print_paths(paths, console)
+        print(paths[0].read_text(encoding="utf-8"), end="")
+    else:
+        console.print(table(found), *answers(found), *paths, sep="\n", highlight=False, soft_wrap=True)
 
 
 def _chat(args: Namespace, console: Console) -> None:

@@ -56,7 +56,7 @@ def diagnose_run(run: str | Path, data: str | Path, split: str = "valid", out: s
         checkpoint: "best", or the step of one of the run's checkpoints.
 
     Returns:
-        what diagnosis.json holds, and the files.
+        what diagnosis.json holds, and the files, it first.
 
     Raises:
         ConfigError: no such split, a model of other words than the store's, or one that has nothing to diagnose.

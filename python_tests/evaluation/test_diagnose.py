@@ -35,6 +35,7 @@ from case_fast.diagnosis import (
 )
 from case_fast.errors import ConfigError
 from case_fast.evaluation import diagnose as shown
+from case_fast.evaluation.figures import diagnosis_png
 from case_fast.models import CASE, build
 from case_fast.models.base import Alignment, Choice, Inside
 from case_fast.references import read_references
@@ -135,7 +136,7 @@ def test_the_gate_s_spread_is_over_all_dialogues():
 # ---- inside CASE
 
 
-@pytest.mark.parametrize("score", ["bilinear_sigmoid", "dot"])
+@pytest.mark.parametrize("score", ["bilinear_sigmoid", "standardized", "dot"])
 @pytest.mark.parametrize("negatives", [None, 3])
 def test_the_scores_of_all_pairs_are_those_of_the_loss(score, negatives, runs):
     batch = random_batch(7)
@@ -151,6 +152,9 @@ def test_the_scores_of_all_pairs_are_those_of_the_loss(score, negatives, runs):
              "fine": (out.knowledge[case.paired], out.reaction[case.with_reaction], case.positive)}
     for name, (x, y, positive) in sides.items():
         x, y = x.double().numpy(), y.double().numpy()
+        if score == "standardized":
+            x, y = ((rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5) for rows in (x, y))
+            x = x / 16
         z = torch.from_numpy((x if score == "dot" else x @ normal(16, 16, seed=2, scale=0.1).numpy()) @ y.T)
         same(found[name].scores.double(), z, 1e-4)
         assert found[name].positive.equal(positive)
@@ -346,6 +350,20 @@ def test_a_model_without_knowledge_has_nothing_to_diagnose(sample_store):
     with pytest.raises(ConfigError, match="model multi-trs reads no knowledge and has no alignment: nothing to diagnose. Models "
                                           "that do: case"):
         diagnose(model, sample_store, batches=1)
+
+
+def test_what_has_no_value_is_shown_as_such(found, tmp_path):
+    """Dialogues without any knowledge leave nothing to average."""
+    store = MemoryStore(valid=40)
+    alone = [example for example in store._splits["valid"] if not len(example.knowledge) and not len(example.reaction)]
+    store._splits["valid"] = alone
+    assert len(alone) > 3
+    empty = diagnose(tiny_model().eval(), store, batches=1)
+    assert math.isnan(empty["vectors"]["cs"]["common_share"]) and math.isnan(empty["choices"]["inferences"]["prior_ratio"])
+    assert empty["alignments"]["fine"]["pairs"] == 0 and empty["swaps"]["inferences"]["rise"] == 0
+    rows = {row.name: row for part in shown.rows(empty) for row in part}
+    assert rows["cs: common share"].value == "nan" and rows["fine: affection"].well is False
+    diagnosis_png(empty, {"alike": 1, "narrow": 1, "aligned": 1}, "nothing", tmp_path / "it.png")
 
 
 def test_a_split_of_one_conversation_has_nothing_to_compare():
