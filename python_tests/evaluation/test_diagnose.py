@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import handmade_examples, normal, random_batch, same, split_rows, tensors, tiny_config, tiny_model
+from helpers import (
+    CONTENT_WORDS,
+    dialogue,
+    handmade_examples,
+    normal,
+    random_batch,
+    same,
+    speakers_prompts,
+    split_rows,
+    tensors,
+    tiny_config,
+    tiny_model,
+    tiny_vocabulary,
+)
 from training_helpers import MemoryStore
 
 from case_fast import cli
+from case_fast.data.featurizer import Example, TextTable
 from case_fast.data.pack import make_batch
 from case_fast.diagnosis import (
     SWAPS,
@@ -119,9 +134,9 @@ def test_a_perfect_alignment_is_always_right_and_a_blind_one_is_at_chance():
     assert of["affection"]["chance"] == pytest.approx(1 / 5) and of["cognition"]["chance"] == pytest.approx(1 / 13)
     alike = figures([Inside(alignments={"fine": Alignment(scores=perfect * 0, positive=positive)})])["alignments"]["fine"]
     assert alike["affection"]["over_chance"] == pytest.approx(1) and alike["cognition"]["over_chance"] == pytest.approx(1)
-    random = [Inside(alignments={"x": Alignment(scores=normal(16, 16, seed=s), positive=torch.arange(16))}) for s in range(300)]
+    blind = [Inside(alignments={"x": Alignment(scores=normal(16, 16, seed=s), positive=torch.arange(16))}) for s in range(300)]
     for side in ("affection", "cognition"):  # 4 800 pairs: a standard error of 0.0035
-        assert figures(random)["alignments"]["x"][side]["top1"] == pytest.approx(1 / 16, abs=0.0125)
+        assert figures(blind)["alignments"]["x"][side]["top1"] == pytest.approx(1 / 16, abs=0.0125)
     broken = retrieval(Alignment(scores=perfect * math.nan, positive=positive))
     assert all(first.isnan().all() for first, _ in broken.values())
 
@@ -293,6 +308,30 @@ def test_the_rise_of_the_perplexity_and_its_error_are_those_of_the_replies():
     error = math.sqrt(5 / 4 * sum(value**2 for value in rest)) / words
     assert found["concepts"]["rise_error"] == pytest.approx(100 * math.exp(rise) * error) and error > 0
     assert found["everything"]["ppl"] != found["concepts"]["ppl"]
+
+
+@pytest.mark.slow
+def test_a_model_whose_replies_stand_in_its_inferences_is_seen_to_read_these_alone():
+    """Every context is the same; what is to be said, one inference of each dialogue says."""
+    rng, store = random.Random(0), MemoryStore()
+    store.texts = TextTable(tiny_vocabulary())
+
+    def told() -> Example:
+        said, felt = rng.choices(CONTENT_WORDS, k=2)
+        known = {text: {"xWant": [said], "xReact": [felt]} for text in speakers_prompts(["rain ."])}
+        return dialogue(["rain ."], store.texts, known, f"{said} {said}", "sad")
+
+    store._splits = {split: [told() for _ in range(size)] for split, size in (("train", 256), ("valid", 64))}
+    model = tiny_model(ffn=16, mim_score="standardized", discernment_scale="sqrt_d").train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(120):
+        model(store.batch("train", rng.sample(range(256), 16), seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = swaps(model, store, "valid", held_out(store, "valid", 4))
+    assert found["own"]["ppl"] < 2 and found["inferences"]["rise"] > 500
+    assert found["inferences"]["rise"] > 4 * found["inferences"]["rise_error"]
+    assert abs(found["concepts"]["rise"]) < 2 and abs(found["reactions"]["rise"]) < 2
 
 
 # ---- held-out batches
