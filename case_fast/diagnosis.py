@@ -155,6 +155,7 @@ def look(model: DialogueModel, batches: Iterable[Batch], forward: Forward | None
     found = []
     with evaluating(model):
         for batch in batches:
+            batch = batch.to(model.embedding.weight.device)
             inside = model.inside(batch, (forward or model)(batch))
             if inside == Inside():
                 break
