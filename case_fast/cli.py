@@ -68,6 +68,12 @@ def _unpack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("out", type=str, help="folder to make, such as ed.store")
 
 
+def _floors_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("store", type=str, help="folder that prepare made")
+    parser.add_argument("--split", type=str, default="test", help="train, valid or test")
+    parser.add_argument("--json", type=str | None, default=None, help="file to write them to as well")
+
+
 def _train_arguments(parser: ArgumentParser, kind: str = "case") -> None:
     from case_fast.models import MODELS, model_class
     from case_fast.training import config_class
@@ -246,6 +252,18 @@ def _unpack(args: Namespace, console: Console) -> None:
     store = unpack_store(args.file, args.out)
     examples = ", ".join(f"{split} {store.size(split):,}" for split in store.splits)
     console.print(f"{store.path}: {examples} examples", highlight=False)
+
+
+def _floors(args: Namespace, console: Console) -> None:
+    from case_fast.data import open_store
+    from case_fast.evaluation.floors import floors, table
+    from case_fast.files import write_json
+
+    found = floors(open_store(args.store), args.split)
+    console.print(table(found))
+    if args.json:
+        write_json(Path(args.json), found.as_dict())
+        _print_paths([Path(args.json)], console)
 
 
 def _train(args: Namespace, console: Console) -> None:
@@ -432,6 +450,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                 _inspect_arguments, _inspect),
     "pack": ("A store as one small file, for a machine without network.", _pack_arguments, _pack),
     "unpack": ("The store in such a file, byte for byte as it was.", _unpack_arguments, _unpack),
+    "floors": ("What a bigram model and a linear classifier reach on a split: what every model has to beat.",
+               _floors_arguments, _floors),
     "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
               _train_arguments, _train),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),

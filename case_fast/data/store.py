@@ -220,6 +220,14 @@ class Store:
             raise ValueError(f"split {split!r} is not in this store; it has {', '.join(self.splits)}")
         return self._splits[split]
 
+    def field(self, split: str, name: str) -> Ragged:
+        """A field of all examples of a split, such as "response", each example a row: views of the mapped file."""
+        return self._split(split).ragged[name]
+
+    def emotions(self, split: str) -> np.ndarray:
+        """(size,) the label of each example of a split, -1 where it is unknown."""
+        return self._split(split).scalars["emotion"]
+
     def example(self, split: str, index: int) -> Example:
         """One example; IndexError outside 0 .. size - 1."""
         arrays, size = self._split(split), self.size(split)
@@ -250,7 +258,7 @@ class Store:
         for index in rows[(rows < 0) | (rows >= size)]:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        return pack(_Rows(arrays.ragged, rows), arrays.scalars["emotion"][rows], self.texts, parts, seed)
+        return pack(_Rows(arrays.ragged, rows), self.emotions(split)[rows], self.texts, parts, seed)
 
     def costs(self, split: str) -> np.ndarray:
         """(size,) about what each example adds to a step, in rows that a layer of an encoder reads: those of its texts, those
