@@ -1,4 +1,4 @@
-"""The command line: prepare, inspect, pack, unpack, train, evaluate, chat, report, merge-cache, demo, profile, bench."""
+"""The command line: one function for the arguments of each command and one that carries it out, listed in `_COMMANDS`."""
 
 from __future__ import annotations
 
@@ -97,6 +97,19 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_class_arguments(GenerationConfig)
 
 
+def _diagnose_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
+
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("--data", type=str, required=True, help="store that prepare made")
+    parser.add_argument("--split", type=str, default="valid", help="train, valid or test")
+    parser.add_argument("--batches", type=int, default=16, help="of 16 dialogues, no two of one conversation")
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, or the step of one of the run's checkpoints")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
+    parser.add_argument("--out", type=str | None, default=None, help="folder for JSON and picture; default RUN/diagnosis/SPLIT")
+    parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON in place of the table")
+
+
 def _chat_arguments(parser: ArgumentParser) -> None:
     from case_fast.devices import DEVICES
     from case_fast.generation import GenerationConfig
@@ -129,7 +142,8 @@ def _profile_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--store", type=str, required=True, help="store that prepare made")
     parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to use; default: CASE's own")
     parser.add_argument("--steps", type=int, default=5, help="training steps to record of each phase")
-    parser.add_argument("--out", type=str, default="profile", help="folder for PHASE.trace.json.gz, which ui.perfetto.dev opens")
+    parser.add_argument("--out", type=str, default="profile",
+                        help="folder for PHASE.png and PHASE.trace.json.gz, which ui.perfetto.dev opens")
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
 
 
@@ -275,6 +289,23 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 
+def _diagnose(args: Namespace, console: Console) -> None:
+    from case_fast.evaluation import diagnose
+    from case_fast.files import plain
+
+    with _bar(console) as progress:
+        task = progress.add_task("Opening", total=None)
+        found, paths = diagnose.diagnose_run(args.run, args.data, args.split, args.out, args.batches, args.device,
+                                             args.checkpoint, lambda what: progress.update(task, description=what))
+    if args.json:
+        print(json.dumps(plain(found), ensure_ascii=False, indent=2))
+        return
+    console.print(diagnose.table(found))
+    for line in diagnose.answers(found):
+        console.print(line, highlight=False)
+    _print_paths(paths, console)
+
+
 def _chat(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
     from case_fast.serving import load
@@ -339,13 +370,15 @@ def _profile(args: Namespace, console: Console) -> None:
     from rich.markdown import Markdown
 
     from case_fast.data import open_store
-    from case_fast.training.profile import markdown, profile_training
+    from case_fast.training.profile import markdown, picture, profile_training
 
     rates, phases = profile_training(open_store(args.store), args.out, args.steps, args.run, args.device)
     for profiled in phases:
         text = markdown(profiled, rates)
         console.print(Markdown(text)) if console.is_terminal else print(text)
-        _print_paths([profiled.trace], console)
+        bars = profiled.trace.with_name(f"{profiled.phase}.png")
+        picture(profiled, rates, bars)
+        _print_paths([profiled.trace, bars], console)
 
 
 def _bench(args: Namespace, console: Console) -> None:
@@ -406,6 +439,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
     "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
               _train_arguments, _train),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),
+    "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
+                 _diagnose_arguments, _diagnose),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", _chat_arguments, _chat),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
     "merge-cache": ("Add the inferences of other caches to one.", _merge_cache_arguments, _merge_cache),
@@ -489,11 +524,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
         if name == "train":
-            from case_fast.training import preset_values
+            from case_fast.training import TrainConfig, preset_values
 
             kind, preset, rest = _chosen(rest)
             values = preset_values(preset, kind)
             _train_arguments(parser, kind)
+            fewest = TrainConfig.from_dict(values).fewest_steps
+            parser.description += f" With this preset the last phase takes {fewest:,} steps at least (early stopping)."
             parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
             arguments(parser)

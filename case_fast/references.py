@@ -38,6 +38,11 @@ class References:
         return math.fsum(math.fsum(row) for row in self.nll) / self.words
 
     @property
+    def mean_nll_of_replies(self) -> float:
+        """Mean over replies of the mean of each; the mean over words weighs long replies more."""
+        return math.fsum(math.fsum(row) / len(row) for row in self.nll) / len(self.nll)
+
+    @property
     def accuracy(self) -> float | None:
         """Share of right first guesses among replies with a label; None where there is none, or no guess."""
         known = self.label >= 0

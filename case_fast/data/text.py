@@ -25,6 +25,19 @@ _IRREGULAR = re.compile(r"(?<![\w'])(" + "|".join(map(re.escape, sorted(CONTRACT
 _ENDING = re.compile(r"(?<=\w)(" + "|".join(map(re.escape, _ENDINGS)) + r")(?!\w)")
 # A sentence ends at a run of . ! ? before white space or the text's end, or where the next sentence was glued on ("well.I").
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*(?:\s+|(?=[A-Z][a-z' ]))")
+# ... but not at the full stop of an abbreviation or initial, unless what follows opens a sentence: a capitalised word of
+# `_OPENING`; in a text without capitals one of those that name who; after `_CLOSING` any capitalised word. "I" is no initial,
+# and "no." is an abbreviation before a number alone.
+_SHORT = re.compile(r"(?<![\w.'&])((?:[a-z]\.)*[a-z]|ph\.d|[a-z]{2,6})\.$")
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof rev gen sgt capt col lt gov sen rep st mt ft jr sr vs etc ph.d inc corp ltd dept appt apt approx ave blvd "
+    "jan feb apr aug sept oct nov dec".split()
+)
+_CLOSING = {"etc", "a.m", "p.m"}
+_OPENING = re.compile(
+    r"(?P<who>(?:i|im|ive|he|she|it|its|we|they|you|there|then)\b)|(?P<mark>[^\w\s]+(?!\S))|"
+    r"(?:this|that|these|those|and|but|so|my|our|his|her|their|what|when|where|why|how|now|not|no|yes|yeah|oh|just|if|after|"
+    r"before|even|also|although|because|since|while|luckily|thanks?)\b", re.IGNORECASE)
 _GLUED = re.compile(r"(?<=[a-z]{2})([.!?,]+)(?=[A-Za-z])")
 _PERIOD = re.compile(r"(?<=[^\s.])\.(?=\s)")  # the tokenizer parts a full stop only at the end of the text
 
@@ -79,13 +92,31 @@ def detokenize(words: list[str]) -> str:
 def split_sentences(text: str) -> list[str]:
     """Cut an utterance at sentence ends (. ! ?); at least one piece, none of them without a letter or digit."""
     text = normalize_space(text)
+    lower, start = text.islower(), 0  # in a text without capitals nothing can be told from one that is missing
     pieces: list[str] = []
-    for piece in _SENTENCE_END.split(text):
-        piece = piece.strip()
-        if not re.search(r"\w", piece):
-            continue
-        pieces.append(piece)
+    for end in _SENTENCE_END.finditer(text):
+        if not _abbreviated(text, end.start(), end.end(), lower):
+            pieces.append(text[start : end.start()])
+            start = end.end()
+    pieces = [piece for piece in (*pieces, text[start:]) if re.search(r"\w", piece)]
     return pieces or [text]
+
+
+def _abbreviated(text: str, stop: int, following: int, lower: bool) -> bool:
+    """Whether the mark before ``stop`` is the full stop of an abbreviation that ends no sentence; the next word is at
+    ``following``, and ``lower`` says that the text has no capitals."""
+    found = _SHORT.search(text[max(0, stop - 12) : stop].lower())
+    if found is None or following == len(text):
+        return False
+    short, first = found[1], text[following]
+    if short == "no":
+        return first.isdigit()
+    if short == "i" or not ("." in short or len(short) == 1 or short in _ABBREVIATIONS):
+        return False
+    opening = _OPENING.match(text, following)
+    if opening is None:
+        return not (first.isupper() and short in _CLOSING)
+    return not (first.isupper() or opening["mark"] or lower and opening["who"])
 
 
 def is_word(token: str) -> bool:

@@ -16,6 +16,7 @@ from case_fast import __version__
 
 TITLES = {
     "ppl": "Perplexity",
+    "ppl_geometric": "Perplexity, geometric mean of responses",
     "ppl_response": "Perplexity, mean of responses",
     "dist_1": "Dist-1",
     "dist_2": "Dist-2",
@@ -72,6 +73,11 @@ def _signature(name: str, **how: object) -> str:
 # ---- how well the references are predicted
 
 
+def perplexities(nll: Sequence[Sequence[float]], vocabulary: int | None = None) -> list[Metric]:
+    """All three, as `evaluate` prints them; arguments as for `perplexity`."""
+    return [perplexity(nll, vocabulary), geometric_perplexity(nll, vocabulary), response_perplexity(nll, vocabulary)]
+
+
 def perplexity(nll: Iterable[Sequence[float]], vocabulary: int | None = None) -> Metric:
     """exp(sum of -log P / number of target tokens), all replies together.
 
@@ -86,14 +92,30 @@ def perplexity(nll: Iterable[Sequence[float]], vocabulary: int | None = None) ->
     return Metric("ppl", value, signature, "lower", len(values), reason)
 
 
+def geometric_perplexity(nll: Iterable[Sequence[float]], vocabulary: int | None = None) -> Metric:
+    """exp(mean over references of the mean -log P of its tokens), what papers of this field print: their code averages the loss
+    over batches of one dialogue. Arguments as for `perplexity`."""
+    means, reason = _means(nll)
+    value, reason = (None, reason) if reason else _exp_mean([math.fsum(means) / len(means)])
+    return Metric("ppl_geometric", value, _of_responses("ppl_geometric", vocabulary), "lower", len(means), reason)
+
+
 def response_perplexity(nll: Iterable[Sequence[float]], vocabulary: int | None = None) -> Metric:
     """Mean over references of exp(mean -log P of its tokens); arguments as for `perplexity`."""
-    signature = _signature("ppl_response", tokens="words+eos", unk="counted", weight="response", vocabulary=vocabulary)
+    means, reason = _means(nll)
+    value, reason = (None, reason) if reason else _exp_mean(means)
+    return Metric("ppl_response", value, _of_responses("ppl_response", vocabulary), "lower", len(means), reason)
+
+
+def _of_responses(name: str, vocabulary: int | None) -> str:
+    return _signature(name, tokens="words+eos", unk="counted", weight="response", vocabulary=vocabulary)
+
+
+def _means(nll: Iterable[Sequence[float]]) -> tuple[list[float], str]:
+    """The mean of each reference that has tokens, and why they cannot be used ("": they can)."""
     rows = [np.asarray(row, dtype=np.float64) for row in nll]
     means = [math.fsum(row) / len(row) for row in rows if len(row)]
-    reason = _unusable(np.array(means), "reference")
-    value, reason = (None, reason) if reason else _exp_mean(means)
-    return Metric("ppl_response", value, signature, "lower", len(means), reason)
+    return means, _unusable(np.array(means), "reference")
 
 
 def _unusable(values: np.ndarray, what: str) -> str:

@@ -183,6 +183,42 @@ class Why:
     gate: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which of its knowledge a dialogue reads: ``prior`` and ``posterior`` (n,), probabilities before and after the reply is
+    known; ``dialogue`` (n,) the dialogue that each row belongs to."""
+
+    prior: Tensor
+    posterior: Tensor
+    dialogue: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """What an alignment loss compares: ``scores`` (P, Q) of all pairs of P rows of x and Q of y; ``positive`` (P,) the row of y
+    that belongs to each row of x. Rows of x with one positive are no negatives of each other."""
+
+    scores: Tensor
+    positive: Tensor
+
+
+@dataclass(kw_only=True)
+class Inside:
+    """What can be looked at inside a model that has read a batch, by name; empty or None where it has no such thing.
+
+    Attributes:
+        vectors: (n, d) each, what has to be told apart by who reads it.
+        choices: distributions over the knowledge of each dialogue.
+        alignments: what its alignment losses compare, switched on or not.
+        gate: (B,) in [0, 1].
+    """
+
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    alignments: dict[str, Alignment] = field(default_factory=dict)
+    gate: Tensor | None = None
+
+
 class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", tags=["empathetic-dialogue"]):
     """A model that answers dialogues: ``model(batch)`` takes a packed `Batch`, returns an `Output`; ``.loss.backward()`` trains.
 
@@ -194,6 +230,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         phases: of training, in order; the last one trains the whole objective.
         presets: named changes to the training recipe, the first one the default.
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
+        shared: names of the parts that several losses train, where their gradients are to be compared.
         retired: buffers of weights of earlier versions that are read over.
     """
 
@@ -202,6 +239,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     phases: ClassVar[tuple[str, ...]] = ("all",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    shared: ClassVar[tuple[str, ...]] = ()
     retired: ClassVar[tuple[str, ...]] = ()
 
     embedding: nn.Embedding
@@ -245,6 +283,10 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def explain(self, reading: Reading) -> Why:
         """Its reasons, from the `Reading`; by default the emotion alone."""
         return Why(emotion=None if reading.emotion_logits is None else reading.emotion_logits.exp())
+
+    def inside(self, batch: Batch, output: Output) -> Inside:
+        """What `case_fast.diagnosis` looks at, from the `Output` of a batch with the whole objective; by default nothing."""
+        return Inside()
 
     def switched_off(self) -> Iterable[nn.Module | nn.Parameter]:
         """Parts that the settings leave without any use."""
@@ -444,12 +486,12 @@ def ops_that_ask(device: torch.device) -> list[str]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is restored after."""
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """No dropout inside, and no gradients unless they are asked for; the model's mode is restored after."""
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             yield
     finally:
         model.train(training)

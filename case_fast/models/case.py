@@ -15,7 +15,7 @@ from case_fast import equations as eq
 from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
-from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading, Why, no_autocast
+from case_fast.models.base import Alignment, Choice, DialogueModel, Inside, ModelConfig, Output, Reading, Why, no_autocast
 from case_fast.models.layers import AnySeed, Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
 
 SPECIAL_WORDS = 8  # from padding to the roles, the first of every vocabulary
@@ -116,7 +116,8 @@ class CASEOutput(Output):
     Attributes:
         prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
         prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.graph.cu_vertices.
-        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d). reaction: (R, d), er_i.
+        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d).
+        knowledge (K, d), concept (V_ec, d), reaction (R, d): cs_i, ec_i, er_i.
         diagnostics: InfoNCE bounds of both MIM losses and, where their score has a sigmoid, its share of saturated pairs.
     """
 
@@ -128,6 +129,8 @@ class CASEOutput(Output):
     r_cog: Tensor | None = None
     r_emo: Tensor | None = None
     r_aff: Tensor | None = None
+    knowledge: Tensor | None = None
+    concept: Tensor | None = None
     reaction: Tensor | None = None
 
 
@@ -180,9 +183,10 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         },
     }
     published = {
-        "": {"source": "Zhou et al. (ACL 2023), Table 1", "ppl": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402},
+        "": {"source": "Zhou et al. (ACL 2023), Table 1", "ppl_geometric": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402},
         **{
-            name: {"source": "Zhou et al. (ACL 2023), Table 2", "ppl": ppl, "dist_1": dist_1, "dist_2": dist_2, "acc_1": accuracy}
+            name: {"source": "Zhou et al. (ACL 2023), Table 2", "ppl_geometric": ppl, "dist_1": dist_1,
+                   "dist_2": dist_2, "acc_1": accuracy}
             for name, ppl, dist_1, dist_2, accuracy in (
                 ("w/o Graph", 36.10, 0.68, 3.50, 0.280), ("w/o Align", 35.75, 0.65, 3.34, 0.369),
                 ("w/o CSGraph", 35.51, 0.64, 3.18, 0.375), ("w/o ECGraph", 36.24, 0.72, 3.94, 0.329),
@@ -190,6 +194,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             )
         },
     }
+    shared = ("context_encoder", "cognition_encoder", "cognition_graph", "concept_graph")
     retired = ("draws",)  # a count of steps that drew negatives
 
     def __init__(self, config: CASEConfig):
@@ -378,44 +383,77 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
     # ---- the objective
 
-    def _coarse(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
-        """L_coarse over the dialogues that have knowledge (Eq. 9)."""
-        known, sizes = batch.case.known, batch.case.coarse_sizes
+    def _coarse_pairs(self, batch: Batch, of: CASEReading | CASEOutput) -> tuple[Tensor, ...]:
+        """What L_coarse compares (Eq. 9), the dialogues that have knowledge: x, y, W, positive, sizes."""
+        known = batch.case.known
         pairs = torch.arange(known.shape[0], device=known.device)
+        return eq.take(of.r_cog, known), eq.take(of.r_emo, known), self.w_coarse, pairs, batch.case.coarse_sizes
+
+    def _fine_pairs(self, batch: Batch, of: CASEReading | CASEOutput) -> tuple[Tensor, ...]:
+        """What L_fine compares (Eq. 11), the knowledge whose sub-utterance has a reaction; as `_coarse_pairs`."""
+        case = batch.case
+        knowledge, reactions = eq.take(of.knowledge, case.paired), eq.take(of.reaction, case.with_reaction)
+        return knowledge, reactions, self.w_fine, case.positive, case.fine_sizes
+
+    def _coarse(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
+        *_, pairs, sizes = aligned = self._coarse_pairs(batch, reading)
         negatives = (pairs < sizes[0]) * (sizes[0] - 1)
-        cognition, affection = eq.take(reading.r_cog, known), eq.take(reading.r_emo, known)
-        return self._mim("coarse", cognition, affection, self.w_coarse, pairs, sizes, (negatives, negatives), diagnostics)
+        return self._mim("coarse", *aligned, (negatives, negatives), diagnostics)
 
     def _fine(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
-        """L_fine over the knowledge whose sub-utterance has a reaction (Eq. 11)."""
         case, k = batch.case, self.config.num_negatives
         negatives = case.negatives_affection, case.negatives_cognition
         if k is not None:
             negatives = tuple((count > 0) * k for count in negatives)
-        knowledge, reactions = eq.take(reading.knowledge, case.paired), eq.take(reading.reaction, case.with_reaction)
         seed = 0 if k is None else drawn(seed_at(batch.seed, "negatives"))
-        sizes = case.fine_sizes
-        return self._mim("fine", knowledge, reactions, self.w_fine, case.positive, sizes, negatives, diagnostics, k, seed)
+        return self._mim("fine", *self._fine_pairs(batch, reading), negatives, diagnostics, k, seed)
 
     def _mim(self, name: str, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor,
              negatives: tuple[Tensor, ...], diagnostics: dict[str, Tensor], num_negatives: int | None = None,
              seed: int | Tensor = 0) -> Tensor:
-        """``sizes``: (2,) pairs and rows of y that exist; ``negatives``: how many each pair has over rows of y (affection) and
-        over rows of x (cognition)."""
-        kind = self.config.mim_score
-        x, y = eq.full_precision(x), eq.full_precision(y)
+        """``negatives``: how many each pair has over rows of y (affection) and over rows of x (cognition)."""
         with no_autocast(x):
-            if kind == "standardized":
-                x, y, weight = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1]), weight / weight.shape[0]
-            score, used = ("dot", None) if kind == "dot" else ("bilinear_sigmoid", weight)
-            side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score, sizes=sizes)
+            compared, score = self._compared(x, y, weight, sizes)
+            side_y, side_x, logit = ops.mim_sides(*compared, positive, num_negatives, seed, score, sizes=sizes)
         pairs = sizes[0]
         with torch.no_grad():
-            if score != "dot":
-                diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(x.dtype), "mean", pairs)
+            if self.config.mim_score != "dot":
+                diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(logit.dtype), "mean", pairs)
             diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives[0], pairs)
             diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives[1], pairs)
         return eq.reduced(side_y + side_x, "mean", pairs)
+
+    def _compared(self, x: Tensor, y: Tensor, weight: Tensor, sizes: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], str]:
+        """x, y and W as `ops.mim_sides` takes them, and its score, by the settings; ``sizes``: (2,) pairs and rows of y that
+        exist."""
+        kind, x, y = self.config.mim_score, eq.full_precision(x), eq.full_precision(y)
+        if kind == "dot":
+            return (x, y, None), "dot"
+        if kind == "standardized":
+            x, y, weight = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1]), weight / weight.shape[0]
+        return (x, y, weight), "bilinear_sigmoid"
+
+    def _alignment(self, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor) -> Alignment:
+        """The scores of all pairs, before any sigmoid."""
+        with no_autocast(x):
+            (x, y, used), _ = self._compared(x, y, weight, sizes)
+            return Alignment(scores=(x if used is None else x @ used) @ y.T, positive=positive)
+
+    def inside(self, batch: Batch, output: CASEOutput) -> Inside:
+        """The vectors that attention and both alignments compare, the choices of Eq. 4-6, both alignments, the gate of Eq. 15."""
+        return Inside(
+            vectors={"cs": output.knowledge, "ec": output.concept, "er": output.reaction, "r_cog": output.r_cog,
+                     "r_emo": output.r_emo},
+            choices={
+                "inferences": Choice(prior=output.prior_cognition, posterior=output.posterior_cognition,
+                                     dialogue=batch.case.knowledge_dialogue),
+                "concepts": Choice(prior=output.prior_concept, posterior=output.posterior_concept,
+                                   dialogue=batch.concept.graph.dialogue),
+            },
+            alignments={"coarse": self._alignment(*self._coarse_pairs(batch, output)),
+                        "fine": self._alignment(*self._fine_pairs(batch, output))},
+            gate=output.gate,
+        )
 
     def _diversity_weights(self, batch: Batch, prediction: Tensor) -> Tensor:
         if self.training:
@@ -468,5 +506,5 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             losses=losses, hidden=hidden, nll=nll, prediction=prediction, emotion_logits=reading.emotion_logits,
             diagnostics=diagnostics, prior_cognition=reading.log_prior_cognition.exp(),
             prior_concept=reading.log_prior_concept.exp(), gate=reading.gate, r_cog=reading.r_cog, r_emo=reading.r_emo,
-            r_aff=reading.r_aff, reaction=reading.reaction, **posteriors,
+            r_aff=reading.r_aff, knowledge=knowledge, concept=concept, reaction=reading.reaction, **posteriors,
         )

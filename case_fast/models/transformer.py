@@ -55,7 +55,8 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         "demo": {"model": {"d_model": 128, "ffn": 128, "layers": 1, "encoder_dropout": 0.2, "decoder_dropout": 0.2}, **_DEMO},
     }
     published = {
-        "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl": 37.65, "dist_1": 0.47, "dist_2": 2.05},
+        "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 37.65, "dist_1": 0.47,
+             "dist_2": 2.05},
     }
 
     def __init__(self, config: TransformerConfig):
@@ -143,8 +144,8 @@ class MultiTRS(Transformer, paper_url="https://aclanthology.org/P19-1534"):
         "demo": {"model": {**Transformer.presets["demo"]["model"], "emotion_scale": "one"}, **_DEMO},
     }
     published = {
-        "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl": 37.45, "dist_1": 0.51, "dist_2": 2.12,
-             "acc_1": 0.347},
+        "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 37.45, "dist_1": 0.51,
+             "dist_2": 2.12, "acc_1": 0.347},
     }
 
     def _add_parts(self) -> None:

@@ -12,6 +12,7 @@ from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
 from case_fast.training.sampler import BATCHINGS
+from case_fast.training.schedule import EarlyStopping
 
 PRECISIONS = ("float32", "bf16")
 STEPS = ("auto", "eager", "captured", "padded")
@@ -39,7 +40,8 @@ class TrainConfig:
         clip_norm: largest norm of all gradients together; None: no clipping.
         validate_every: steps of the last phase between validations.
         min_steps: steps of the last phase before early stopping counts.
-        patience: validations in a row without a better perplexity that end training.
+        patience: validations in a row without a better perplexity that end training: the last phase takes
+            (ceil(min_steps / validate_every) + patience - 1) x validate_every steps at least.
         max_steps: most steps of the last phase; None: until early stopping.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
@@ -128,6 +130,12 @@ class TrainConfig:
         if self.phase1_steps is not None:
             return self.phase1_steps
         return self.phase1_epochs * math.ceil(examples / self.batch_size)
+
+    @property
+    def fewest_steps(self) -> int:
+        """The fewest steps that the last phase can have."""
+        earliest = EarlyStopping(self.patience, self.min_steps).earliest_stop(0, self.validate_every)
+        return min(earliest, self.max_steps or earliest)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them."""

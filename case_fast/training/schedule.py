@@ -38,8 +38,12 @@ class EarlyStopping:
         return self.failures >= self.patience
 
     def earliest_stop(self, step: int, every: int) -> int:
-        """The first step that could end training, seen from ``step``, with a validation every ``every`` steps."""
+        """The first step that could end training, seen from ``step``, with a validation every ``every`` steps: that of the
+        validation ceil(min_steps / every) + patience - 1 when nothing has been validated. For the paper's recipe (13 000 steps, 3
+        validations, every 2 000) that is the ninth, at step 18 000: those at 14 000, 16 000 and 18 000 are the first that count.
+        """
         if self.stop:
             return step
-        first = max(step + 1, self.min_steps, 1)  # the next validation that can count
-        return (-(-first // every) + self.patience - self.failures - 1) * every
+        done = step // every + (self.best is None)  # the very first validation is the best so far, whatever it finds
+        first = max(done + 1, -(-self.min_steps // every))  # the next validation that can count
+        return (first + self.patience - self.failures - 1) * every

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from case_fast.data.featurizer import sub_utterances
 from case_fast.data.text import CONTRACTIONS, detokenize, is_word, normalize_space, split_sentences, stop_words, tokenize
 
 ANY_TEXT = st.text(st.characters(), max_size=80)  # half surrogate pairs included
 TALK = st.lists(
     st.sampled_from(
         ["I", "can't", "it's", "mom's", "well", ".", "!", "?", "...", "?!", ",", "'", '"', "(", ")", " ", "  ", "\n", "I'm",
-         "U.S.", "3.50", "No", "yes", "😀", "’", "…", ":)", "é", "_", "a", "B", "\u2028", "\x1c"]
+         "U.S.", "Dr.", "p.m.", "no.", "5", "3.50", "No", "yes", "😀", "’", "…", ":)", "é", "_", "a", "B", "\u2028", "\x1c"]
     ),
     max_size=30,
 ).map("".join)
@@ -90,7 +91,7 @@ def test_tokenize_takes_any_text(text):
     "text",
     ["x" * 10_000, "é" * 10_000, "." * 10_000, "'" * 10_000, '"' * 10_000, "a'" * 5_000, "a." * 5_000, "ab," * 3_000,
      " " * 10_000, ("x" * 10_000 + " ") * 5, "n't" * 3_000, "?!" * 5_000, "(" * 10_000,
-     "1," * 5_000, "Aa.Bb" * 2_000, "\u2026" * 10_000],
+     "1," * 5_000, "Dr. " * 2_500, "a.B. c" * 2_000, "Aa.Bb" * 2_000, "\u2026" * 10_000],
     ids=lambda text: f"{text[:6]}x{len(text)}",
 )
 def test_long_texts_take_no_time(text):
@@ -161,6 +162,109 @@ def test_detokenize_writes_contractions_long_and_capitals():
 )
 def test_sentences_are_split_as_by_hand(text, pieces):
     assert split_sentences(text) == pieces
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # titles and names
+        "Dr. Smith called me. | I was scared.",
+        "I saw Mr. Bean. | It was fun.",
+        "Mrs. Doubtfire is on. | Do you like it?",
+        "Ms. Lee taught me. | She was kind.",
+        "I had Prof. Jones, Rev. Brown and Sgt. Pepper.",
+        "Lt. Dan and Capt. Kirk met Gen. Grant and Col. Mustard.",
+        "Gov. Ford, Sen. Gore and Rep. Bush came.",
+        "I'll never stop drinking Dr. Pepper",
+        "It was Dr. Who. | She was a nerd.",
+        "Even the dr. acted like I was a bother.",
+        "I went to the dr. | He said I am fine.",
+        "i went to the dr. | he said i am fine",
+        "mr. bean is fun. | i like him",
+        "Her name is mrs. Lee :) Sweetest turtle ever",
+        "Robert Downey Jr. was there. | So was his wife.",
+        "I met Robert Downey Jr. | It was awesome!",
+        "Mr.Robot is great. | Watch it.",
+        # places
+        "We flew to St. Louis for a weekend. | I lost my bag.",
+        "St. Patrick's Day was fun!",
+        "She graduated at Ft. Knox. | I cried.",
+        "I'm climbing Mt. Elbert. | Wish me luck!",
+        "I live on Elm Ave. | It is quiet.",
+        "I won a trip to Washington D.C. a few years ago",
+        "I was driving across S. Dakota. | Alone.",
+        # initials, and letters that are none
+        "J. K. Rowling wrote it. | I read it.",
+        "I like Samuel L. Jackson. | Do you?",
+        "J.K. Rowling wrote it.",
+        "So do I. | He left.",
+        "So do i. | he left",
+        "I got an A. | That made me happy.",
+        "Plan B. | Then plan C!",
+        "Vitamin C. | It helped.",
+        "C.R.E.A.M. baby",
+        "I listen to R&B. | Great stuff.",
+        # a.m., p.m., U.S.: sentences may end there
+        "I woke up at 5 a.m. and left.",
+        "I woke up at 5 a.m. | Then I left.",
+        "It is 5 p.m. | Time to go!",
+        "i woke up at 5 p.m. and left. | so tired",
+        "i woke up at 5 p.m. | then i left",
+        "I left at 5 P.M. | We ate.",
+        "I live in the U.S. and it is big.",
+        "I live in the U.S. | It is big.",
+        "i live in the u.s. | it is big",
+        "He joined the U.S. Army. | I am proud.",
+        "I love the U.S.A. | You should come.",
+        "I work in I.T. for the government.",
+        # other abbreviations
+        "I like pets, e.g. dogs. | You?",
+        "I lost it all, i.e. my job. | Sad.",
+        "It is me vs. him. | Who wins?",
+        "Dogs, cats, etc. are fun.",
+        "I like dogs, cats, etc. | Pets are fun.",
+        "Wake up, go to work, etc. but I was wrong!",
+        "I got a raise in Feb. | I was glad.",
+        "It was on Dec. 5. | We had snow.",
+        "The doctor's appt. that I have is on Monday.",
+        "She has a Ph.D. from Yale. | She is smart.",
+        "I have a Ph.D. | It was hard.",
+        "It is approx. 5 miles. | I ran.",
+        # "no" is a word but before a number; these short words are words
+        "No. 5 is mine. | Ok.",
+        "I am no. 5 in line.",
+        "No. | I did not.",
+        "He said no. | Turns out he ate it.",
+        "no. | i did not",
+        "I lost 15 lbs. | i feel great!",
+        "I am not as good as I am. | No one is.",
+        "i was in. | she was not.",
+        "It was in the sun. | Great day.",
+        # numbers
+        "I gave him a 6.5. | Seriously.",
+        "I am 25. | I live alone.",
+        "It cost $3.50. | That is cheap.",
+        "version 2.0 is out",
+        "It's 10,000. | Wow!",
+        # an ellipsis ends a sentence, as it does in most of the real texts
+        "Well... | I do not know...",
+        "what do you mean.. | it just happened",
+        "I was so mad... | All my work was lost.",
+        "dogs, cats, etc... | i love them",
+        # runs of marks, quotes, texts without an end
+        "No way?! | I won!!! | Ha",
+        "Really?! | When?? | Oh.",
+        "the u.s.! | wow",
+        "I saw Dr.",
+        "We met at 5 p.m.",
+        "Dr. | :)",
+    ],
+)
+def test_an_abbreviation_ends_no_sentence_where_the_next_word_opens_none(text):
+    pieces = text.split(" | ")
+    kept = [piece for piece in pieces if re.search(r"\w", piece)]
+    assert split_sentences(" ".join(pieces)) == kept
+    assert sub_utterances("  " + "  ".join(pieces)) == [" ".join(pieces), *kept]
 
 
 @settings(max_examples=500, deadline=None)

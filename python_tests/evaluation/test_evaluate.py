@@ -64,6 +64,7 @@ def test_values_are_those_of_an_oracle_in_numpy(store, found):
     tokens = sum(map(len, nll))
     e = found.evaluation
     assert e["ppl"].value == pytest.approx(math.exp(sum(map(sum, nll)) / tokens), rel=1e-5)
+    assert e["ppl_geometric"].value == pytest.approx(math.exp(np.mean([np.mean(row) for row in nll])), rel=1e-5)
     assert e["ppl_response"].value == pytest.approx(np.mean([math.exp(np.mean(row)) for row in nll]), rel=1e-5)
     assert e["acc_1"].value == pytest.approx(np.mean(right))
     pairs = [pair for reply in replies for pair in zip(reply, reply[1:], strict=False)]
@@ -97,7 +98,8 @@ def test_the_files_hold_the_metrics_and_a_line_an_example(store, found):
     assert written["store"]["fingerprint"] == store.fingerprint
     assert written["settings"]["strategy"] == "greedy" and written["settings"]["batch_size"] == 16
     assert written["counts"]["target_tokens"] == found.evaluation["ppl"].count
-    assert {metric["name"] for metric in written["metrics"]} >= {"ppl", "ppl_response", "dist_1", "dist_2", "acc_1", "acc_5"}
+    names = {"ppl", "ppl_geometric", "ppl_response", "dist_1", "dist_2", "acc_1", "acc_5"}
+    assert {metric["name"] for metric in written["metrics"]} >= names
     assert "decoding=greedy,max_words:30|" in found.evaluation["dist_1"].signature  # greedy uses no beams
     table = (found.out / "metrics.md").read_text()
     for metric in found.evaluation.metrics:
@@ -191,7 +193,7 @@ def test_progress_is_told_and_the_table_shown(store, tmp_path):
 
 def test_the_papers_values_stand_only_beside_a_whole_real_test_split(found):
     real = replace(found.evaluation, bundled=False)
-    assert real.paper == {"ppl": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402}
+    assert real.paper == {"ppl_geometric": 35.37, "dist_1": 0.74, "dist_2": 4.01, "acc_1": 0.402}
     assert "Zhou et al. (ACL 2023), Table 1" in real.paper_note
     assert "35.37" in markdown(real) and real.paper_note in markdown(real)
     for other in (found.evaluation, replace(real, split="valid"), replace(real, examples=3)):

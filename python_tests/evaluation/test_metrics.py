@@ -14,19 +14,20 @@ from case_fast.evaluation import metrics as m
 LN2 = math.log(2)
 
 
-def test_the_two_perplexities_weigh_long_replies_differently():
+def test_the_three_perplexities_weigh_long_replies_differently():
     nll = [[LN2, LN2, LN2], [3 * LN2]]  # three tokens at 1/2, one at 1/8
-    token, response = m.perplexity(nll, 10), m.response_perplexity(nll, 10)
+    token, geometric, response = m.perplexities(nll, 10)
+    assert [metric.name for metric in (token, geometric, response)] == ["ppl", "ppl_geometric", "ppl_response"]
     assert token.value == pytest.approx(2 ** (6 / 4))
+    assert geometric.value == pytest.approx(2 ** ((1 + 3) / 2)) == pytest.approx((2 * 8) ** 0.5)
     assert response.value == pytest.approx((2 + 8) / 2)
-    assert (token.count, response.count) == (4, 2)
-    assert token.better == response.better == "lower"
+    assert (token.count, geometric.count, response.count) == (4, 2, 2)
+    assert token.better == geometric.better == response.better == "lower"
 
 
 def test_a_uniform_model_has_the_vocabulary_size_as_perplexity():
     nll = [[math.log(50)] * n for n in (1, 7, 3)]
-    assert m.perplexity(nll).value == pytest.approx(50)
-    assert m.response_perplexity(nll).value == pytest.approx(50)
+    assert [metric.value for metric in m.perplexities(nll)] == pytest.approx([50, 50, 50])
 
 
 def test_perplexity_takes_arrays_and_sums_in_double():
@@ -45,15 +46,15 @@ def test_perplexity_takes_arrays_and_sums_in_double():
         ([[800.0]], "too large for exp"),
     ],
 )
-@pytest.mark.parametrize("function", [m.perplexity, m.response_perplexity])
+@pytest.mark.parametrize("function", [m.perplexity, m.geometric_perplexity, m.response_perplexity])
 def test_perplexity_without_a_value_says_why(function, nll, reason):
     metric = function(nll)
     assert metric.value is None and reason in metric.reason and metric.text == "n/a"
 
 
 def test_an_empty_row_is_no_response():
-    metric = m.response_perplexity([[], [LN2]])
-    assert metric.value == pytest.approx(2) and metric.count == 1
+    for metric in m.perplexities([[], [LN2]]):
+        assert metric.value == pytest.approx(2) and metric.count == 1
 
 
 def test_distinct_n_counts_within_replies_only():
@@ -142,9 +143,8 @@ def test_signatures_name_what_changes_a_value():
     )
     assert m.perplexity(nll, 5).signature != m.perplexity(nll, 6).signature
     assert "decoding=greedy" in m.distinct_n([["a"]], 2, "greedy").signature
-    found = {m.perplexity(nll).signature, m.response_perplexity(nll).signature, m.distinct_n([], 1).signature,
-             m.distinct_n([], 2).signature}
-    assert len(found) == 4
+    found = {metric.signature for metric in (*m.perplexities(nll), m.distinct_n([], 1), m.distinct_n([], 2))}
+    assert len(found) == 5
 
 
 def test_values_as_text():

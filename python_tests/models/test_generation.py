@@ -277,18 +277,36 @@ def test_dialogues_that_ended_leave_the_batch(many, monkeypatch):
     assert sizes[0] > sizes[-1]
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "beam", "sample"])
-def test_special_words_are_never_said(strategy, many):
+@pytest.mark.parametrize("config", SEARCHES, ids=lambda c: f"{c.strategy} {c.top_k}")
+def test_special_words_are_never_said(config, many):
+    """However probable they are, by none of the ways to say something; to whom the unknown word is allowed, it is said."""
     examples, texts = many
     model = lively_model()
     with torch.no_grad():
         model.output.bias[: len(SPECIALS)] += 100
         model.output.bias[EOS] -= 105
     batch = make_batch(examples[:16], texts)
-    for reply in generate(model, batch, GenerationConfig(strategy)):
-        assert reply.words and min(reply.words) >= len(SPECIALS)
-    with_unk = generate(model, batch, GenerationConfig(strategy, allow_unk=True))
-    assert {word for reply in with_unk for word in reply.words} == {UNK}
+    ways = [generate, lambda model, batch, config: Replayed(model, config, lambda step: step).generate(batch)]
+    ways += [] if config.strategy == "sample" else [generate_uncached]
+    for say in ways:
+        for reply in say(model, batch, config):
+            assert reply.words and min(reply.words) >= len(SPECIALS) and math.isfinite(reply.score)
+        with_unk = say(model, batch, replace(config, allow_unk=True))
+        assert {word for reply in with_unk for word in reply.words} == {UNK}
+
+
+def test_an_unknown_word_that_may_not_be_said_counts_in_perplexity(many):
+    """What may not be said leaves the softmax of a search, not that of the likelihood of a reply."""
+    examples, texts = many
+    model = lively_model()
+    unknown = [replace(example, response=np.full(3, UNK, dtype=np.int32)) for example in examples[:4]]
+    batch = make_batch(unknown, texts)
+    with evaluating(model):
+        reading = model.read(batch)
+        nll = model.reply_nll(batch.decoder_input, batch.cu_target, reading, batch.target)
+        logits = model.reply_logits(batch.decoder_input, batch.cu_target, reading)
+    assert torch.allclose(nll, -logits.log_softmax(1).gather(1, batch.target.unsqueeze(1)).squeeze(1), atol=1e-5)
+    assert nll.isfinite().all() and (batch.target == UNK).sum() == 12
 
 
 def test_equal_scores_go_to_the_lowest_word(many):

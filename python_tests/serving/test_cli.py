@@ -52,6 +52,13 @@ def test_every_command_explains_itself(name, capsys):
     assert f"case-fast {name}" in said(capsys)
 
 
+def test_train_says_how_long_it_takes_at_least(capsys):
+    for words, fewest in ((), "18,000"), (("--preset", "demo"), "300"):
+        with pytest.raises(SystemExit):
+            cli.main(["train", *words, "--help"])
+        assert f"the last phase takes {fewest} steps at least" in said(capsys)
+
+
 def test_prepare_takes_dashes_and_reports_the_store(tmp_path, capsys):
     out = tmp_path / "store"
     words = ["prepare", "--dialogues", "bundled", "--knowledge", "bundled", "--conceptnet", "bundled", "--lexicon", "bundled",

@@ -16,9 +16,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import case_fast
-from case_fast.data.featurizer import FeatureSettings, Featurizer
+from case_fast.data.empathetic_dialogues import Turn
+from case_fast.data.featurizer import FeatureSettings, Featurizer, prompts
 from case_fast.data.text import detokenize, tokenize
-from case_fast.data.vocabulary import EOS
+from case_fast.data.vocabulary import EOS, SPECIALS
 from case_fast.errors import CheckpointError, ConfigError, DataError
 from case_fast.generation import GenerationConfig, generate
 from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache
@@ -88,6 +89,26 @@ def test_a_raw_dialogue_gets_the_reply_of_the_prepared_one(sample_store, respond
         weights = sorted(reading.log_prior_cognition.exp().tolist())
         assert sum(item.weight for item in reply.inferences) == pytest.approx(sum(weights), abs=1e-5)
     assert seen >= 20
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam", "sample"])
+def test_chat_never_says_a_special_word(strategy, run):
+    responder = load(run, device="cpu")
+    with torch.no_grad():
+        responder.model.output.bias[: len(SPECIALS)] = 100
+        responder.model.output.bias[EOS] = 0
+    for config in (None, GenerationConfig(strategy, max_words=5, min_words=1)):
+        reply = responder.respond(SAID, config)
+        assert reply.words and not set(reply.words) & set(SPECIALS)
+
+
+def test_chat_asks_for_the_knowledge_that_prepare_asks_for(run, monkeypatch):
+    responder, asked = load(run, device="cpu"), []
+    monkeypatch.setattr(responder, "knowledge", NoKnowledge())
+    monkeypatch.setattr(NoKnowledge, "infer", lambda self, texts, relations, k: asked.extend(texts) or [{} for _ in texts])
+    said = "Dr. Smith called at 5 p.m. Then I left."
+    responder.respond(["I was ill.", "Oh no!", said], CONFIG)
+    assert asked == prompts([Turn(said, True)]) == [said, "Dr. Smith called at 5 p.m.", "Then I left."]
 
 
 def test_the_reasons_of_a_reply_are_those_of_its_words_and_inferences(responder):

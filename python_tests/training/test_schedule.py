@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from case_fast.errors import ConfigError
+from case_fast.training import TrainConfig
 from case_fast.training.sampler import WINDOW, Sampler, epoch_order
 from case_fast.training.schedule import EarlyStopping, noam
 
@@ -37,7 +38,7 @@ def test_early_stopping_counts_failures_in_a_row_after_the_minimum():
     assert (stopping.best, stopping.best_step) == (4.0, 40)
 
 
-@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 7), st.lists(st.sampled_from([1.0, 2.0]), min_size=1, max_size=6))
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 7), st.lists(st.sampled_from([1.0, 2.0]), max_size=6))
 def test_earliest_stop_is_what_happens_when_nothing_gets_better(patience, min_steps, every, values):
     stopping = EarlyStopping(patience, min_steps)
     step = 0
@@ -51,6 +52,17 @@ def test_earliest_stop_is_what_happens_when_nothing_gets_better(patience, min_st
         step += every
         stopping.update(step, 3.0)
     assert step == foreseen
+
+
+def test_the_paper_s_recipe_ends_at_step_18_000_at_the_earliest():
+    assert TrainConfig().fewest_steps == (-(-13_000 // 2_000) + 3 - 1) * 2_000 == 18_000
+    assert TrainConfig(max_steps=15_000).fewest_steps == 15_000
+    assert TrainConfig(min_steps=0, validate_every=10, patience=2).fewest_steps == 30  # the first validation is the best so far
+    stopping, step = EarlyStopping(3, 13_000), 0
+    while not stopping.stop:
+        step += 2_000
+        stopping.update(step, float(step))  # worse each time
+    assert (step, stopping.best_step) == (18_000, 2_000)
 
 
 @pytest.mark.parametrize("batching", ["bucketed", "balanced"])
