@@ -1,4 +1,4 @@
-"""The command line: prepare, inspect, pack, unpack, floors, train, evaluate, chat, report, merge-cache, demo, profile, bench."""
+"""The command line: a function that carries out each command, listed in `_COMMANDS`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from rich.progress import (
 )
 
 from case_fast import __version__
+from case_fast import cli_arguments as arguments
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
 from case_fast.memory import keep_freed_memory
 
@@ -43,128 +44,6 @@ _REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, Concep
   case-fast evaluate ed.run --data ed.store --split test
   case-fast chat ed.run
 """
-
-
-def _prepare_arguments(parser: ArgumentParser) -> None:
-    from case_fast.data.prepare import PrepareSettings
-
-    parser.add_class_arguments(PrepareSettings)
-
-
-def _inspect_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("store", type=str, help="folder that prepare made")
-    parser.add_argument("--split", type=str, default="train", help="train, valid or test")
-    parser.add_argument("--index", type=int, default=0, help="example, from 0")
-    parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON")
-
-
-def _pack_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("store", type=str, help="folder that prepare made")
-    parser.add_argument("out", type=str, help="file to write, such as ed.travel")
-
-
-def _unpack_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("file", type=str, help="file that pack made")
-    parser.add_argument("out", type=str, help="folder to make, such as ed.store")
-
-
-def _floors_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("store", type=str, help="folder that prepare made")
-    parser.add_argument("--split", type=str, default="test", help="train, valid or test")
-    parser.add_argument("--json", type=str | None, default=None, help="file to write them to as well")
-
-
-def _train_arguments(parser: ArgumentParser, kind: str = "case") -> None:
-    from case_fast.models import MODELS, model_class
-    from case_fast.training import config_class
-
-    presets = model_class(kind).presets
-    parser.add_argument("--config", action="config", help="YAML or JSON file of settings")
-    parser.add_argument("--data", type=str, required=True, help="store that prepare made")
-    parser.add_argument("--out", type=str, required=True, help="folder of the run")
-    parser.add_argument("--kind", type=str, default=kind, help=argparse.SUPPRESS)  # as the config.json of a run has it
-    parser.add_argument("--preset", type=str, default=next(iter(presets)), help=f"settings to start from: {', '.join(presets)}")
-    parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
-    parser.add_class_arguments(config_class(kind))
-    (model,) = [action for action in parser._actions if action.option_strings == ["--model"]]
-    model.metavar, model.help = "NAME", f"which model: {', '.join(MODELS)}; here follow the settings of {kind}"
-
-
-def _evaluate_arguments(parser: ArgumentParser) -> None:
-    from case_fast.devices import DEVICES
-    from case_fast.generation import GenerationConfig
-
-    parser.add_argument("run", type=str, help="folder that train made")
-    parser.add_argument("--data", type=str, required=True, help="store that prepare made")
-    parser.add_argument("--split", type=str, default="test", help="train, valid or test")
-    parser.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
-    parser.add_class_arguments(GenerationConfig)
-
-
-def _chat_arguments(parser: ArgumentParser) -> None:
-    from case_fast.devices import DEVICES
-    from case_fast.generation import GenerationConfig
-
-    parser.add_argument("run", type=str, help="folder that train made")
-    parser.add_argument("--knowledge", type=str | None, default=None,
-                        help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")
-    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
-    parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
-    parser.add_class_arguments(GenerationConfig)
-
-
-def _report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=str, help="folder that train made")
-    parser.add_argument("--out", type=str | None, default=None, help="file; default RUN/report.html")
-
-
-def _merge_cache_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("into", type=str, help="SQLite cache that grows; made if missing")
-    parser.add_argument("caches", type=str, nargs="+", help="caches to read")
-
-
-def _demo_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=str, default="demo", help="folder for store, run and report")
-
-
-def _profile_arguments(parser: ArgumentParser) -> None:
-    from case_fast.devices import DEVICES
-
-    parser.add_argument("--store", type=str, required=True, help="store that prepare made")
-    parser.add_argument("--run", type=str | None, default=None, help="run whose settings and weights to use; default: CASE's own")
-    parser.add_argument("--steps", type=int, default=5, help="training steps to record of each phase")
-    parser.add_argument("--out", type=str, default="profile", help="folder for PHASE.trace.json.gz, which ui.perfetto.dev opens")
-    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
-
-
-def _benchmarks() -> Any:
-    """benchmarks/ of the checkout that this package lies in; it is not installed with the package."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "benchmarks" / "command.py").is_file():
-        raise ConfigError("the benchmarks are not installed with the package: clone the repository of case_fast, run "
-                          "pip install -e '.[bench]' in it, and case-fast bench measures there")
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
-    return import_module("benchmarks")
-
-
-def _bench_arguments(parser: ArgumentParser) -> None:
-    families = ", ".join(_benchmarks().families())
-    parser.add_argument("family", type=str, nargs="?", default="", help=f"kernels to measure: {families}; or step, decode")
-    parser.add_argument("--store", type=str | None, default=None, help="step, decode: store that prepare made")
-    parser.add_argument("--run", type=str | None, default=None, help="decode: folder that train made")
-    parser.add_argument("--show", type=str | None, default=None, nargs="?", const="",
-                        help="measure nothing; print what was measured before, of this family, all, or gpu (benchmarks/gpu.sh)")
-    parser.add_argument("--machine", type=str, default="", help="show only what was measured there, such as xeon")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
-    parser.add_argument("--sizes", type=str, default="", help="cases, such as paper,1e4; a wrong one is told which there are")
-    parser.add_argument("--quick", type=bool, default=False, nargs="?", const=True, help="whether all works, not how fast it is")
-    parser.add_argument("--budget", type=float | None, default=None, help="seconds that all samples of a case and mode may take, "
-                        "at least five of each peer, default 30; step: seconds of steps of each form and point, default 3")
-    parser.add_argument("--out", type=str | None, default=None,
-                        help="folder for JSON, Markdown table and picture; default bench, and none with --show")
 
 
 @contextmanager
@@ -293,6 +172,19 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 
+def _diagnose(args: Namespace, console: Console) -> None:
+    from case_fast.evaluation.diagnose import answers, diagnose_run, table
+
+    with _bar(console) as progress:
+        task = progress.add_task("opening", total=None)
+        found, paths = diagnose_run(args.run, args.data, args.split, args.out, args.batches, args.device, args.checkpoint,
+                                    lambda what: progress.update(task, description=what))
+    if args.json:
+        print(paths[0].read_text(encoding="utf-8"), end="")
+    else:
+        console.print(table(found), *answers(found), *paths, sep="\n", highlight=False, soft_wrap=True)
+
+
 def _chat(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
     from case_fast.serving import load
@@ -357,17 +249,19 @@ def _profile(args: Namespace, console: Console) -> None:
     from rich.markdown import Markdown
 
     from case_fast.data import open_store
-    from case_fast.training.profile import markdown, profile_training
+    from case_fast.training.profile import markdown, picture, profile_training
 
     rates, phases = profile_training(open_store(args.store), args.out, args.steps, args.run, args.device)
     for profiled in phases:
         text = markdown(profiled, rates)
         console.print(Markdown(text)) if console.is_terminal else print(text)
-        _print_paths([profiled.trace], console)
+        bars = profiled.trace.with_name(f"{profiled.phase}.png")
+        picture(profiled, rates, bars)
+        _print_paths([profiled.trace, bars], console)
 
 
 def _bench(args: Namespace, console: Console) -> None:
-    _benchmarks()
+    arguments.benchmarks()
     from rich.markdown import Markdown
 
     from benchmarks.command import bench, show
@@ -416,23 +310,25 @@ def _print_paths(paths: Sequence[Path], console: Console) -> None:
 # name -> what it does, its arguments, what carries it out; a command imports only what it needs
 _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Console], None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
-                _prepare_arguments, _prepare),
+                arguments.prepare, _prepare),
     "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
-                _inspect_arguments, _inspect),
-    "pack": ("A store as one small file, for a machine without network.", _pack_arguments, _pack),
-    "unpack": ("The store in such a file, byte for byte as it was.", _unpack_arguments, _unpack),
+                arguments.inspect, _inspect),
+    "pack": ("A store as one small file, for a machine without network.", arguments.pack, _pack),
+    "unpack": ("The store in such a file, byte for byte as it was.", arguments.unpack, _unpack),
     "floors": ("What a bigram model and a linear classifier reach on a split: what every model has to beat.",
-               _floors_arguments, _floors),
+               arguments.floors, _floors),
     "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
-              _train_arguments, _train),
-    "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", _evaluate_arguments, _evaluate),
-    "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", _chat_arguments, _chat),
-    "report": ("One self-contained HTML page of a run: curves, metrics, replies.", _report_arguments, _report),
-    "merge-cache": ("Add the inferences of other caches to one.", _merge_cache_arguments, _merge_cache),
-    "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", _demo_arguments, _demo),
+              arguments.train, _train),
+    "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", arguments.evaluate, _evaluate),
+    "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
+                 arguments.diagnose, _diagnose),
+    "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", arguments.chat, _chat),
+    "report": ("One self-contained HTML page of a run: curves, metrics, replies.", arguments.report, _report),
+    "merge-cache": ("Add the inferences of other caches to one.", arguments.merge_cache, _merge_cache),
+    "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", arguments.demo, _demo),
     "profile": ("Where a training step's time goes: a trace for Perfetto, the ten largest parts beside their floor.",
-                _profile_arguments, _profile),
-    "bench": ("Kernels against their peers, in a checkout: time and memory, checked before timed.", _bench_arguments, _bench),
+                arguments.profile, _profile),
+    "bench": ("Kernels against their peers, in a checkout: time and memory, checked before timed.", arguments.bench, _bench),
 }
 
 
@@ -505,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s",
                         handlers=[RichHandler(console=errors, show_path=False, show_time=False)])
     logging.getLogger("case_fast").setLevel(logging.INFO)
-    description, arguments, run = _COMMANDS[name]
+    description, add_arguments, run = _COMMANDS[name]
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
         if name == "train":
@@ -513,12 +409,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             kind, preset, rest = _chosen(rest)
             values = preset_values(preset, kind)
-            _train_arguments(parser, kind)
+            arguments.train(parser, kind)
             fewest = TrainConfig.from_dict(values).fewest_steps
             parser.description += f" With this preset the last phase takes {fewest:,} steps at least (early stopping)."
             parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
-            arguments(parser)
+            add_arguments(parser)
         run(parser.instantiate(parser.parse_args(rest)), console)
     except Interrupted as stopped:
         errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)

@@ -8,7 +8,8 @@ divides by a count that can be 0. Half-precision inputs are reduced in float32. 
 1 over the number of rows that the mean is over, come with the batch, so that rows that only fill it up have none.
 
 Deviations from the paper's print, as the project defines them: Eq. 9 and 11 are negated (a loss is minimised); Eq. 11 and 19
-are averaged; the posterior is detached in Eq. 7 by the caller.
+are averaged; the posterior is detached in Eq. 7 by the caller. The products of Eq. 4-6 may be scaled, Eq. 7 be averaged over
+vertices, the vectors of Eq. 10 and 12 be standardized: settings of `CASEConfig` (docs/paper.md).
 """
 
 from __future__ import annotations
@@ -48,17 +49,19 @@ dropout_keep = reference.dropout_keep  # which attention weights dropout leaves,
 # ----------------------------------------------------------------------------------------- 3.2 Coarse-to-fine alignment, Eq. 3-13
 
 
-def discernment(vectors: Tensor, signal: Tensor, segment: Tensor) -> Tensor:
-    """Eq. 4, 5 and 6: log P(i) = log softmax_i(vectors_i . signal) over the knowledge of each dialogue.
+def discernment(vectors: Tensor, signal: Tensor, segment: Tensor, scale: float = 1.0) -> Tensor:
+    """Eq. 4, 5 and 6: log P(i) = log softmax_i(scale vectors_i . signal) over the knowledge of each dialogue.
 
     Args:
         vectors: (n, d) knowledge vectors; segment (n,) their dialogues.
         signal: (B, d): phi(s_X) for the prior, s_Y for the posterior.
+        scale: of the products: 1 as printed, or d^-1/2, as attention's.
 
     Returns:
         (n,) log-probabilities, float32 at least.
     """
     vectors, signal = full_precision(vectors), full_precision(signal)
+    signal = signal if scale == 1 else signal * scale
     return segment_log_softmax((vectors * take(signal, segment)).sum(-1), segment, signal.shape[0])
 
 
@@ -73,12 +76,18 @@ def _weighted_sum(x: Tensor, weight: Tensor | float) -> Tensor:
 
 
 def discernment_kl(log_posterior: Tensor, log_prior: Tensor, weight: Tensor | float) -> Tensor:
-    """Eq. 7, one of its two terms: sum over all rows of q (log q - log p), averaged over dialogues.
+    """Eq. 7, one of its two terms: sum over all rows of q (log q - log p), averaged over dialogues or over rows.
 
     Args:
-        weight: (n,) of each row's dialogue, or one of all: 1 / B.
+        weight: (n,) of each row's dialogue, or one of all: 1 / B; averaged over rows, as released: `shares` of these.
     """
     return _weighted_sum(log_posterior.exp() * (log_posterior - log_prior), weight)
+
+
+def shares(weight: Tensor) -> Tensor:
+    """(n,) weights of a mean over the rows whose weight (n,) is above 0: 1 over their number, and 0 of the others."""
+    exist = weight > 0
+    return exist.to(weight.dtype) / exist.sum().clamp(min=1)
 
 
 def bow_loss(nll: Tensor, weight: Tensor) -> Tensor:
@@ -89,6 +98,23 @@ def bow_loss(nll: Tensor, weight: Tensor) -> Tensor:
             see `linear_cross_entropy`; weight (M,): 1 / (B m) for a reply of m words.
     """
     return _weighted_sum(nll, weight)
+
+
+def standardized(x: Tensor, count: Tensor, eps: float = 1e-5) -> Tensor:
+    """Rows (n, d) of which each feature has mean 0 and variance 1 over the batch, for the score of Eq. 10 and 12: as
+    ``F.batch_norm(x, None, None, training=True)`` of the rows that exist.
+
+    What the rows have in common goes (a single row becomes 0), and their length with it, so that x^T W y / d with W ~ N(0, 1)
+    has a variance of about 1 and the sigmoid a slope.
+
+    Args:
+        count: () how many rows exist, the first ones. The others are in no statistic and must be finite; what becomes of them
+            is left open (`mim_sides` reads over them), and their gradient is 0 if that of their result is.
+    """
+    x = full_precision(x)
+    weight = (torch.arange(x.shape[0], device=x.device) < count).to(x.dtype) / count.clamp(min=1)
+    centred = x - weight @ x
+    return centred * (weight @ centred.square() + eps).rsqrt()
 
 
 # Eq. 9-12: the losses, their two sides, and the negatives of each.

@@ -7,6 +7,7 @@
     RUN/log.jsonl, RUN/tensorboard/   see `training.log`
     RUN/failure/          what was known when a loss or gradient stopped being finite
     RUN/evaluation/<split>/   see `evaluation.evaluate`
+    RUN/diagnosis/<split>/    see `evaluation.diagnose`
     RUN/report.html       see `evaluation.report`
     RUN/knowledge.sqlite  inferences asked for in chat, where the cache of the run's store cannot be written
     RUN/.lock             held by the process that trains
@@ -67,6 +68,9 @@ class Run:
 
     def evaluation(self, split: str) -> Path:
         return self.evaluations / split
+
+    def diagnosis(self, split: str) -> Path:
+        return self.path / "diagnosis" / split
 
     # ---- training in it
 
@@ -264,7 +268,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
     _require(weights / _WEIGHTS, remedy)
     try:
         settings = read_config(files.best)
-        model = build(settings.pop("model", "case"), **settings)
+        model = build(settings.pop("model", "case"), saved=True, **settings)
         model.load_weights(weights / _WEIGHTS)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = error.__cause__ or error  # the model's own sentence would say the same twice

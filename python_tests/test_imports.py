@@ -38,9 +38,11 @@ MAY_IMPORT = {
     "data": {"knowledge"},
     "runs": {"models", "data"},
     "references": {"models"},
-    "training": {"models", "data", "runs", "references", "generation", "ops"},  # ops: profile measures what they can reach
+    "diagnosis": {"models", "data", "references"},
+    # ops: profile measures what they can reach
+    "training": {"models", "data", "runs", "references", "diagnosis", "generation", "ops"},
     "generation": {"models", "data", "equations"},
-    "evaluation": {"models", "data", "runs", "references", "generation"},
+    "evaluation": {"models", "data", "runs", "references", "diagnosis", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},
 }
 # What these parts may import from outside the standard library.
@@ -229,7 +231,7 @@ def test_the_search_for_forbidden_calls_finds_each_of_them():
 
 
 # Names that only a run's folder has; config.json and manifest.json are other folders' as well.
-RUN_PARTS = {"best", "checkpoints", "log.jsonl", "features", "evaluation", "failure", "tensorboard", "report.html",
+RUN_PARTS = {"best", "checkpoints", "log.jsonl", "features", "evaluation", "diagnosis", "failure", "tensorboard", "report.html",
              "knowledge.sqlite", "knowledge.json", ".lock"}
 
 

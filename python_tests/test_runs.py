@@ -14,6 +14,7 @@ from training_helpers import PHASE_1, PHASE_2, MemoryStore
 from training_helpers import run as train_tiny
 
 from case_fast.errors import CheckpointError, ConfigError
+from case_fast.models import CASEConfig
 from case_fast.runs import Record, Run, load_features, load_model, lookup
 from case_fast.training.checkpoint import Checkpoints
 
@@ -170,6 +171,15 @@ def test_a_run_of_the_first_version_holds_case(copy):
     assert settings.pop("model") == "case"
     path.write_text(json.dumps(settings))
     assert type(load_model(copy, "cpu")[0]).__name__ == "CASE"
+
+
+def test_a_run_from_before_a_setting_existed_opens_with_what_it_was_trained_with(copy, monkeypatch):
+    path = copy / "best" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["kl_reduction"]
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr(CASEConfig, "came_later", {"kl_reduction": "mean"})  # apart from today's default
+    assert load_model(copy, "cpu")[0].config.kl_reduction == "mean"
 
 
 def test_features_come_with_where_knowledge_came_from(store, copy):

@@ -331,9 +331,9 @@ class PlainCase(nn.Module):
 
     def __init__(self, config: CASEConfig):
         super().__init__()
-        usual = CASEConfig()
-        for name in ("cognition_graph", "concept_graph", "coarse_alignment", "fine_alignment", "intensity", "mim_score",
-                     "num_negatives", "detach_posterior"):
+        usual = CASEConfig(**CASEConfig.printed)
+        for name in ("cognition_graph", "concept_graph", "coarse_alignment", "fine_alignment", "intensity", "num_negatives",
+                     "detach_posterior", *CASEConfig.printed):
             if getattr(config, name) != getattr(usual, name):
                 raise ValueError(f"the plain form has the paper's {name}, {getattr(usual, name)!r}, alone")
         self.config, self.phase = config, "all"

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ Losses = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 def model_of(choice: Choice, phase: str, dropout: bool) -> CASE:
     """The paper's model from seed 0, in training."""
     torch.manual_seed(0)
-    usual = CASEConfig(vocab_size=choice.words)
-    model = CASE(usual if dropout else CASEConfig(vocab_size=choice.words, graph_dropout=0.0)).train()
+    usual = CASEConfig(vocab_size=choice.words, **CASEConfig.printed)
+    model = CASE(usual if dropout else replace(usual, graph_dropout=0.0)).train()
     model.set_phase(phase)
     return model
 

@@ -129,7 +129,7 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
     Raises:
         ConfigError: no such split, no examples, or a model whose vocabulary or emotions are not the store's.
     """
-    size = _check(model, store, split, limit)
+    size = check(model, store, split, limit)
     indices = range(size if limit is None else min(limit, size))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,8 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
     return evaluation
 
 
-def _check(model: DialogueModel, store: Store, split: str, limit: int | None) -> int:
+def check(model: DialogueModel, store: Store, split: str, limit: int | None = None) -> int:
+    """The number of examples of a split that can be measured with a model; `ConfigError` where it cannot be."""
     if split not in store.splits:
         raise ConfigError(f"split {split!r} is not in the store {store.path}; it has {', '.join(store.splits)}")
     if limit is not None and limit < 1:

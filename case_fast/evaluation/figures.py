@@ -1,4 +1,4 @@
-"""The two kinds of pictures: a confusion matrix as PNG, and curves as SVG that takes its colours from the page."""
+"""The pictures: a confusion matrix and a diagnosis as PNG, and curves as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import html
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from case_fast.optional import needed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # matplotlib draws with these; `curve_svg` replaces them with names that the page's style sheet defines, light and dark.
 _SVG_COLOURS = {
@@ -62,9 +67,101 @@ def confusion_png(counts: np.ndarray, names: Sequence[str], title: str, path: Pa
     bar.ax.set_yticklabels(["0 %", "25 %", "50 %", "75 %", "100 %"])
     bar.set_label("share of the row")
     bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
     os.replace(temporary, path)
+
+
+_OURS, _OTHER, _LIMIT, _PALE = "#2563a8", "#7fb0e6", "#b45309", "#5a6573"  # of a diagnosis
+
+
+def diagnosis_png(found: Mapping[str, Any], limits: Mapping[str, float], title: str, path: Path) -> None:
+    """Draw what `case_fast.diagnosis.diagnose` found, a panel for each of its parts.
+
+    Args:
+        limits: what counts as healthy: "alike" (most of a common share), "narrow" (most of a prior's ratio), "aligned" (least of
+            top-1 over chance).
+    """
+    needed("matplotlib", "the picture of a diagnosis")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    vectors, choices, alignments, gradients = (found.get(name, {}) for name in ("vectors", "choices", "alignments", "gradients"))
+    swaps = {name: of for name, of in found.get("swaps", {}).items() if name != "own"}
+    panels = [draw for there, draw in (
+        (vectors, lambda axes: _bars(
+            axes, "Share of the common vector (effective rank)", list(vectors),
+            {"": [of["common_share"] for of in vectors.values()]}, limits["alike"],
+            texts=[f"{of['common_share']:.3f} ({of['effective_rank']:.1f})" for of in vectors.values()])),
+        (choices, lambda axes: _bars(
+            axes, "Perplexity over the number", list(choices),
+            {kind: [of[f"{kind}_ratio"] for of in choices.values()] for kind in ("prior", "posterior")}, limits["narrow"])),
+        (alignments, lambda axes: _bars(
+            axes, "Top-1 over chance", list(alignments),
+            {side: [of[side]["over_chance"] for of in alignments.values()] for side in ("affection", "cognition")},
+            limits["aligned"])),
+        (gradients, lambda axes: _bars(
+            axes, "Gradient norm by loss, shared encoders", list(gradients),
+            {"": [max(norm, 1e-6) for norm in gradients.values()]}, None, "log", [f"{norm:.2g}" for norm in gradients.values()])),
+        ("gate" in found, lambda axes: _quantiles(axes, "Gate mu", found["gate"]["quantiles"])),
+        (swaps, lambda axes: _bars(
+            axes, "Rise of the perplexity with another's, %", list(swaps), {"": [of["rise"] for of in swaps.values()]}, None,
+            texts=[f"{of['rise']:+.2f} ± {2 * of['rise_error']:.2f}" for of in swaps.values()],
+            errors=[2 * of["rise_error"] for of in swaps.values()])),
+    ) if there]
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    for place, draw in enumerate(panels):
+        draw(figure.add_subplot(rows, 2, place + 1))
+    _save(figure, path)
+
+
+def _panel(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0, labelsize=9)
+
+
+def _bars(axes: Axes, title: str, names: Sequence[str], series: Mapping[str, Sequence[float]], limit: float | None,
+          scale: str = "linear", texts: Sequence[str] = (), errors: Sequence[float] | None = None) -> None:
+    """Horizontal bars of one or two series, their values at the right edge; ``limit``: where health begins or ends; ``errors``:
+    half a whisker each."""
+    _panel(axes, title)
+    places, height = np.arange(len(names)), 0.8 / len(series)
+    for turn, (label, values) in enumerate(series.items()):
+        shown = np.nan_to_num(np.asarray(values, dtype=np.float64))
+        at = places + (turn - (len(series) - 1) / 2) * height
+        axes.barh(at, shown, height, color=(_OURS, _OTHER)[turn], label=label, xerr=errors, ecolor=_PALE)
+        for place, text in zip(at, texts or [f"{value:.2f}" for value in values], strict=True):
+            axes.annotate(text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8, color=_PALE)
+    if limit is not None:
+        axes.axvline(limit, color=_LIMIT, linewidth=1, linestyle=(0, (4, 3)))
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+    axes.set_xscale(scale)
+    if scale == "linear":
+        axes.locator_params(axis="x", nbins=6)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + 0.4 * (high - low) if scale == "linear" else high * 50)  # room for the values
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+
+
+def _quantiles(axes: Axes, title: str, quantiles: Mapping[str, float]) -> None:
+    _panel(axes, title)
+    axes.plot(list(quantiles.values()), [float(share) for share in quantiles], color=_OURS, marker="o", markersize=4)
+    for share, value in quantiles.items():
+        axes.annotate(f"{value:.2f}", (value, float(share)), xytext=(7, -3), textcoords="offset points", fontsize=8, color=_PALE)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("mu: share of the concepts' side", fontsize=8.5, color=_PALE)
+    axes.set_ylabel("share of dialogues below", fontsize=8.5, color=_PALE)
 
 
 @dataclass

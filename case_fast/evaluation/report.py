@@ -34,6 +34,14 @@ _OTHER = {
     "lr": "Learning rate", "grad_norm": "Gradient norm", "examples_per_second": "Dialogues a second",
     "coarse_saturated": "Saturated pairs, coarse", "fine_saturated": "Saturated pairs, fine",
 }
+# What a validation finds inside the model: name, and the level to compare with
+_INSIDE = {
+    "cs_common_share": ("Common share of the inferences", (1.0, "all one vector")),
+    "inferences_prior_ratio": ("Prior's perplexity, inferences", (1.0, "uniform")),
+    "concepts_prior_ratio": ("Prior's perplexity, concepts", (1.0, "uniform")),
+    "coarse_over_chance": ("Top-1 over chance, coarse", (1.0, "chance")),
+    "fine_over_chance": ("Top-1 over chance, fine", (1.0, "chance")),
+}
 _TOY = (
     "The dialogues are the few hundred that come with case_fast. The figures show that every part works; they say nothing on "
     "how well the model answers, and do not belong beside the paper's."
@@ -301,6 +309,10 @@ def _training(run: Reported) -> Node:
         validation.append(Curve("Emotion accuracy", steps, values, marked=marked, level=(1 / 32, "guessing")))
     if validation:
         parts += [tag("h3", "Validation"), _charts("v", validation)]
+    inside = [Curve(title, steps, values, level=level) for name, (title, level) in _INSIDE.items()
+              for steps, values in [run.series("validation", name)] if steps]
+    if inside:
+        parts += [tag("h3", "Is knowledge read, do the alignments align?"), _charts("i", inside)]
     phases = _phases(run)
     for place, (phase, about) in enumerate(phases.items()):
         # the whole is not shown beside the only loss that it is made of

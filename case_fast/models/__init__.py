@@ -29,10 +29,11 @@ def model_class(name: str) -> type[DialogueModel]:
     return getattr(importlib.import_module(f"case_fast.models.{module}"), found)
 
 
-def build(name: str, **settings: Any) -> DialogueModel:
-    """A new model with these settings of its configuration; `ConfigError` names an unknown one."""
+def build(name: str, saved: bool = False, **settings: Any) -> DialogueModel:
+    """A new model with these settings of its configuration; `ConfigError` names an unknown one. ``saved``: as of
+    `ModelConfig.from_dict`."""
     kind = model_class(name)
-    return kind(kind.Config.from_dict(settings))
+    return kind(kind.Config.from_dict(settings, saved))
 
 
 def load(folder: str | Path, map_location: str = "cpu") -> DialogueModel:

@@ -48,6 +48,7 @@ class ModelConfig:
     kind: ClassVar[str]  # the model's name in MODELS
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # name of an ablation -> the settings that it changes
     retired: ClassVar[tuple[str, ...]] = ()  # settings of earlier versions that changed nothing in evaluation: read over
+    came_later: ClassVar[Mapping[str, Any]] = {}  # settings that earlier versions lacked -> what these did
 
     vocab_size: int = 24_000
     emotions: int = 32
@@ -89,12 +90,17 @@ class ModelConfig:
         return {"model": self.kind, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], saved: bool = False) -> Self:
         """Undo `as_dict`; what is left out keeps its default.
+
+        Args:
+            saved: the values are those of a trained model: what they lack is what the version that wrote them did (`came_later`),
+                whatever the default is now.
 
         Raises:
             ConfigError: an unknown setting, or a value that cannot work.
         """
+        values = {**cls.came_later, **values} if saved else values
         values = {name: value for name, value in values.items() if name != "model" and name not in cls.retired}
         known = [item.name for item in fields(cls)]
         if unknown := [name for name in values if name not in known]:
@@ -177,6 +183,42 @@ class Why:
     gate: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which of its knowledge a dialogue reads: ``prior`` and ``posterior`` (n,), probabilities before and after the reply is
+    known; ``dialogue`` (n,) the dialogue that each row belongs to."""
+
+    prior: Tensor
+    posterior: Tensor
+    dialogue: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """What an alignment loss compares: ``scores`` (P, Q) of all pairs of P rows of x and Q of y; ``positive`` (P,) the row of y
+    that belongs to each row of x. Rows of x with one positive are no negatives of each other."""
+
+    scores: Tensor
+    positive: Tensor
+
+
+@dataclass(kw_only=True)
+class Inside:
+    """What can be looked at inside a model that has read a batch, by name; empty or None where it has no such thing.
+
+    Attributes:
+        vectors: (n, d) each, what has to be told apart by who reads it.
+        choices: distributions over the knowledge of each dialogue.
+        alignments: what its alignment losses compare, switched on or not.
+        gate: (B,) in [0, 1].
+    """
+
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    alignments: dict[str, Alignment] = field(default_factory=dict)
+    gate: Tensor | None = None
+
+
 class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", tags=["empathetic-dialogue"]):
     """A model that answers dialogues: ``model(batch)`` takes a packed `Batch`, returns an `Output`; ``.loss.backward()`` trains.
 
@@ -188,6 +230,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         phases: of training, in order; the last one trains the whole objective.
         presets: named changes to the training recipe, the first one the default.
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
+        shared: names of the parts that several losses train, where their gradients are to be compared.
         retired: buffers of weights of earlier versions that are read over.
     """
 
@@ -196,6 +239,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     phases: ClassVar[tuple[str, ...]] = ("all",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    shared: ClassVar[tuple[str, ...]] = ()
     retired: ClassVar[tuple[str, ...]] = ()
 
     embedding: nn.Embedding
@@ -240,6 +284,10 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """Its reasons, from the `Reading`; by default the emotion alone."""
         return Why(emotion=None if reading.emotion_logits is None else reading.emotion_logits.exp())
 
+    def inside(self, batch: Batch, output: Output) -> Inside:
+        """What `case_fast.diagnosis` looks at, from the `Output` of a batch with the whole objective; by default nothing."""
+        return Inside()
+
     def switched_off(self) -> Iterable[nn.Module | nn.Parameter]:
         """Parts that the settings leave without any use."""
         return ()
@@ -275,9 +323,13 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     def place(self, rows: Tensor, position: Tensor, longest: int) -> Tensor:
         """word * sqrt(d) + sinusoidal position, (n, d); position (n,), all of them below ``longest``."""
-        if longest > POSITIONS or rows.dtype == torch.float64:  # the table has the digits of float32
-            return rows + eq.sinusoidal_position(position, self.config.d_model, rows.dtype)
-        return rows + eq.take(self.position_table, position).to(rows.dtype)
+        return rows + self.positions(position, longest, rows.dtype)
+
+    def positions(self, position: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        """(n, d) embeddings of places ``position`` (n,), all of them below ``longest``."""
+        if longest > POSITIONS or dtype == torch.float64:  # the table has the digits of float32
+            return eq.sinusoidal_position(position, self.config.d_model, dtype)
+        return eq.take(self.position_table, position).to(dtype)
 
     def load_embeddings(self, ids: Tensor, vectors: Tensor) -> None:
         """Put pretrained vectors (n, d) at the words ``ids`` (n,) of the shared table; the other words keep theirs."""
@@ -325,8 +377,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def start_decoding(self, reading: Reading, beams: int = 1, words: int = 30, fixed: bool = False) -> DecoderState:
         """A state for at most ``words`` words a reply; ``fixed``: in memory that `restart_decoding` takes again."""
         state = self.decoder.start(reading.memories, beams, words, reading.start, reading.added, fixed)
-        position = torch.arange(words, device=reading.device)
-        state.places = eq.sinusoidal_position(position, self.config.d_model, reading.memories[0].rows.dtype)
+        state.places = self.positions(torch.arange(words, device=reading.device), words, reading.memories[0].rows.dtype)
         return state
 
     def restart_decoding(self, state: DecoderState, reading: Reading) -> bool:
@@ -370,7 +421,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
             remedy = "case_fast.models.load opens any of them"
             raise CheckpointError(f"{folder} holds the model {found}, not {cls.Config.kind}: {remedy}")
         try:
-            model = cls(cls.Config.from_dict(config))
+            model = cls(cls.Config.from_dict(config, saved=True))
             model.load_weights(folder / "model.safetensors")
         except (ValueError, TypeError) as error:
             raise _not_of_this_model(folder, error) from error
@@ -435,12 +486,12 @@ def ops_that_ask(device: torch.device) -> list[str]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is restored after."""
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """No dropout inside, and no gradients unless they are asked for; the model's mode is restored after."""
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             yield
     finally:
         model.train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +15,10 @@ from case_fast import equations as eq
 from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
-from case_fast.models.base import DialogueModel, ModelConfig, Output, Reading, Why, no_autocast
-from case_fast.models.layers import Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
+from case_fast.models.base import Alignment, Choice, DialogueModel, Inside, ModelConfig, Output, Reading, Why, no_autocast
+from case_fast.models.layers import AnySeed, Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
 
+SPECIAL_WORDS = 8  # from padding to the roles, the first of every vocabulary
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
 
 
@@ -33,9 +35,16 @@ class CASEConfig(ModelConfig):
         fine_alignment: L_fine on.
         intensity: where emotion intensity enters the concept graph: "after" the encoder, as the paper says; "before_norm",
             into its last layer norm, where it cancels, as the authors' code has it; "off".
-        mim_score: how both MIM losses score a pair: "bilinear_sigmoid", sigmoid(x^T W y), as the paper says; "dot", x . y, as
-            the authors' code has it: w_coarse and w_fine are then without use.
+        mim_score: how both MIM losses score a pair: "bilinear_sigmoid", sigmoid(x^T W y), as the paper says; "standardized",
+            sigmoid(x^T W y / d) of x and y standardized over the batch (`equations.standardized`); "dot", x . y, as the authors'
+            code has it: w_coarse and w_fine are then without use.
         num_negatives: sampled negatives a pair in L_fine, None for all in the batch.
+        discernment_scale: of the products of Eq. 4-6: "none", as the paper says; "sqrt_d", d^-1/2, as attention has it.
+        vertex_pooling: what the cognition encoder makes of a text: its [CLS] row ("cls"), or the "mean" of its rows.
+        special_scale: how large the rows of special words and of vertex types start beside those of words, and how large place 0
+            is, where [CLS] stands: below 1, what all vertices have in common is small.
+        kl_reduction: L_KL is the "sum" over a dialogue's vertices, as the paper says, or the "mean" over the batch's vertices,
+            as the authors' code has it, a small share of that.
         detach_posterior: the posterior is a fixed target in L_KL.
         alpha: weight of L_fine in L_align.
         gamma_align: weight of L_align.
@@ -54,6 +63,9 @@ class CASEConfig(ModelConfig):
         "w/o FGAlign": {"fine_alignment": False},
     }
     retired = ("seed",)  # of drawn negatives; seeds come with the batch
+    # What the paper prints, whatever the defaults are; it is also what there was before these were settings.
+    printed = came_later = {"mim_score": "bilinear_sigmoid", "discernment_scale": "none", "vertex_pooling": "cls",
+                            "special_scale": 1.0, "kl_reduction": "sum"}
 
     cognition_relations: int = 7
     graph_dropout: float = 0.1
@@ -62,8 +74,12 @@ class CASEConfig(ModelConfig):
     coarse_alignment: bool = True
     fine_alignment: bool = True
     intensity: Literal["after", "before_norm", "off"] = "after"
-    mim_score: Literal["bilinear_sigmoid", "dot"] = "bilinear_sigmoid"
+    mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "bilinear_sigmoid"
     num_negatives: int | None = None
+    discernment_scale: Literal["none", "sqrt_d"] = "none"
+    vertex_pooling: Literal["cls", "mean"] = "cls"
+    special_scale: float = 1.0
+    kl_reduction: Literal["sum", "mean"] = "sum"
     detach_posterior: bool = True
     alpha: float = 0.2
     gamma_align: float = 1.0
@@ -73,12 +89,20 @@ class CASEConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.intensity not in ("after", "before_norm", "off"):
-            raise ConfigError(f"intensity must be after, before_norm or off, not {self.intensity!r}")
-        if self.mim_score not in ("bilinear_sigmoid", "dot"):
-            raise ConfigError(f"mim_score must be bilinear_sigmoid or dot, not {self.mim_score!r}")
+        self._one_of("intensity", "after", "before_norm", "off")
+        self._one_of("mim_score", "bilinear_sigmoid", "standardized", "dot")
+        self._one_of("discernment_scale", "none", "sqrt_d")
+        self._one_of("vertex_pooling", "cls", "mean")
+        self._one_of("kl_reduction", "sum", "mean")
+        scale = self.special_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
+            raise ConfigError(f"special_scale must be a number of at least 0, not {scale!r}")
         if self.num_negatives is not None and self.num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1 or None, not {self.num_negatives}")
+
+    def _one_of(self, name: str, *known: str) -> None:
+        if getattr(self, name) not in known:
+            raise ConfigError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}")
 
     @property
     def gammas(self) -> tuple[float, float, float, float]:
@@ -92,7 +116,8 @@ class CASEOutput(Output):
     Attributes:
         prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
         prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.graph.cu_vertices.
-        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d). reaction: (R, d), er_i.
+        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d).
+        knowledge (K, d), concept (V_ec, d), reaction (R, d): cs_i, ec_i, er_i.
         diagnostics: InfoNCE bounds of both MIM losses and, where their score has a sigmoid, its share of saturated pairs.
     """
 
@@ -104,6 +129,8 @@ class CASEOutput(Output):
     r_cog: Tensor | None = None
     r_emo: Tensor | None = None
     r_aff: Tensor | None = None
+    knowledge: Tensor | None = None
+    concept: Tensor | None = None
     reaction: Tensor | None = None
 
 
@@ -167,6 +194,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             )
         },
     }
+    shared = ("context_encoder", "cognition_encoder", "cognition_graph", "concept_graph")
     retired = ("draws",)  # a count of steps that drew negatives
 
     def __init__(self, config: CASEConfig):
@@ -201,8 +229,12 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         super()._initialize()
         d = self.config.d_model
         nn.init.normal_(self.vertex_type.weight, std=1.0)  # as large as a scaled word embedding
-        nn.init.normal_(self.w_coarse, std=1 / d)  # larger starts saturate the sigmoid
-        nn.init.normal_(self.w_fine, std=1 / d)
+        with torch.no_grad():
+            self.vertex_type.weight *= self.config.special_scale
+            self.embedding.weight[:SPECIAL_WORDS] *= self.config.special_scale
+        std = 1.0 if self.config.mim_score == "standardized" else 1 / d  # larger starts saturate the sigmoid
+        nn.init.normal_(self.w_coarse, std=std)
+        nn.init.normal_(self.w_fine, std=std)
         nn.init.normal_(self.w_aff, std=(2 * d) ** -0.5)
         nn.init.xavier_uniform_(self.w_emo)
 
@@ -227,6 +259,18 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
     # ---- reading the context (sections 3.1 and 3.2)
 
+    def positions(self, position: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        found, scale = super().positions(position, longest, dtype), self.config.special_scale
+        return found if scale == 1 else torch.where((position == 0).unsqueeze(1), found * scale, found)
+
+    def _text_vectors(self, rows: Tensor, cu: Tensor, seed: AnySeed, index: Tensor | None = None) -> Tensor:
+        """(s, d), a vector for each text of the cognition encoder; its arguments."""
+        if self.config.vertex_pooling == "cls":
+            return self.cognition_encoder(rows, cu, first_only=True, seed=seed, index=index)
+        encoded = self.cognition_encoder(rows, cu, seed=seed, index=index)
+        text = torch.searchsorted(cu[1:], torch.arange(encoded.shape[0], device=cu.device), right=True)
+        return eq.segment_mean(encoded, text, cu.shape[0] - 1)
+
     def _context_words(self, batch: Batch) -> dict[str, Tensor]:
         return {"text": batch.case.distinct_word, "concept": batch.concept.word, "context": batch.context,
                 "context_role": batch.context_role, "reaction": batch.case.reaction}
@@ -236,7 +280,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         c, case, part = self.config, batch.case, batch.concept
         texts = self.place(words["text"], case.distinct_position, batch.longest)
         seed = seed_at(batch.seed, "texts")
-        texts = self.cognition_encoder(texts, case.cu_text, first_only=True, seed=seed, index=case.text_distinct)
+        texts = self._text_vectors(texts, case.cu_text, seed, case.text_distinct)
         cognition = eq.take(texts, case.cognition_text)
         if c.cognition_graph:
             g, seed = case.cognition, seed_at(batch.seed, "cognition graph")
@@ -268,13 +312,19 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         """Log of Eq. 5 and 6, from the reply read by the cognition and the context encoder."""
         cu, seed = batch.case.cu_response, batch.seed
         reply = self.place(words["response"], batch.case.response_position, batch.longest)
-        y_cog = self.cognition_encoder(reply, cu, first_only=True, seed=seed_at(seed, "reply as cognition"))
+        y_cog = self._text_vectors(reply, cu, seed_at(seed, "reply as cognition"))
         y_ctx = self.context_encoder(reply + words["response_role"], cu, first_only=True, seed=seed_at(seed, "reply as context"))
         with no_autocast(knowledge):
-            return (
-                eq.discernment(knowledge, y_cog, batch.case.knowledge_dialogue),
-                eq.discernment(concept, y_ctx, batch.concept.graph.dialogue),
-            )
+            return self._discerned(batch, knowledge, concept, y_cog, y_ctx)
+
+    def _discerned(self, batch: Batch, knowledge: Tensor, concept: Tensor, of_cognition: Tensor, of_concept: Tensor
+                   ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of both kinds of knowledge (Eq. 4-6), by signals (B, d) for each."""
+        scale = self.config.d_model**-0.5 if self.config.discernment_scale == "sqrt_d" else 1.0
+        return (
+            eq.discernment(knowledge, of_cognition, batch.case.knowledge_dialogue, scale),
+            eq.discernment(concept, of_concept, batch.concept.graph.dialogue, scale),
+        )
 
     def _expected(self, batch: Batch, knowledge: Tensor, concept: Tensor, log_cognition: Tensor, log_concept: Tensor
                   ) -> tuple[Tensor, Tensor]:
@@ -305,8 +355,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         phi_cognition, phi_concept = self.phi_cognition(summary), self.phi_concept(summary)
         reaction = self._reactions(batch, words["reaction"], context)
         with no_autocast(context):
-            log_cognition = eq.discernment(knowledge, phi_cognition, batch.case.knowledge_dialogue)
-            log_concept = eq.discernment(concept, phi_concept, batch.concept.graph.dialogue)
+            log_cognition, log_concept = self._discerned(batch, knowledge, concept, phi_cognition, phi_concept)
             r_cog, r_emo = self._expected(batch, knowledge, concept, log_cognition, log_concept)
             er_0 = eq.full_precision(eq.take(reaction, batch.case.reaction_first))
             gate = eq.affect_gate(r_emo, er_0, self.w_aff)
@@ -334,42 +383,77 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
     # ---- the objective
 
-    def _coarse(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
-        """L_coarse over the dialogues that have knowledge (Eq. 9)."""
-        known, sizes = batch.case.known, batch.case.coarse_sizes
+    def _coarse_pairs(self, batch: Batch, of: CASEReading | CASEOutput) -> tuple[Tensor, ...]:
+        """What L_coarse compares (Eq. 9), the dialogues that have knowledge: x, y, W, positive, sizes."""
+        known = batch.case.known
         pairs = torch.arange(known.shape[0], device=known.device)
+        return eq.take(of.r_cog, known), eq.take(of.r_emo, known), self.w_coarse, pairs, batch.case.coarse_sizes
+
+    def _fine_pairs(self, batch: Batch, of: CASEReading | CASEOutput) -> tuple[Tensor, ...]:
+        """What L_fine compares (Eq. 11), the knowledge whose sub-utterance has a reaction; as `_coarse_pairs`."""
+        case = batch.case
+        knowledge, reactions = eq.take(of.knowledge, case.paired), eq.take(of.reaction, case.with_reaction)
+        return knowledge, reactions, self.w_fine, case.positive, case.fine_sizes
+
+    def _coarse(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
+        *_, pairs, sizes = aligned = self._coarse_pairs(batch, reading)
         negatives = (pairs < sizes[0]) * (sizes[0] - 1)
-        cognition, affection = eq.take(reading.r_cog, known), eq.take(reading.r_emo, known)
-        return self._mim("coarse", cognition, affection, self.w_coarse, pairs, sizes, (negatives, negatives), diagnostics)
+        return self._mim("coarse", *aligned, (negatives, negatives), diagnostics)
 
     def _fine(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
-        """L_fine over the knowledge whose sub-utterance has a reaction (Eq. 11)."""
         case, k = batch.case, self.config.num_negatives
         negatives = case.negatives_affection, case.negatives_cognition
         if k is not None:
             negatives = tuple((count > 0) * k for count in negatives)
-        knowledge, reactions = eq.take(reading.knowledge, case.paired), eq.take(reading.reaction, case.with_reaction)
         seed = 0 if k is None else drawn(seed_at(batch.seed, "negatives"))
-        sizes = case.fine_sizes
-        return self._mim("fine", knowledge, reactions, self.w_fine, case.positive, sizes, negatives, diagnostics, k, seed)
+        return self._mim("fine", *self._fine_pairs(batch, reading), negatives, diagnostics, k, seed)
 
     def _mim(self, name: str, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor,
              negatives: tuple[Tensor, ...], diagnostics: dict[str, Tensor], num_negatives: int | None = None,
              seed: int | Tensor = 0) -> Tensor:
-        """``sizes``: (2,) pairs and rows of y that exist; ``negatives``: how many each pair has over rows of y (affection) and
-        over rows of x (cognition)."""
-        score = self.config.mim_score
-        x, y = eq.full_precision(x), eq.full_precision(y)
+        """``negatives``: how many each pair has over rows of y (affection) and over rows of x (cognition)."""
         with no_autocast(x):
-            used = None if score == "dot" else weight
-            side_y, side_x, logit = ops.mim_sides(x, y, used, positive, num_negatives, seed, score, sizes=sizes)
+            compared, score = self._compared(x, y, weight, sizes)
+            side_y, side_x, logit = ops.mim_sides(*compared, positive, num_negatives, seed, score, sizes=sizes)
         pairs = sizes[0]
         with torch.no_grad():
-            if score != "dot":
-                diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(x.dtype), "mean", pairs)
+            if self.config.mim_score != "dot":
+                diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(logit.dtype), "mean", pairs)
             diagnostics[f"{name}_bound_affection"] = eq.infonce_bound(side_y, negatives[0], pairs)
             diagnostics[f"{name}_bound_cognition"] = eq.infonce_bound(side_x, negatives[1], pairs)
         return eq.reduced(side_y + side_x, "mean", pairs)
+
+    def _compared(self, x: Tensor, y: Tensor, weight: Tensor, sizes: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], str]:
+        """x, y and W as `ops.mim_sides` takes them, and its score, by the settings; ``sizes``: (2,) pairs and rows of y that
+        exist."""
+        kind, x, y = self.config.mim_score, eq.full_precision(x), eq.full_precision(y)
+        if kind == "dot":
+            return (x, y, None), "dot"
+        if kind == "standardized":
+            x, y, weight = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1]), weight / weight.shape[0]
+        return (x, y, weight), "bilinear_sigmoid"
+
+    def _alignment(self, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor) -> Alignment:
+        """The scores of all pairs, before any sigmoid."""
+        with no_autocast(x):
+            (x, y, used), _ = self._compared(x, y, weight, sizes)
+            return Alignment(scores=(x if used is None else x @ used) @ y.T, positive=positive)
+
+    def inside(self, batch: Batch, output: CASEOutput) -> Inside:
+        """The vectors that attention and both alignments compare, the choices of Eq. 4-6, both alignments, the gate of Eq. 15."""
+        return Inside(
+            vectors={"cs": output.knowledge, "ec": output.concept, "er": output.reaction, "r_cog": output.r_cog,
+                     "r_emo": output.r_emo},
+            choices={
+                "inferences": Choice(prior=output.prior_cognition, posterior=output.posterior_cognition,
+                                     dialogue=batch.case.knowledge_dialogue),
+                "concepts": Choice(prior=output.prior_concept, posterior=output.posterior_concept,
+                                   dialogue=batch.concept.graph.dialogue),
+            },
+            alignments={"coarse": self._alignment(*self._coarse_pairs(batch, output)),
+                        "fine": self._alignment(*self._fine_pairs(batch, output))},
+            gate=output.gate,
+        )
 
     def _diversity_weights(self, batch: Batch, prediction: Tensor) -> Tensor:
         if self.training:
@@ -401,6 +485,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             (log_q_concept, reading.log_prior_concept, batch.concept.graph.dialogue),
         ):
             weight = eq.take(batch.dialogue_weight, dialogue)
+            weight = eq.shares(weight) if self.config.kl_reduction == "mean" else weight
             kl = kl + eq.discernment_kl(log_q.detach() if self.config.detach_posterior else log_q, log_p, weight)
         diagnostics: dict[str, Tensor] = {}
         zero = bow.new_zeros(())
@@ -421,5 +506,5 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             losses=losses, hidden=hidden, nll=nll, prediction=prediction, emotion_logits=reading.emotion_logits,
             diagnostics=diagnostics, prior_cognition=reading.log_prior_cognition.exp(),
             prior_concept=reading.log_prior_concept.exp(), gate=reading.gate, r_cog=reading.r_cog, r_emo=reading.r_emo,
-            r_aff=reading.r_aff, reaction=reading.reaction, **posteriors,
+            r_aff=reading.r_aff, knowledge=knowledge, concept=concept, reaction=reading.reaction, **posteriors,
         )

@@ -142,9 +142,9 @@ class TrainConfig:
         return {"kind": self.model.kind} | asdict(self) | {"betas": list(self.betas)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], saved: bool = False) -> Self:
         """Settings from plain values: "kind" the model's name (absent: case), "model" a mapping of its settings; what is left out
-        keeps its default.
+        keeps its default. ``saved``: the model's are those of a run, see `ModelConfig.from_dict`.
 
         Raises:
             ConfigError: an unknown name, or a value that cannot work.
@@ -157,7 +157,7 @@ class TrainConfig:
         if not isinstance(model, ModelConfig):
             if not isinstance(model, Mapping):
                 raise ConfigError(f"model must be a mapping of names to values, not {model!r}")
-            values["model"] = model_class(kind).Config.from_dict(model)
+            values["model"] = model_class(kind).Config.from_dict(model, saved)
         names = [item.name for item in fields(cls)]
         if unknown := [name for name in values if name not in names]:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; there are {', '.join(names)}")
@@ -197,9 +197,9 @@ def config_class(kind: str) -> type[TrainConfig]:
 def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two `TrainConfig.as_dict` differ in, in words, without the `ADJUSTABLE` settings.
 
-    ``run`` may be of an earlier version: what it lacks has its default, what is retired is left out.
+    ``run`` may be of an earlier version: what it lacks is what that version did, what is retired is left out.
     """
-    run, now = _flat(TrainConfig.from_dict(run).as_dict()), _flat(now)
+    run, now = _flat(TrainConfig.from_dict(run, saved=True).as_dict()), _flat(now)
     if run["kind"] != now["kind"]:  # then hardly anything else is comparable
         return [f"the model is {run['kind']} in the run and {now['kind']} now"]
     names = [name for name in {**run, **now} if name not in ADJUSTABLE]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from case_fast.batch import Batch
 from case_fast.data import Store
 from case_fast.data.workers import Workers
 from case_fast.devices import device_name, resolve_device
+from case_fast.diagnosis import figures, held_out, in_short, look
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.memory import keep_freed_memory
 from case_fast.models import DialogueModel, model_class
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 VALIDATION_BATCH = 32
+DIAGNOSED = 8  # batches of 16 that are looked at in each validation
 
 
 class NotFinite(CaseFastError, ArithmeticError):
@@ -414,15 +416,30 @@ class Trainer:
             self.best = metrics
             self.run.save_best(self.model)
         self.validated = self.step
+        diagnosis = self._diagnosis()
         seconds = time.perf_counter() - started
         self.log.write(
-            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures,
+            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures, diagnosis=diagnosis,
             seconds=round(seconds, 2),
         )
         verdict = "the best so far" if better else f"not better than at step {self.stopping.best_step + self.phase_1_steps:,}"
         if self.stopping.failures:
             verdict += f", {self.stopping.failures} of {self.config.patience} before stopping"
         self.display.line(f"validation after step {self.step:,}: {_in_words(metrics)}; {verdict}")
+        if diagnosis:
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in diagnosis.items())
+            self.display.line(f"diagnosis after step {self.step:,}: {said}")
+
+    @cached_property
+    def _held_out(self) -> list[Batch]:
+        """What each validation looks inside the model with: always the same batches."""
+        groups = held_out(self.store, "valid", DIAGNOSED)
+        return list(self._ahead(lambda group: self._batch("valid", group, seed=0), groups))
+
+    def _diagnosis(self) -> dict[str, float]:
+        """Whether knowledge is read and the alignments align, in short; {} of a model that has nothing to look at."""
+        insides = look(self.model, self._held_out, self.form.forward)
+        return in_short(figures(insides)) if insides else {}
 
     # ---- saving and coming back
 

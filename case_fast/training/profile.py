@@ -18,7 +18,7 @@ from case_fast.data import Store
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError
 from case_fast.models import DialogueModel
-from case_fast.optional import PlainConsole
+from case_fast.optional import PlainConsole, needed
 from case_fast.runs import Run, load_model
 from case_fast.training.config import TrainConfig
 from case_fast.training.floors import COSTS, Call, Rates, cost, measure_rates
@@ -204,10 +204,19 @@ def _tensors(shapes: Sequence[Any]) -> Iterator[Sequence[int]]:
             yield shape
 
 
+def _between(profiled: PhaseProfile) -> float:
+    """Milliseconds of a recorded step outside all ops."""
+    return max(0.0, profiled.recorded_ms - sum(part.ms for part in profiled.parts))
+
+
+def _short(shapes: str) -> str:
+    return shapes if len(shapes) <= 60 else shapes[:57] + "..."
+
+
 def markdown(profiled: PhaseProfile, rates: Rates) -> str:
     """The ten largest parts as a table."""
     parts = profiled.parts
-    rest, between = parts[LARGEST:], max(0.0, profiled.recorded_ms - sum(part.ms for part in parts))
+    rest, between = parts[LARGEST:], _between(profiled)
     lines = [
         f"Phase {profiled.phase}: {profiled.ms:.1f} ms a step, {profiled.recorded_ms:.1f} while recorded ({profiled.steps} steps "
         f"each). Floors at {rates.flop / 1e9:,.0f} GFLOP/s and {rates.bytes / 1e9:,.1f} GB/s, as measured now; what lies in a "
@@ -218,11 +227,37 @@ def markdown(profiled: PhaseProfile, rates: Rates) -> str:
     ]
     for part in parts[:LARGEST]:
         times = f"{part.ms / part.floor_ms:.1f}" if part.floor_ms > 0 else ""
-        shapes = part.shapes if len(part.shapes) <= 60 else part.shapes[:57] + "..."
-        lines.append(f"| {part.name} | {shapes} | {part.calls:.0f} | {part.ms:.2f} | {part.gflop:.2f} | {part.megabytes:.1f} | "
-                     f"{part.floor_ms:.2f} | {times} |")
+        lines.append(f"| {part.name} | {_short(part.shapes)} | {part.calls:.0f} | {part.ms:.2f} | {part.gflop:.2f} | "
+                     f"{part.megabytes:.1f} | {part.floor_ms:.2f} | {times} |")
     calls, ms, gflop, megabytes, floor_ms = (
         sum(getattr(part, name) for part in rest) for name in ("calls", "ms", "gflop", "megabytes", "floor_ms"))
     lines.append(f"| {len(rest)} other parts | | {calls:.0f} | {ms:.2f} | {gflop:.2f} | {megabytes:.1f} | {floor_ms:.2f} | |")
     lines.append(f"| between ops: Python, waiting | | | {between:.2f} | | | | |")
     return "\n".join(lines) + "\n"
+
+
+def picture(profiled: PhaseProfile, rates: Rates, path: Path) -> None:
+    """The rows of `markdown` as bars, drawn as PNG: what each part takes, and its floor."""
+    needed("matplotlib", "the picture of a profile")
+    from matplotlib.figure import Figure
+
+    rest = profiled.parts[LARGEST:]
+    rows = [(f"{part.name.removeprefix('case_fast::')}   {_short(part.shapes)}", part.ms, part.floor_ms)
+            for part in profiled.parts[:LARGEST]]
+    rows.append((f"{len(rest)} other parts", sum(part.ms for part in rest), sum(part.floor_ms for part in rest)))
+    rows.append(("between ops: Python, waiting", _between(profiled), 0.0))
+    names, ms, floors = zip(*rows, strict=True)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes, places = figure.subplots(), range(len(rows))
+    axes.barh(places, ms, 0.72, color="#4a7dbd", label="as it is")
+    axes.barh(places, floors, 0.3, color="#1b2a3a",
+              label=f"floor: {rates.flop / 1e9:,.0f} GFLOP/s, {rates.bytes / 1e9:,.1f} GB/s")
+    axes.set_yticks(places, names, fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"ms of a step, which takes {profiled.recorded_ms:.1f} while recorded and {profiled.ms:.1f} otherwise; "
+                    f"{profiled.steps} steps each")
+    axes.set_title(f"phase {profiled.phase}", loc="left")
+    axes.legend(loc="best", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.savefig(path, dpi=110)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_examples, real_store, seeded, tensors, tiny_config
+from helpers import ALL_SETTINGS, as_double, close, handmade_examples, random_examples, real_store, seeded, tensors, tiny_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +59,9 @@ def same_step(found: tuple, expected: tuple, tolerance: float) -> None:
 
 
 CONFIGS = [{}, {"num_negatives": 3}, {"mim_score": "dot"}, {"mim_score": "dot", "num_negatives": 3}, {"layers": 2},
-           {"detach_posterior": False, "intensity": "before_norm"}]
+           {"detach_posterior": False, "intensity": "before_norm"},
+           ALL_SETTINGS | {"layers": 2},
+           {"mim_score": "standardized", "num_negatives": 3, "kl_reduction": "mean", "detach_posterior": False}]
 
 
 @pytest.mark.parametrize("phase", ["bow", "all"])
@@ -195,7 +197,7 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("phase", ["bow", "all"])
-@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}, ALL_SETTINGS], ids=str)
 def test_a_step_asks_the_device_for_nothing(changes, phase):
     model = model_of(phase=phase, dtype=torch.float32, graph_dropout=0.2, **DROPOUT, **changes)
     batch = seeded(fitted(ragged(8), buckets()[-1]), 5)

@@ -104,6 +104,7 @@ def test_the_report_of_a_whole_run_shows_all_of_it(finished, sample_store):
         assert metric["signature"] in found.text
     charts = [attributes["aria-label"] for name, attributes in found.tags if name == "svg"]
     assert {"Perplexity", "Emotion accuracy", "Generation, L_gen", "Coarse alignment, L_coarse", "Learning rate"} <= set(charts)
+    assert {"Common share of the inferences", "Prior's perplexity, concepts", "Top-1 over chance, fine"} <= set(charts)
     assert charts.count("Bag of words, L_BOW") == 2  # one a phase
     pictures = [attributes for name, attributes in found.tags if name == "img"]
     assert len(pictures) == 1 and len(pictures[0]["src"]) > 10_000

@@ -8,21 +8,24 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import math
 import random
 import re
 import socket
 import zlib
 from collections import Counter
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import (
+    ALL_SETTINGS,
     CONCEPTS,
     CONTENT_WORDS,
     NO_CONCEPT_WORDS,
+    PRINTED,
     as_double,
     close,
     dialogue,
@@ -45,6 +48,7 @@ from case_fast import equations as eq
 from case_fast.batch import Batch
 from case_fast.data.featurizer import Example, TextTable
 from case_fast.data.pack import make_batch
+from case_fast.data.vocabulary import SPECIALS
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.knowledge.source import RELATIONS
 from case_fast.models import CASE, CASEConfig, CASEOutput, build, case, layers, load
@@ -62,6 +66,7 @@ SWITCHED_OFF = {
 }
 # What follows from cs_i and from ec_i: the rest of the forward pass must not change without that graph encoder.
 FROM_COGNITION = {
+    "knowledge",
     "prior_cognition",
     "posterior_cognition",
     "r_cog",
@@ -71,8 +76,8 @@ FROM_COGNITION = {
     "losses.fine",
 }
 FROM_CONCEPT = {
-    "prior_concept", "posterior_concept", "r_emo", "r_aff", "gate", "emotion_logits", "losses.bow", "losses.kl", "losses.coarse",
-    "losses.emotion",
+    "concept", "prior_concept", "posterior_concept", "r_emo", "r_aff", "gate", "emotion_logits", "losses.bow", "losses.kl",
+    "losses.coarse", "losses.emotion",
 }
 DECODED = {"loss", "hidden", "nll", "prediction", "losses.generation", "losses.diversity"}
 
@@ -98,7 +103,13 @@ def trainable(model: CASE) -> set[str]:
 # ---- against the slow model
 
 CONFIGS = {
-    "paper": {},
+    "as printed": PRINTED,
+    "scaled discernment": {"discernment_scale": "sqrt_d"},
+    "all of these": ALL_SETTINGS,
+    "standardized MIM scores": {"mim_score": "standardized"},
+    "L_KL averaged over vertices": {"kl_reduction": "mean", "detach_posterior": False},
+    "mean of the rows": {"vertex_pooling": "mean"},
+    "small special words": {"special_scale": 0.1},
     "two layers, four heads": {"layers": 2, "heads": 4},
     "intensity before the norm": {"intensity": "before_norm"},
     "no intensity": {"intensity": "off"},
@@ -196,7 +207,7 @@ def test_ablation_changes_what_it_names_and_nothing_else(name: str):
 
 def test_without_a_graph_encoder_the_initial_vertices_stand_in():
     batch = random_batch(5)
-    model = ablated_model("w/o Graph").eval()
+    model = ablated_model("w/o Graph", **PRINTED).eval()
     reading = model.read(batch)
     d = model.config.d_model
     position = eq.sinusoidal_position(batch.concept.position, d)
@@ -212,7 +223,8 @@ def test_without_a_graph_encoder_the_initial_vertices_stand_in():
 def test_config_refuses_what_cannot_work():
     for wrong in (
         {"heads": 5}, {"d_model": 0}, {"graph_dropout": 1.0}, {"intensity": "before"}, {"num_negatives": 0}, {"layers": 0},
-        {"mim_score": "cosine"},
+        {"mim_score": "cosine"}, {"discernment_scale": 0.1}, {"kl_reduction": "none"},
+        {"vertex_pooling": "max"}, {"special_scale": -0.1}, {"special_scale": math.inf}, {"special_scale": True},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             tiny_config(**wrong)
@@ -244,7 +256,8 @@ def dialogues_with(relations: tuple[str, ...], concepts: bool, count: int) -> tu
 @pytest.mark.parametrize("concepts", [True, False])
 def test_empty_knowledge(concepts: bool, size: int):
     """Every subset of the five relations missing: a finite loss, and a finite gradient for every trainable parameter."""
-    models = [tiny_model(d_model=8, heads=2, ffn=8, num_negatives=k).train() for k in (None, 3)]
+    models = [tiny_model(d_model=8, heads=2, ffn=8, num_negatives=k, **changes).train()
+              for k, changes in ((None, PRINTED), (3, ALL_SETTINGS))]
     for number, missing in enumerate(SUBSETS):
         kept = tuple(r for r in RELATIONS if r not in missing)
         batch = make_batch(*dialogues_with(kept, concepts, size))
@@ -258,7 +271,8 @@ def test_empty_knowledge(concepts: bool, size: int):
         no_cognition = set(missing) >= set(RELATIONS[:4])
         if no_cognition:
             assert len(batch.case.knowledge) == 0 and (out.r_cog == 0).all()
-            kl = eq.discernment_kl(out.posterior_concept.log(), out.prior_concept.log(), 1 / size)
+            rows = size if model.config.kl_reduction == "sum" else len(out.prior_concept)
+            kl = eq.discernment_kl(out.posterior_concept.log(), out.prior_concept.log(), 1 / rows)
             same(out.losses["kl"], kl, 1e-4)
         if no_cognition or "xReact" in missing:
             assert out.losses["fine"] == 0 and (found["w_fine"] == 0).all()
@@ -266,11 +280,12 @@ def test_empty_knowledge(concepts: bool, size: int):
             assert out.losses["coarse"] == 0 and (found["w_coarse"] == 0).all()
 
 
-def test_each_gap_in_phase_1_and_no_nan_on_the_way_back():
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
+def test_each_gap_in_phase_1_and_no_nan_on_the_way_back(changes):
     """A dialogue of every kind by itself; anomaly mode also sees a NaN that is dropped before it reaches a parameter."""
     examples, texts = handmade_examples()
     for phase, e in itertools.product(CASE.phases, examples):
-        model = tiny_model(d_model=8, ffn=8, graph_dropout=0.1).train()
+        model = tiny_model(d_model=8, ffn=8, graph_dropout=0.1, **changes).train()
         model.set_phase(phase)
         with torch.autograd.set_detect_anomaly(True):
             model(make_batch([e], texts)).loss.backward()
@@ -359,7 +374,7 @@ def test_no_counts_weigh_all_words_alike():
 
 def test_sampled_negatives_follow_the_seed_of_the_batch():
     batch = random_batch(8)
-    model = ablated_model(None, num_negatives=3).eval()
+    model = ablated_model(None, num_negatives=3, **PRINTED).eval()
     quiet = [model(batch).losses["fine"] for _ in range(2)]
     assert quiet[0].equal(quiet[1])
     losses = [model(seeded(batch, seed)).losses["fine"].item() for seed in range(4)]
@@ -369,7 +384,7 @@ def test_sampled_negatives_follow_the_seed_of_the_batch():
     knowledge, reaction = reading.knowledge[case.paired], reading.reaction[case.with_reaction]
     loss = eq.bilinear_mim(knowledge, reaction, model.w_fine, case.positive, 3, drawn(seed_at(0, "negatives")))
     same(loss, quiet[0], 1e-6)
-    full = ablated_model(None).eval()(batch)
+    full = ablated_model(None, **PRINTED).eval()(batch)
     assert full.losses["coarse"].equal(model(batch).losses["coarse"])  # only L_fine is sampled
 
 
@@ -460,7 +475,7 @@ def test_dot_product_scores_leave_the_bilinear_weights_out():
     assert bilinear.losses["bow"].equal(out.losses["bow"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}, {"mim_score": "dot"}])
+@pytest.mark.parametrize("changes", [{}, {"num_negatives": 3}, {"mim_score": "dot"}, {"mim_score": "standardized"}])
 def test_the_mim_losses_are_those_of_the_plain_equation(monkeypatch, changes):
     """Whatever backend ops.mim_sides chooses."""
     batch = random_batch(8)
@@ -472,6 +487,41 @@ def test_the_mim_losses_are_those_of_the_plain_equation(monkeypatch, changes):
         assert close(found.losses[name], plain.losses[name], 1e-5)
     assert found.diagnostics.keys() == plain.diagnostics.keys()
     assert all(close(value, plain.diagnostics[name], 1e-5) for name, value in found.diagnostics.items())
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_diagnostics_of_standardized_scores(k: int | None):
+    """Bounds and the saturated share by the definition, from what `read` gives; the latter small at the start at any width."""
+    batch = random_batch(9)
+    model = tiny_model(mim_score="standardized", d_model=64, num_negatives=k).double().eval()
+    out, case = model(as_double(batch)), batch.case
+    coarse = out.r_cog[case.known], out.r_emo[case.known], model.w_coarse, torch.arange(len(case.known)), None
+    reading = model.read(as_double(batch))
+    fine = reading.knowledge[case.paired], out.reaction[case.with_reaction], model.w_fine, case.positive, k
+    for name, (x, y, weight, positive, drawn_negatives) in {"coarse": coarse, "fine": fine}.items():
+        x, y = ((t - t.mean(0)) / (t.var(0, correction=0) + 1e-5).sqrt() for t in (x, y))
+        z = x @ weight @ y.T / 64
+        seed = 0 if drawn_negatives is None else drawn(seed_at(batch.seed, "negatives"))
+        sides = eq.mim_sides(x, y, weight / 64, positive, drawn_negatives, seed)
+        counts = eq.mim_negatives(positive, len(y), drawn_negatives)
+        same(out.losses[name], (sides[0] + sides[1]).mean())
+        for side, loss, count in zip(("affection", "cognition"), sides, counts, strict=False):
+            same(out.diagnostics[f"{name}_bound_{side}"], ((count + 1).double().log() - loss).mean())
+        same(out.diagnostics[f"{name}_saturated"], (z[torch.arange(len(x)), positive].abs() > 5).double().mean())
+        assert out.diagnostics[f"{name}_saturated"] < 0.05 and 0.3 < z.std() < 3
+
+
+def test_special_words_and_place_0_start_as_large_as_asked():
+    assert case.SPECIAL_WORDS == len(SPECIALS)
+    printed, small = (tiny_model(special_scale=scale) for scale in (1.0, 0.1))
+    scale = torch.ones(printed.config.vocab_size, 1)
+    scale[: len(SPECIALS)] = 0.1
+    assert small.embedding.weight.equal(printed.embedding.weight * scale)
+    assert small.vertex_type.weight.equal(printed.vertex_type.weight * 0.1)
+    position = torch.tensor([0, 1, 0, 7])
+    for longest in (8, 5000):  # looked up, computed
+        found, whole = (model.positions(position, longest, torch.float32) for model in (small, printed))
+        assert found.equal(whole * torch.tensor([[0.1], [1], [0.1], [1]]))
 
 
 def test_many_sampled_negatives_approach_all():
@@ -510,9 +560,10 @@ def _relative(out: CASEOutput, truth: CASEOutput) -> dict[str, float]:
     return {n: ((out.losses[n].double() - v).abs() / v.abs().clamp(min=1)).item() for n, v in truth.losses.items()}
 
 
-def test_bfloat16_autocast_is_finite_and_close():
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
+def test_bfloat16_autocast_is_finite_and_close(changes):
     batch = random_batch(8, seed=2)
-    model = tiny_model(d_model=32).eval()
+    model = tiny_model(d_model=32, **changes).eval()
     truth = model(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(batch)
@@ -637,6 +688,38 @@ def test_weights_of_earlier_versions_load(tmp_path):
     for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):
         assert loaded.config == model.config
         assert all(a.equal(b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@dataclass(frozen=True)
+class LaterConfig(CASEConfig):
+    """As it would be with other defaults."""
+
+    mim_score: str = "dot"
+    discernment_scale: str = "sqrt_d"
+    vertex_pooling: str = "mean"
+    special_scale: float = 0.1
+    kl_reduction: str = "mean"
+
+
+def test_weights_saved_before_a_setting_existed_load_with_what_they_were_trained_with(tmp_path, monkeypatch):
+    """Whatever the default is by then; new models take the new default, and saved settings stay."""
+    model = tiny_model(**PRINTED).eval()
+    monkeypatch.setattr(CASE, "Config", LaterConfig)
+    first = {"vocab_size", "emotions", "eos_id", "d_model", "heads", "layers", "ffn", "encoder_dropout", "decoder_dropout",
+             "cognition_relations", "graph_dropout", "cognition_graph", "concept_graph", "coarse_alignment", "fine_alignment",
+             "intensity", "num_negatives", "detach_posterior", "alpha", "gamma_align", "gamma_emotion", "gamma_generation",
+             "gamma_diversity"}
+    config = model.config.as_dict()
+    assert config.keys() - first - {"model"} == CASEConfig.came_later.keys()  # a new setting says what came before it
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in first}))
+    later = {name: getattr(LaterConfig(), name) for name in CASEConfig.came_later}
+    for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):
+        assert loaded.config.as_dict() == config
+        assert all(a.equal(b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert {name: getattr(build("case").config, name) for name in later} == later
+    (tmp_path / "config.json").write_text(json.dumps(config | later))
+    assert load(tmp_path).config.as_dict() == config | later
 
 
 def test_an_unknown_model_or_setting_is_named():

@@ -27,7 +27,7 @@ from case_fast.data.pack import make_batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.generation import GenerationConfig, generate, generate_uncached
 from case_fast.models import MODELS, DialogueModel, build, load, model_class
-from case_fast.models.base import Reading
+from case_fast.models.base import Inside, Reading
 from case_fast.references import read_references
 
 GREEDY, BEAM = GenerationConfig(max_words=8), GenerationConfig(strategy="beam", beams=3, max_words=8)
@@ -119,6 +119,21 @@ def test_forward_in_evaluation_is_reading_and_scoring(name):
     assert whole.accuracy == quick.accuracy and not quick.losses
     assert whole.losses["generation"] == pytest.approx(out.losses["generation"].item(), rel=1e-5)
     assert whole.losses["loss"] == pytest.approx(out.loss.item(), rel=1e-6)
+
+
+def test_inside_it_is_what_it_says_or_nothing(name):
+    model, batch = tiny(name).eval(), random_batch(5)
+    found = model.inside(batch, model(batch))
+    assert (found == Inside()) == (model.needs == ("dialogue",))
+    assert all(rows.dim() == 2 for rows in found.vectors.values())
+    for choice in found.choices.values():
+        number = choice.dialogue.bincount(minlength=batch.size)
+        for sums in (torch.zeros(batch.size).index_add(0, choice.dialogue, p) for p in (choice.prior, choice.posterior)):
+            assert close(sums, (number > 0).double(), 1e-5)
+    for alignment in found.alignments.values():
+        assert alignment.scores.shape[0] == len(alignment.positive) and alignment.positive.max() < alignment.scores.shape[1]
+    assert found.gate is None or found.gate.shape == (batch.size,)
+    assert all(isinstance(getattr(model, part), torch.nn.Module) for part in model.shared)
 
 
 def test_every_trained_parameter_is_in_the_graph_of_each_phase(name):

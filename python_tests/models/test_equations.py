@@ -233,6 +233,9 @@ def test_discernment(sizes: list[int]):
     same(eq.expected_knowledge(log_p, vectors, segment, dialogues), r)
     same(eq.discernment_kl(log_q, log_p, 1 / dialogues), kl / dialogues)
     assert eq.discernment_kl(log_q, log_p, 1 / dialogues) >= 0 and eq.discernment_kl(log_p, log_p, 1 / dialogues) == 0
+    same(eq.discernment(vectors, prior_signal, segment, 0.3), eq.discernment(vectors * 0.3, prior_signal, segment))
+    of_rows = eq.shares(torch.full((sum(sizes),), 1 / dialogues, dtype=torch.float64))
+    same(eq.discernment_kl(log_q, log_p, of_rows), kl / max(sum(sizes), 1))
 
     def whole(vectors: Tensor, a: Tensor, b: Tensor) -> Tensor:
         log_p, log_q = eq.discernment(vectors, a, segment), eq.discernment(vectors, b, segment)
@@ -242,6 +245,12 @@ def test_discernment(sizes: list[int]):
         )
 
     gradcheck(whole, vectors, prior_signal, posterior_signal)
+
+
+def test_shares_are_those_of_the_rows_that_have_a_weight():
+    assert eq.shares(torch.tensor([0.25, 0.0, 0.25, 0.25, 0.0, 0.25])).tolist() == [0.25, 0, 0.25, 0.25, 0, 0.25]
+    assert eq.shares(torch.tensor([0.5, 0.5, 0.5])).tolist() == pytest.approx([1 / 3] * 3)
+    assert eq.shares(torch.zeros(3)).tolist() == [0, 0, 0] and eq.shares(torch.zeros(0)).shape == (0,)
 
 
 def test_detaching_the_posterior_is_left_to_the_caller():
@@ -413,6 +422,7 @@ PRECISION: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "graph_attention": (star_attention, three(700, 2, 5)),
     "graph_attention, equal values": (star_attention, [*three(700, 2, 5)[:2], torch.ones(700, 2, 5)]),
     "discernment": (lambda v, s: eq.discernment(v, s, SEGMENT), [normal(704, 3), normal(4, 3, seed=1)]),
+    "standardized": (lambda x: eq.standardized(x, torch.tensor(700)), [normal(700, 3) + 4]),
     "expected_knowledge": (
         lambda v, s: eq.expected_knowledge(eq.discernment(v, s, SEGMENT), v, SEGMENT, 4),
         [normal(704, 3), normal(4, 3, seed=1)],

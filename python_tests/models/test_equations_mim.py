@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import dot, gradcheck, normal, same, sigmoid, slow_philox
 from scipy.stats import chisquare
 from torch import Tensor
@@ -80,6 +81,66 @@ def test_bilinear_mim(rows: int, pairs: list[int], k: int | None, score: str):
     )
     leaves = (x, y) if weight is None else (x, y, weight)
     gradcheck(lambda x, y, w=None: eq.bilinear_mim(x, y, w, positive, k, 99, score=score), *leaves)
+
+
+# ---- vectors standardized over the batch
+
+
+def slow_standardized(x: Tensor) -> Tensor:
+    columns = []
+    for column in x.T.tolist():
+        mean = math.fsum(column) / len(column)
+        variance = math.fsum((value - mean) ** 2 for value in column) / len(column)
+        columns.append([(value - mean) / math.sqrt(variance + 1e-5) for value in column])
+    return torch.tensor(columns, dtype=x.dtype).T
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("rows", [2, 5, 41])
+def test_standardized(rows: int, spare: int):
+    """The rows that exist by their own statistics: torch's batch norm in training; what fills up changes nothing."""
+    x, count = normal(rows, 4) * 3 + 5, torch.tensor(rows)
+    filled = torch.cat([x, normal(spare, 4, seed=1) * 100]).requires_grad_()
+    found = eq.standardized(filled, count)[:rows]
+    same(found, slow_standardized(x))
+    same(found, F.batch_norm(x, None, None, training=True, eps=1e-5))
+    upstream, leaf = normal(rows, 4, seed=2), x.clone().requires_grad_()
+    expected = torch.autograd.grad((F.batch_norm(leaf, None, None, training=True, eps=1e-5) * upstream).sum(), leaf)[0]
+    (gradient,) = torch.autograd.grad((found * upstream).sum(), filled)
+    same(gradient[:rows], expected, 1e-10)
+    assert (gradient[rows:] == 0).all()
+    gradcheck(lambda x: eq.standardized(x, count)[:rows], filled.detach())
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_one_row_standardized_is_zero_and_so_is_its_gradient(spare: int):
+    x = (normal(1 + spare, 3) * 1e3).float().requires_grad_()
+    found = eq.standardized(x, torch.tensor(1))[:1]
+    (gradient,) = torch.autograd.grad((found * torch.tensor([1.0, -2.0, 3.0])).sum(), x)
+    assert (found == 0).all() and (gradient == 0).all()
+    nothing = torch.zeros(0, 3, requires_grad=True)
+    eq.standardized(nothing, torch.tensor(0)).sum().backward()
+    assert nothing.grad.shape == (0, 3)
+    assert eq.standardized(x, torch.tensor(0)).isfinite().all()
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("rows, pairs", PAIRS)
+def test_gradients_through_standardized_scores(rows: int, pairs: list[int], k: int | None):
+    """With rows behind those that exist."""
+    sizes = torch.tensor([len(pairs), rows])
+    positive = torch.tensor([*pairs, 0, 0], dtype=torch.int64)
+
+    def loss(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        x, y = eq.standardized(x, sizes[0]), eq.standardized(y, sizes[1])
+        return eq.bilinear_mim(x, y, weight / 3, positive, k, 99, sizes=sizes)
+
+    x, y, weight = normal(len(pairs) + 2, 3), normal(rows + 1, 3, seed=1), normal(3, 3, seed=2)
+    gradcheck(loss, x, y, weight)
+    draws = slow_draws(pairs, rows, k, 99) if k else None
+    mine = (slow_standardized(t[:n]) if n else t[:n] for t, n in ((x, len(pairs)), (y, rows)))
+    expected = slow_mim(*mine, weight / 3, pairs, draws)
+    same(loss(x, y, weight), math.fsum(a + b for a, b in expected) / max(len(pairs), 1))
 
 
 @pytest.mark.parametrize("score", eq.SCORES)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
+    ALL_SETTINGS,
+    PRINTED,
     close,
     dialogue,
     handmade_examples,
@@ -112,9 +114,10 @@ def test_a_real_dialogue_does_not_depend_on_its_batch(real_data: Path, tmp_path:
     check_invariance(fit(store, 60, range(128), 16), store, "test", 200, random.Random(4))
 
 
-def test_every_gap_among_others():
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
+def test_every_gap_among_others(changes):
     """Dialogues with and without each kind of knowledge do not touch one another."""
-    model = tiny_model().eval()
+    model = tiny_model(**changes).eval()
     for examples, texts in (handmade_examples(), random_examples(24, seed=9)):
         together = per_dialogue(model, make_batch(examples, texts))
         for example, found in zip(examples, together, strict=True):
@@ -124,10 +127,11 @@ def test_every_gap_among_others():
             assert all(close(t[name], alone[name], TOLERANCE) for t in twice for name in alone)
 
 
-def test_nan_in_one_dialogue_stays_there():
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
+def test_nan_in_one_dialogue_stays_there(changes):
     """The others' outputs are bit-identical; L_coarse and L_fine, which mix dialogues, show the NaN."""
     examples, texts = random_examples(9, seed=1)
-    model, batch = tiny_model().eval(), make_batch(examples, texts)
+    model, batch = tiny_model(**changes).eval(), make_batch(examples, texts)
     clean = per_dialogue(model, batch)
     assert model(batch).loss.isfinite()
     for victim in (0, 4, 8):
@@ -171,7 +175,7 @@ def check_decoding(model: CASE, batch: Batch, beams: int) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("which", ["some without knowledge", "none has knowledge", "one dialogue", "two layers"])
+@pytest.mark.parametrize("which", ["some without knowledge", "none has knowledge", "one dialogue", "two layers", "settings"])
 def test_decoding_equals_teacher_forcing(which: str, beams: int):
     examples, texts = handmade_examples()
     if which == "none has knowledge":
@@ -179,7 +183,7 @@ def test_decoding_equals_teacher_forcing(which: str, beams: int):
         assert len(examples) == 2
     elif which == "one dialogue":
         examples = examples[:1]
-    model = tiny_model(layers=2 if which == "two layers" else 1).eval()
+    model = tiny_model(layers=2 if which == "two layers" else 1, **(ALL_SETTINGS if which == "settings" else {})).eval()
     check_decoding(model, make_batch(examples, texts), beams)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import as_double, handmade_examples, random_examples, tiny_model
+from helpers import ALL_SETTINGS, PRINTED, as_double, handmade_examples, random_examples, tiny_model
 
 from benchmarks.step.plain_case import PaddedBatch, collate, plain_of
 from case_fast.data.pack import make_batch
@@ -24,7 +24,7 @@ def as_double_padded(batch: PaddedBatch) -> PaddedBatch:
 @pytest.mark.parametrize("phase", ["bow", "all"])
 def test_plain_form_has_the_losses_and_gradients_of_the_packed_one(made, layers, least, phase):
     examples, texts = EXAMPLES[made]()
-    model = tiny_model(layers=layers).double()
+    model = tiny_model(layers=layers, **PRINTED).double()
     model.word_counts.random_(5, generator=torch.Generator().manual_seed(1))
     model.set_phase(phase)
     plain = plain_of(model)
@@ -45,5 +45,6 @@ def test_plain_form_has_the_losses_and_gradients_of_the_packed_one(made, layers,
 
 
 def test_plain_form_refuses_settings_that_it_lacks():
-    with pytest.raises(ValueError, match="mim_score"):
-        plain_of(tiny_model(mim_score="dot"))
+    for name, value in ALL_SETTINGS.items():
+        with pytest.raises(ValueError, match=name):
+            plain_of(tiny_model(**PRINTED | {name: value}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_double, handmade_examples, random_examples, tiny_model
+from helpers import PRINTED, as_double, handmade_examples, random_examples, tiny_model
 
 from case_fast.data.pack import make_batch
 from case_fast.generation import GenerationConfig, generate
@@ -20,7 +20,7 @@ SEARCHES = {"greedy": GenerationConfig(max_words=8), "beam": GenerationConfig("b
 @pytest.mark.parametrize("phase", ["bow", "all"])
 @pytest.mark.parametrize("which", EXAMPLES)
 def test_losses_and_gradients_are_those_stored(which, phase):
-    model = tiny_model(0, layers=2).double().train()
+    model = tiny_model(0, layers=2, **PRINTED).double().train()
     model.set_phase(phase)
     out = model(as_double(make_batch(*EXAMPLES[which]())))
     out.loss.backward()
@@ -35,7 +35,7 @@ def test_losses_and_gradients_are_those_stored(which, phase):
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("which", EXAMPLES)
 def test_replies_are_those_stored(which, search):
-    model = tiny_model(0, layers=2).double().eval()
+    model = tiny_model(0, layers=2, **PRINTED).double().eval()
     with torch.no_grad():
         model.output.weight *= 8
     found = generate(model, as_double(make_batch(*EXAMPLES[which]())), SEARCHES[search])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -44,6 +45,11 @@ INTENSITY = {
     "love": 0.92, "alone": 0.5, "exam": 0.3, "dog": 0.4, "home": -0.02,
 }
 NO_CONCEPT_WORDS = ("rain", "cake", "sister", "home", "work", "sleep")  # words that no concept belongs to
+
+
+PRINTED = CASEConfig.printed
+ALL_SETTINGS = {"mim_score": "standardized", "discernment_scale": "sqrt_d", "vertex_pooling": "mean", "special_scale": 0.1,
+                "kl_reduction": "mean"}  # none of them printed
 
 
 @cache
@@ -269,3 +275,18 @@ def slow_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ..
 
 def offsets(sizes: list[int]) -> Tensor:
     return torch.tensor([0, *sizes]).cumsum(0)
+
+
+@contextmanager
+def limited_memory(most: int) -> Iterator[None]:
+    """Fails where what stands inside lifts the process's resident memory by more than ``most`` bytes; what other tests of the
+    same process hold does not count. Linux only."""
+
+    def resident(field: str) -> int:
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    yield
+    risen = (resident("VmHWM") - before) << 10
+    assert risen < most, f"{risen >> 20} MiB more than before, {most >> 20} allowed"

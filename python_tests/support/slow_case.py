@@ -85,7 +85,8 @@ class SlowCase:
         rows = []
         for place, word in zip(positions if positions is not None else range(len(ids)), ids, strict=True):
             angles = [place / 10_000 ** (i / max(half - 1, 1)) for i in range(half)]
-            wave = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            large = self.c.special_scale if place == 0 else 1.0
+            wave = [large * wave(angle) for wave in (math.sin, math.cos) for angle in angles]
             rows.append(self.word(word) + torch.tensor(wave[:d], dtype=torch.float64))
         return torch.stack(rows) if rows else torch.zeros(0, d, dtype=torch.float64)
 
@@ -167,11 +168,16 @@ class SlowCase:
 
     # ---- one dialogue
 
+    def text_vector(self, rows: Tensor) -> Tensor:
+        """Of [CLS] and a text, as the cognition encoder sees it."""
+        encoded = self.encoder("cognition_encoder", rows)
+        return sum(encoded) / len(encoded) if self.c.vertex_pooling == "mean" else encoded[0]
+
     def cognition_vectors(self, e: Example, texts: TextTable) -> list[Tensor]:
         """cs_i of K_CS."""
         subs = len(e.sub_utterance)
         ids = [*e.sub_utterance.tolist(), *e.knowledge.tolist()]
-        x = torch.stack([self.encoder("cognition_encoder", self.embed([CLS, *texts.tokens(i)]))[0] for i in ids])
+        x = torch.stack([self.text_vector(self.embed([CLS, *texts.tokens(i)])) for i in ids])
         if self.c.cognition_graph:
             edges = [(0, i, 1) for i in range(1, subs)] + [(j, j + 1, 2) for j in range(1, subs - 1)]
             for n, (sub, relation) in enumerate(
@@ -225,13 +231,14 @@ class SlowCase:
         context = self.encoder("context_encoder", self.embed([CLS, *e.context.tolist()]) + roles)
         er, has_reaction = self.reactions(e, texts, context)
         reply = self.embed([CLS, *e.response.tolist()])
-        y_cog = self.encoder("cognition_encoder", reply)[0]
+        y_cog = self.text_vector(reply)
         y_ctx = self.encoder("context_encoder", reply + self.word(LISTENER))[0]
         p_cs, p_ec = (self.linear(f"{name}.0", context[0]).tanh() for name in ("phi_cognition", "phi_concept"))
 
         def discern(vectors: list[Tensor], signal: Tensor) -> Tensor:
+            divisor = math.sqrt(d) if self.c.discernment_scale == "sqrt_d" else 1.0
             return (
-                softmax(torch.stack([(v * signal).sum() for v in vectors]))
+                softmax(torch.stack([(v * signal).sum() / divisor for v in vectors]))
                 if vectors
                 else torch.zeros(0, dtype=torch.float64)
             )
@@ -259,13 +266,13 @@ class SlowCase:
         target = [*e.response.tolist(), EOS]
         bag = torch.cat([expect(post_cs, cs), expect(post_ec, ec)])
         eta = softmax(self.linear("eta.2", self.linear("eta.0", bag).tanh()))
-        kl = torch.zeros((), dtype=torch.float64)
+        zero, kl = torch.zeros((), dtype=torch.float64), []
         for q, p in ((post_cs, prior_cs), (post_ec, prior_ec)):
             q = q.detach() if self.c.detach_posterior else q
-            kl = kl + sum(q[i] * (q[i] / p[i]).log() for i in range(len(q)))
+            kl.append(sum((q[i] * (q[i] / p[i]).log() for i in range(len(q))), zero))
         found.losses = {
             "bow": -sum(eta[word].log() for word in target) / len(target),
-            "kl": kl,
+            "kl": torch.stack(kl),  # of cognition, of concepts
             "emotion": -emotion[e.emotion].log(),
             "nll": torch.stack([-softmax(row)[word].log() for row, word in zip(found.logits, target, strict=True)]),
             "weights": torch.tensor([self.word_weights()[word] for word in target], dtype=torch.float64),
@@ -286,8 +293,13 @@ class SlowCase:
         """Minus the mean bracket of Eq. 9 / 11 over ``pairs`` of a vector and the key of what it belongs to."""
         if not pairs:
             return torch.zeros((), dtype=torch.float64)
-        plain = self.c.mim_score == "dot"
-        f = [{key: x @ y if plain else sigmoid(x @ weight @ y) for key, y in others.items()} for x, _ in pairs]
+        score = self.c.mim_score
+        if score == "standardized":  # by the batch's rows: of knowledge for the pairs, of affection for the others
+            rows = self.standardized([x for x, _ in pairs])
+            pairs = [(row, key) for row, (_, key) in zip(rows, pairs, strict=True)]
+            others = dict(zip(others, self.standardized([*others.values()]), strict=True))
+            weight = weight / self.c.d_model
+        f = [{key: x @ y if score == "dot" else sigmoid(x @ weight @ y) for key, y in others.items()} for x, _ in pairs]
         total = torch.zeros((), dtype=torch.float64)
         for p, (_, own) in enumerate(pairs):
             positive = f[p][own]
@@ -295,6 +307,14 @@ class SlowCase:
             over_x = positive.exp() + sum(f[o][own].exp() for o, (_, key) in enumerate(pairs) if key != own)
             total = total - (2 * positive - over_y.log() - over_x.log())
         return total / len(pairs)
+
+    def standardized(self, rows: list[Tensor]) -> list[Tensor]:
+        """Each feature less its mean, by its standard deviation, over these rows."""
+        columns = []
+        for column in torch.stack(rows).unbind(1):
+            centred = column - sum(column) / len(column)
+            columns.append(centred / (sum(centred**2) / len(column) + 1e-5).sqrt())
+        return list(torch.stack(columns, 1))
 
     def forward(
         self, examples: Sequence[Example], texts: TextTable
@@ -316,9 +336,13 @@ class SlowCase:
                 pairs += [(v, key) for v, key in zip(dialogue.cs, keys, strict=True) if key in others]
             fine = self.mim(pairs, others, self.weights["w_fine"])
         words = sum(len(dialogue.losses["nll"]) for dialogue in found)
+        kl = sum(x.losses["kl"] for x in found) / len(found)
+        if c.kl_reduction == "mean":
+            vertices = [sum(len(x.cs) for x in found), sum(len(x.ec) for x in found)]
+            kl = kl * len(found) / torch.tensor([max(count, 1) for count in vertices])
         losses = {
             "bow": sum(x.losses["bow"] for x in found) / len(found),
-            "kl": sum(x.losses["kl"] for x in found) / len(found),
+            "kl": kl.sum(),
             "coarse": coarse,
             "fine": fine,
             "emotion": sum(x.losses["emotion"] for x in found) / len(found),

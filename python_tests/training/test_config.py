@@ -76,6 +76,11 @@ def test_differences_name_settings_and_leave_out_the_adjustable_ones():
     assert differences(earlier, preset("paper", batching="bucketed").as_dict()) == [
         "batching is 'shuffled' in the run and 'bucketed' now",
     ]
+    before = CASEConfig.came_later
+    lacking = one.as_dict() | {"model": {name: x for name, x in one.as_dict()["model"].items() if name not in before}}
+    assert differences(lacking, TrainConfig(model=CASEConfig(**before)).as_dict()) == []
+    now = TrainConfig(model=CASEConfig(**before | {"kl_reduction": "mean"}))
+    assert differences(lacking, now.as_dict()) == ["model.kl_reduction is 'sum' in the run and 'mean' now"]
     assert ADJUSTABLE <= {item.name for item in fields(TrainConfig)}
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from helpers import as_double, random_batch, seeded, tiny_model
+from helpers import ALL_SETTINGS, PRINTED, as_double, random_batch, seeded, tiny_model
 from torch import nn
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, records, run, tiny_run
 
@@ -25,9 +25,10 @@ def on(backend: str, function: Callable[[], T]) -> T:
         return function()
 
 
-def curve(dropout: float, steps: int) -> dict[str, list[float]]:
+def curve(dropout: float, steps: int, changes: dict) -> dict[str, list[float]]:
     """Every loss of some steps of each phase, in float64: there, two equal computations stay together for long."""
-    model = tiny_model(encoder_dropout=dropout, decoder_dropout=dropout, graph_dropout=dropout, num_negatives=2).double().train()
+    drop = {"encoder_dropout": dropout, "decoder_dropout": dropout, "graph_dropout": dropout}
+    model = tiny_model(num_negatives=2, **drop, **changes).double().train()
     found: dict[str, list[float]] = {}
     for phase in CASE.phases:
         model.set_phase(phase)
@@ -42,10 +43,10 @@ def curve(dropout: float, steps: int) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("dropout, steps", [(0.0, 50), (0.2, 10)])
-def test_the_kernels_learn_as_plain_torch_does(dropout, steps):
+@pytest.mark.parametrize("dropout, steps, changes", [(0.0, 50, PRINTED), (0.2, 10, PRINTED), (0.2, 10, ALL_SETTINGS)])
+def test_the_kernels_learn_as_plain_torch_does(dropout, steps, changes):
     """With dropout too: what is dropped is a function of the step's seed and the place, on every backend."""
-    fast, plain = (on(backend, lambda: curve(dropout, steps)) for backend in ("native", "reference"))
+    fast, plain = (on(backend, lambda: curve(dropout, steps, changes)) for backend in ("native", "reference"))
     assert fast.keys() == plain.keys() and len(fast) == 8
     for name in fast:
         assert fast[name] == pytest.approx(plain[name], rel=1e-7), name
@@ -65,11 +66,12 @@ def test_a_run_begun_in_plain_torch_goes_on_with_the_kernels(tmp_path):
     assert len(losses[0]) == PHASE_1 + PHASE_2 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("phase", CASE.phases)
-def test_gradients_have_the_same_bits_for_any_number_of_threads(phase):
+@pytest.mark.parametrize("phase, changes", [*((phase, PRINTED) for phase in CASE.phases), ("all", ALL_SETTINGS)])
+def test_gradients_have_the_same_bits_for_any_number_of_threads(phase, changes):
     """At the paper's sizes, at which torch would share out its own loops."""
     torch.manual_seed(0)
-    model, batch = CASE(CASEConfig(vocab_size=3000, encoder_dropout=0.1, decoder_dropout=0.1)), random_batch(64)
+    model = CASE(CASEConfig(vocab_size=3000, encoder_dropout=0.1, decoder_dropout=0.1, **changes))
+    batch = random_batch(64)
     model.set_phase(phase)
     threads, found = torch.get_num_threads(), set()
     try:

@@ -23,6 +23,8 @@ from rich.console import Console
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.data import Featurizer
+from case_fast.diagnosis import figures, held_out, in_short
+from case_fast.diagnosis import look as inside_of
 from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
@@ -78,6 +80,27 @@ def test_the_log_holds_every_step_phase_validation_and_the_end(whole):
     best = min(validations, key=lambda record: record["ppl"])
     (end,) = records(whole, "end")
     assert (end["best_step"], end["best"]["ppl"], end["stopped"]) == (best["step"], best["ppl"], "max_steps")
+
+
+DIAGNOSED = {"cs_common_share", "ec_common_share", "er_common_share", "r_cog_common_share", "r_emo_common_share",
+             "inferences_prior_ratio", "concepts_prior_ratio", "coarse_over_chance", "fine_over_chance"}
+
+
+def test_each_validation_is_diagnosed_in_the_log(store, whole):
+    validations = records(whole, "validation")
+    assert all(set(record["diagnosis"]) == DIAGNOSED for record in validations)
+    (end,) = records(whole, "end")
+    (best,) = [record["diagnosis"] for record in validations if record["step"] == end["best_step"]]
+    model = CASE.from_pretrained(str(whole / "best"))
+    batches = [store.batch("valid", group) for group in held_out(store, "valid", loop.DIAGNOSED)]
+    assert best == pytest.approx(in_short(figures(inside_of(model, batches))))
+    assert 0 < best["cs_common_share"] <= 1 and 0 < best["inferences_prior_ratio"] <= 1
+
+
+def test_the_diagnosis_changes_nothing_of_a_run(store, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Trainer, "_diagnosis", lambda self: {})
+    run(store, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 def test_tensorboard_gets_the_same_numbers(whole):
@@ -257,6 +280,9 @@ def test_resumed_after_an_interruption_it_ends_bit_for_bit_the_same(store, whole
     same = [[(r["step"], r["ppl"], r["best"]) for r in records(folder, "validation")] for folder in (out, whole)]
     assert same[0] == same[1]
     assert [record["step"] for record in records(out, "resume")] == [stopped]
+    assert [record["diagnosis"] for record in records(out, "validation")] == [
+        record["diagnosis"] for record in records(whole, "validation")
+    ]
     assert len(json.loads((out / "manifest.json").read_text())["resumed"]) == 1
 
 
@@ -554,4 +580,5 @@ def test_batches_are_made_ahead_in_order_and_never_two_at_once(tmp_path):
     sampler = loop.Sampler(22, 4, 0)
     trained = [indices for split, indices in made if split == "train"]
     assert trained == [sampler.indices(step) for step in range(STEPS + 1)]  # one ahead
-    assert [indices for split, indices in made if split == "valid"] == [list(range(5))] * 3
+    held, whole = held_out(store, "valid", loop.DIAGNOSED), list(range(5))
+    assert [indices for split, indices in made if split == "valid"] == [whole, *held, whole, whole]  # held out once for all

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import ALL_SETTINGS, PRINTED, tiny_config
 from training_helpers import PHASE_1, MemoryStore, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.errors import ConfigError
@@ -36,9 +36,10 @@ def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
     return Checkpoints(out / "checkpoints").read(step).tensors["model"]
 
 
-def test_losses_of_fifty_steps_are_those_of_the_eager_step(store, tmp_path):
-    eager = curve(store, tmp_path / "eager", model=STILL, step="eager")
-    padded = curve(store, tmp_path / "padded", model=STILL, step="padded")
+@pytest.mark.parametrize("changes", [PRINTED, ALL_SETTINGS], ids=["printed", "all settings"])
+def test_losses_of_fifty_steps_are_those_of_the_eager_step(store, tmp_path, changes):
+    model = replace(STILL, **changes)
+    eager, padded = (curve(store, tmp_path / form, model=model, step=form) for form in ("eager", "padded"))
     assert len(eager) == len(padded) == 10
     for one, other in zip(eager, padded, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
