@@ -83,7 +83,7 @@ T *result_of(const case_fast_linear_weight &w, int64_t row, int64_t group) {
 
 template <class T>
 int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *bias, T *z, int threads) {
-    const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
+    const LinearKernels<T> &kernel = CASE_FAST_KERNELS(linear, T, c.bf16);
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs;
     if (c.rows == 0 || stride == 0) return CASE_FAST_OK;
     const bool transposed = c.rows < outputs && c.depth <= linear_transposed;
@@ -127,7 +127,7 @@ bool rows_are_dense(const case_fast_linear &c, const case_fast_linear_weight &w)
 template <class T>
 int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *kept, T *grad_x, T *grad_bias,
              int threads) {
-    const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
+    const LinearKernels<T> &kernel = CASE_FAST_KERNELS(linear, T, c.bf16);
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs, workers = workers_for(c, outputs, threads);
     const int64_t blocks = (c.rows + linear_rows - 1) / linear_rows;
     const bool differs = c.activation != CASE_FAST_IDENTITY;
