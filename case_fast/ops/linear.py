@@ -141,7 +141,7 @@ def _run(direction: str, x: Tensor, weights: list[Tensor], grads: Sequence[Tenso
     *strides, _ = x.stride()
     call = (  # struct case_fast_linear
         x.shape[0], groups, x.shape[-1], strides[0], strides[-1], len(weights), common.DTYPES[x.dtype],
-        ACTIVATIONS.index(activation),
+        ACTIVATIONS.index(activation), common.bf16_products(),
     )
     sources = []
     whole = results[0] if len(results) == 1 else None
