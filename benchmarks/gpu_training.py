@@ -71,9 +71,10 @@ def steps(store: Store, out: Path, config: TrainConfig, count: int) -> bool:
         whether the first losses agree with the CPU's.
     """
     device = resolve_device(config.device)
+    tolerance = TOLERANCE[config.precision if config.matmul_precision == "highest" else "bf16"]
     found: dict[str, Any] = {
         "device": device_in_words(device), "store": store.fingerprint, "config": config.as_dict(), "steps": count,
-        "tolerance": TOLERANCE[config.precision], "phases": {},
+        "tolerance": tolerance, "phases": {},
     }
     write_json(out, found)
     names = model_class(config.model.kind).phases
@@ -82,8 +83,9 @@ def steps(store: Store, out: Path, config: TrainConfig, count: int) -> bool:
         measured = _timed(store, phase, count)
         if device.type == "cuda" and config.step != "eager":
             measured["eager"] = _timed(store, replace(phase, step="eager"), count)
-        here, cpu = _losses(store, phase), _losses(store, replace(phase, device="cpu", precision="float32"))
-        measured |= {"losses": here, "cpu_losses": cpu, "agree": _agree(here, cpu, TOLERANCE[config.precision])}
+        exact = replace(phase, device="cpu", precision="float32", matmul_precision="highest")
+        here, cpu = _losses(store, phase), _losses(store, exact)
+        measured |= {"losses": here, "cpu_losses": cpu, "agree": _agree(here, cpu, tolerance)}
         found["phases"][name] = measured
         write_json(out, plain(found))
         print(f"{name}: {json.dumps(measured)}", flush=True)
@@ -306,7 +308,8 @@ def join(folder: Path, out: Path) -> None:
 
 def settings_of(given: argparse.Namespace) -> TrainConfig:
     """The preset, checkpoints rarely: reading back 320 MB takes its time. With --steps in a recipe all is made as small."""
-    changes: dict[str, Any] = {"device": given.device, "checkpoint_every": given.checkpoint_every}
+    changes: dict[str, Any] = {"device": given.device, "checkpoint_every": given.checkpoint_every,
+                               "matmul_precision": given.matmul_precision}
     if given.what == "recipe" and given.steps is not None:
         changes |= {"phase1_steps": given.steps, "max_steps": given.steps, "validate_every": max(1, given.steps // 2),
                     "valid_limit": 16}
@@ -323,6 +326,7 @@ def main(words: Sequence[str] | None = None) -> int:
         command.add_argument("--model", default="case")
         command.add_argument("--preset", default="", help="default: the model's first; demo is small")
         command.add_argument("--device", default="auto")
+        command.add_argument("--matmul_precision", default="highest", help="as in the settings of training")
         command.add_argument("--steps", type=int, help="of each phase; default: 60, and for the recipe its own number")
         command.add_argument("--checkpoint_every", type=int, default=5_000)
     command.add_argument("--minutes", type=float, default=8.5, help="that a call may take")

@@ -42,6 +42,7 @@ static py::dict report() {
     out["version"] = CASE_FAST_VERSION;
     out["families"] = std::vector<std::string>{CASE_FAST_FAMILIES};
     out["simd"] = case_fast_simd_name(case_fast_simd_level());
+    out["bf16"] = case_fast_simd_bf16() != 0;
     out["cuda"] = cuda.compiled != 0;
     out["cuda_architectures"] = std::vector<int>(first, first + cuda.architecture_count);
     out["cuda_runtime"] = std::to_string(cuda.runtime_version / 1000) + "." + std::to_string(cuda.runtime_version % 1000 / 10);

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _get_fp32_precision_getter as _fp32_precision  # torch.backends' own, which takes five times as long
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._autograd import _profiler_enabled as _profiled
 from torch._C._functorch import peek_interpreter_stack as _transform
@@ -53,6 +54,12 @@ def restored(out: Tensor, given: torch.dtype) -> Tensor:
 def sum_dtype(x: Tensor) -> torch.dtype:
     """Of sums and losses: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def bf16_products() -> bool:
+    """Whether torch lets products of float32 on CPU round their factors to bfloat16: `torch.set_float32_matmul_precision` of
+    "medium", or ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"``, which that sets."""
+    return _fp32_precision("mkldnn", "matmul") == "bf16"
 
 
 # --------------------------------------------------------------------------- checks: what is known without reading a tensor

@@ -117,16 +117,18 @@ def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: boo
 
 def _gradients(x: Tensor, weights: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     """Uninitialised gradients of x, bias and weights; None where not wanted."""
+    of_x, of_bias, *of_weights = wanted
     return [
-        (torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)) if wanted[0] else None,
-        x.new_empty((*x.shape[1:-1], sum([w.shape[-2] for w in weights]))) if wanted[1] else None,
-        *[_gradient(w) if wants else None for w, wants in zip(weights, wanted[2:], strict=True)],
+        (torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)) if of_x else None,
+        x.new_empty((*x.shape[1:-1], sum([w.shape[-2] for w in weights]))) if of_bias else None,
+        *[_gradient(w) if wants else None for w, wants in zip(weights, of_weights, strict=True)],
     ]
 
 
 def _gradient(weight: Tensor) -> Tensor:
     """Uninitialised, with the strides of a weight whose rows or columns are dense."""
-    return torch.empty_like(weight) if 1 in weight.stride()[-2:] else weight.new_empty(weight.shape)
+    dense = weight.is_contiguous() or 1 in weight.stride()[-2:]
+    return torch.empty_like(weight) if dense else weight.new_empty(weight.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -137,23 +139,24 @@ def _rows(x: Tensor) -> Tensor:
 def _run(direction: str, x: Tensor, weights: list[Tensor], grads: Sequence[Tensor | None], results: Sequence[Tensor],
          activation: str | None, *others: Tensor | None) -> None:
     """Runs the native kernel. results: y or grad_y, whole or of each weight; others: what its arguments are beside these."""
-    groups = x.shape[1] if x.dim() == 3 else 1
+    rows, *of, depth = x.shape
     *strides, _ = x.stride()
     call = (  # struct case_fast_linear
-        x.shape[0], groups, x.shape[-1], strides[0], strides[-1], len(weights), common.DTYPES[x.dtype],
-        ACTIVATIONS.index(activation),
+        rows, of[0] if of else 1, depth, strides[0], strides[-1], len(weights), common.DTYPES[x.dtype],
+        ACTIVATIONS.index(activation), common.bf16_products(),
     )
     sources = []
     whole = results[0] if len(results) == 1 else None
     at = 0 if whole is None else whole.data_ptr()
     for place, w in enumerate(weights):  # struct case_fast_linear_weight
         grad = grads[place] if grads else None
+        outputs = w.shape[-2]
         *apart, _ = (results[place] if whole is None else whole).stride()
         sources.append((
-            w.shape[-2], *_strides(w), w.data_ptr(), *(_NOTHING if grad is None else (grad.data_ptr(), *_strides(grad))),
+            outputs, *_strides(w), w.data_ptr(), *(_NOTHING if grad is None else (grad.data_ptr(), *_strides(grad))),
             results[place].data_ptr() if whole is None else at, apart[0], apart[-1],
         ))
-        at += w.shape[-2] * x.element_size()
+        at += outputs * x.itemsize
     status = getattr(backend.native, direction)(call, sources, *common.pointers(x, *others), torch.get_num_threads())
     if status:
         common.refuse(FAMILY, status)
@@ -164,7 +167,8 @@ _NOTHING = (0, 0, 0, 0)
 
 def _strides(weight: Tensor) -> tuple[int, int, int]:
     """Of groups, outputs and depth."""
-    return weight.stride() if weight.dim() == 3 else (0, *weight.stride())
+    strides = weight.stride()
+    return strides if len(strides) == 3 else (0, *strides)
 
 
 def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool, apart: bool
@@ -215,7 +219,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_y):
-        wanted, results = [*ctx.needs_input_grad[3:]], len(grad_y)
+        wanted, results = list(ctx.needs_input_grad[3:]), len(grad_y)
 
         def call(*tensors):
             x, kept, *weights = tensors[results:]

@@ -177,7 +177,7 @@ def _run(direction: str, hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     words = weight.shape[0]
     call = (  # struct case_fast_linear_cross_entropy
         rows, words, target.shape[0], dim, common.DTYPES[hidden.dtype], common.INDEX_BITS[target.dtype],
-        target.data_ptr(), 0 if cu_target is None else cu_target.data_ptr(),
+        common.bf16_products(), target.data_ptr(), 0 if cu_target is None else cu_target.data_ptr(),
     )
     status = common.run_native(f"{FAMILY}_{direction}", hidden, call, common.pointers(hidden, weight, bias, *others))
     if status:

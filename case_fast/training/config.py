@@ -15,6 +15,7 @@ from case_fast.training.sampler import BATCHINGS
 from case_fast.training.schedule import EarlyStopping
 
 PRECISIONS = ("float32", "bf16")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 STEPS = ("auto", "eager", "captured", "padded")
 
 # What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
@@ -48,6 +49,9 @@ class TrainConfig:
         step: eager, each op launched by itself; captured, the whole step in CUDA graphs; auto, captured on CUDA and eager
             elsewhere; padded, what is captured, launched op by op, to compare with.
         precision: float32, or bf16 (autocast; weights and losses stay float32).
+        matmul_precision: what products of float32 are rounded to inside, as `torch.set_float32_matmul_precision` names it; sums,
+            weights and all else stay float32. highest: nothing is. high: TF32 on a GPU, nothing on CPU. medium: bf16 on a CPU
+            that multiplies it (AVX512_BF16), TF32 on a GPU.
         deterministic: the same weights bit for bit each time on one device.
         workers: processes that make batches; 0: a thread of this one makes them. The batches are the same.
         log_every: steps between two records of the log.
@@ -75,6 +79,7 @@ class TrainConfig:
     device: str = "auto"
     step: Literal["auto", "eager", "captured", "padded"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     deterministic: bool = True
     workers: int = 0
     log_every: int = 50
@@ -107,7 +112,8 @@ class TrainConfig:
         if self.ablation is not None and self.ablation not in self.model.ablations:
             known = ", ".join(self.model.ablations) or f"none, {self.model.kind} has no ablations"
             raise ConfigError(f"ablation must be one of {known}, not {self.ablation!r}")
-        for name, known in (("precision", PRECISIONS), ("batching", BATCHINGS), ("step", STEPS)):
+        choices = {"precision": PRECISIONS, "matmul_precision": MATMUL_PRECISIONS, "batching": BATCHINGS, "step": STEPS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not isinstance(self.deterministic, bool):

@@ -101,7 +101,7 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
             ran_on = run.read_manifest().get("store")
             refuse_changes(run.path, run.read_config(), ran_on if isinstance(ran_on, dict) else {}, config, store)
         with (
-            reproducible(config.seed, config.deterministic, device),
+            reproducible(config.seed, config.deterministic, config.matmul_precision, device),
             StopRequest() as stop,
             Display(console or open_console()) as display,
             Workers(store, config.workers) as workers,

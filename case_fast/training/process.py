@@ -40,8 +40,9 @@ class StopRequest:
 
 
 @contextmanager
-def reproducible(seed: int, deterministic: bool, device: torch.device) -> Iterator[None]:
-    """Seeded random numbers and deterministic algorithms inside, the caller's own ones outside."""
+def reproducible(seed: int, deterministic: bool, matmul_precision: str, device: torch.device) -> Iterator[None]:
+    """Seeded random numbers, deterministic algorithms and the precision of products inside, the caller's own ones outside."""
+    products = torch.get_float32_matmul_precision()
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -52,9 +53,11 @@ def reproducible(seed: int, deterministic: bool, device: torch.device) -> Iterat
                 # Each `torch.empty` would be filled with NaN first. Nothing here reads what was not written: the scorecard fills
                 # the ops' buffers so (row 6).
                 torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.set_float32_matmul_precision(matmul_precision)
             torch.manual_seed(seed)
             yield
         finally:
+            torch.set_float32_matmul_precision(products)
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             torch.utils.deterministic.fill_uninitialized_memory = filled
 

@@ -81,7 +81,8 @@ def profile_training(store: Store, out: str | Path, steps: int = 5, run: str | P
     if run is not None:
         weights, _ = load_model(run, device)
         ran = Run(run).read_config()
-        config = replace(config, model=weights.config, batch_size=ran["batch_size"], precision=ran["precision"])
+        config = replace(config, model=weights.config, batch_size=ran["batch_size"], precision=ran["precision"],
+                         matmul_precision=ran.get("matmul_precision", config.matmul_precision))
         if weights.config.vocab_size != len(store.featurizer.vocabulary):
             raise ConfigError(f"{run} was trained on another store: it has {weights.config.vocab_size} words, {store.path} has "
                               f"{len(store.featurizer.vocabulary)}")

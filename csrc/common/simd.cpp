@@ -27,6 +27,15 @@ extern "C" case_fast_simd case_fast_simd_level(void) {
     return level;
 }
 
+extern "C" int case_fast_simd_bf16(void) {
+#if defined(__x86_64__)
+    static const bool there = __builtin_cpu_supports("avx512bf16");
+    return there && case_fast_simd_level() == CASE_FAST_AVX512;
+#else
+    return 0;
+#endif
+}
+
 extern "C" const char *case_fast_simd_name(case_fast_simd level) {
     switch (level) {
         case CASE_FAST_NEON: return "neon";

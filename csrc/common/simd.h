@@ -15,6 +15,9 @@ enum case_fast_simd {
 
 enum case_fast_simd case_fast_simd_level(void);
 
+// Whether it multiplies bfloat16 numbers as well: AVX512_BF16. Not where a lower level is asked for.
+int case_fast_simd_bf16(void);
+
 // "scalar" | "neon" | "avx2" | "avx512"
 const char *case_fast_simd_name(enum case_fast_simd level);
 

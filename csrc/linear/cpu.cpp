@@ -1,7 +1,7 @@
 // Products of rows with weights on the CPU: checks, and the division into tasks. The arithmetic is in cpu_kernels.cpp.
 //
-// Every task makes some rows of a product, whole, so no sum is divided. One operand is packed, by each task for itself, and the
-// rows of the other are read as they lie: forward packs the weights, or where x has fewer rows than they, x.
+// Every task makes some rows of a product, or some columns where they are more, whole, so no sum is divided. One operand is packed,
+// by each task for itself, and the rows of the other are read as they lie: forward packs the weights, or x where it fills one panel.
 #include <algorithm>
 #include <atomic>
 
@@ -13,6 +13,7 @@
 
 namespace {
 
+constexpr int64_t panel_rows = 16;         // of x that are packed in place of the weights: one vector, which they must half fill
 constexpr int64_t few_products = 1 << 17;  // multiplications up to which waking a thread costs more than it takes
 
 // kept: where backward keeps y or z, NULL for forward
@@ -83,11 +84,12 @@ T *result_of(const case_fast_linear_weight &w, int64_t row, int64_t group) {
 
 template <class T>
 int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *bias, T *z, int threads) {
-    const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
+    const LinearKernels<T> &kernel = CASE_FAST_KERNELS(linear, T, c.bf16);
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs;
     if (c.rows == 0 || stride == 0) return CASE_FAST_OK;
-    const bool transposed = c.rows < outputs && c.depth <= linear_transposed;
-    const int64_t length = transposed ? outputs : c.rows, workers = workers_for(c, outputs, threads);
+    const bool wide = c.rows < outputs;
+    const bool transposed = wide && c.rows > panel_rows / 2 && c.rows <= panel_rows && c.depth <= linear_transposed;
+    const int64_t length = wide ? outputs : c.rows, workers = workers_for(c, outputs, threads);
     const int64_t most = kernel.scratch(transposed ? c.rows : outputs, c.depth);
     Workspace workspace;
     T *const scratch = workspace.take<T>(workers * most);
@@ -105,18 +107,24 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
         kernel.product({c.rows, c.depth, {x + group * c.x_group, c.x_row, 1}, true, false, c.activation}, parts, count,
                        scratch + worker * most);
     };
-    const auto of_rows = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
-        each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
-            const int64_t column = group * outputs + first;
-            const LinearRows<T> rows = {{x + begin * c.x_row + group * c.x_group, c.x_row, 1}, end - begin, result_of<T>(w, begin, group),
-                                        w.y_row, bias ? bias + column : nullptr, z ? z + begin * stride + column : nullptr, stride};
-            const LinearOperand<T> b = {static_cast<const T *>(w.weight) + group * w.group, w.row, w.column};
-            kernel.product({w.outputs, c.depth, b, false, false, c.activation}, &rows, 1, scratch + worker * most);
+    const auto of_rows = [&](int64_t group, int64_t row, int64_t last_row, int64_t begin, int64_t end, int64_t worker) {
+        each_part(c, weights, begin, end, [&](const case_fast_linear_weight &w, int64_t first, int64_t from, int64_t to) {
+            const int64_t column = group * outputs + first + from;
+            const LinearRows<T> rows = {{x + row * c.x_row + group * c.x_group, c.x_row, 1}, last_row - row,
+                                        result_of<T>(w, row, group) + from, w.y_row, bias ? bias + column : nullptr,
+                                        z ? z + row * stride + column : nullptr, stride};
+            const LinearOperand<T> b = {static_cast<const T *>(w.weight) + group * w.group + from * w.row, w.row, w.column};
+            kernel.product({to - from, c.depth, b, false, false, c.activation}, &rows, 1, scratch + worker * most);
         });
     };
     in_turn(workers, workers, [&](int64_t task, int64_t worker) {
         share(task, workers, c.groups, length, [&](int64_t group, int64_t begin, int64_t end) {
-            transposed ? of_weights(group, begin, end, worker) : of_rows(group, begin, end, worker);
+            if (transposed)
+                of_weights(group, begin, end, worker);
+            else if (wide)
+                of_rows(group, 0, c.rows, begin, end, worker);
+            else
+                of_rows(group, begin, end, 0, outputs, worker);
         });
     });
     return CASE_FAST_OK;
@@ -127,7 +135,7 @@ bool rows_are_dense(const case_fast_linear &c, const case_fast_linear_weight &w)
 template <class T>
 int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, const T *x, const T *kept, T *grad_x, T *grad_bias,
              int threads) {
-    const LinearKernels<T> &kernel = CASE_FAST_WIDEST(linear).template of<T>();
+    const LinearKernels<T> &kernel = CASE_FAST_KERNELS(linear, T, c.bf16);
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs, workers = workers_for(c, outputs, threads);
     const int64_t blocks = (c.rows + linear_rows - 1) / linear_rows;
     const bool differs = c.activation != CASE_FAST_IDENTITY;
@@ -188,17 +196,17 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
         kernel.product({w.outputs, c.rows, {grad_z(w, first, 0, group), 1, z_row(w)}, false, false, CASE_FAST_IDENTITY}, &rows, 1,
                        scratch + worker * most);
     };
-    const auto of_x = [&](int64_t group, int64_t begin, int64_t end, int64_t worker) {
-        T *const to = grad_x + (begin * c.groups + group) * c.depth;
+    const auto of_x = [&](int64_t group, int64_t row, int64_t last_row, int64_t begin, int64_t end, int64_t worker) {
+        T *const to = grad_x + (row * c.groups + group) * c.depth + begin;
         bool more = false;
         const auto add = [&](LinearOperand<T> a, int64_t count, LinearOperand<T> b) {
-            const LinearRows<T> rows = {a, end - begin, to, c.groups * c.depth, nullptr, nullptr, 0};
-            kernel.product({c.depth, count, b, false, more, CASE_FAST_IDENTITY}, &rows, 1, scratch + worker * most);
+            const LinearRows<T> rows = {a, last_row - row, to, c.groups * c.depth, nullptr, nullptr, 0};
+            kernel.product({end - begin, count, b, false, more, CASE_FAST_IDENTITY}, &rows, 1, scratch + worker * most);
             more = true;
         };
         each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {
-            add({grad_z(w, first, begin, group), z_row(w), 1}, w.outputs,
-                {static_cast<const T *>(w.weight) + group * w.group, w.column, w.row});
+            add({grad_z(w, first, row, group), z_row(w), 1}, w.outputs,
+                {static_cast<const T *>(w.weight) + group * w.group + begin * w.column, w.column, w.row});
         });
         if (!more) add({x, 1, 1}, 0, {x, 1, 1});  // zeros
     };
@@ -214,7 +222,10 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
                         of_columns(weights[s], first, group, begin, end, worker);
                     });
         } else if (grad_x) {
-            share(part, workers, c.groups, c.rows, [&](int64_t group, int64_t begin, int64_t end) { of_x(group, begin, end, worker); });
+            const bool wide = c.rows < c.depth;
+            share(part, workers, c.groups, wide ? c.depth : c.rows, [&](int64_t group, int64_t begin, int64_t end) {
+                wide ? of_x(group, 0, c.rows, begin, end, worker) : of_x(group, begin, end, 0, c.depth, worker);
+            });
         }
     });
     return CASE_FAST_OK;

@@ -35,14 +35,14 @@ struct LinearProduct {
     int32_t activation;
 };
 
-constexpr int64_t linear_piece = 192;        // most depth that is summed up in registers
+constexpr int64_t linear_piece = 192;        // most depth that is summed up in registers, in elements of common/gemm.h
 constexpr int64_t linear_transposed = 1152;  // most depth of a product that is stored transposed
 
 constexpr int64_t linear_rows = 32;  // whose gradients of bias are summed one after the other
 
 template <class T>
 struct LinearKernels {
-    int64_t (*scratch)(int64_t columns, int64_t depth);  // elements that products of so many or fewer need
+    int64_t (*scratch)(int64_t columns, int64_t depth);  // numbers that products of so many or fewer need room for
     void (*product)(const LinearProduct<T> &, const LinearRows<T> *parts, int64_t count, T *scratch);
     // grad_z (rows, columns) = grad_y f', where f is not the identity; sums (columns): of the rows of grad_z; NULL: not wanted.
     // y_stride, stride: from one row to the next of grad_y, and of kept and grad_z
@@ -51,3 +51,4 @@ struct LinearKernels {
 };
 
 CASE_FAST_DECLARE_KERNELS(KernelsOf<LinearKernels>, linear);
+CASE_FAST_DECLARE_BF16_KERNELS(LinearKernels, linear);

@@ -7,6 +7,9 @@
 // On the CPU: F32 and F64. Everything is checked before it is used, and on an error nothing has been written. Outputs are written
 // whole, whatever stood there. The results are the same bits for any number of threads; those of a row of y and grad_x do not
 // depend on the other rows.
+//
+// Where a call allows it and the processor has the instructions (AVX512_BF16), the factors of the products of F32 are rounded to
+// bfloat16, to the nearest, ties to even; all else, sums too, is F32.
 #pragma once
 
 #include <stdint.h>
@@ -24,6 +27,7 @@ typedef struct case_fast_linear {
     int64_t x_row, x_group;       // elements of x from one row, or group, to the next; those of a row lie together
     int32_t sources;              // weights
     int32_t dtype, activation;
+    int32_t bf16;                 // whether factors of F32 may be rounded to bfloat16
 } case_fast_linear;
 
 typedef struct case_fast_linear_weight {

@@ -23,11 +23,6 @@ constexpr int64_t forward_rows = 16 * block_rows, backward_rows = 2 * block_rows
 constexpr int64_t part_bytes = int64_t(8) << 20;  // of all parts of grad_hidden
 constexpr int64_t top_rows = 96;                  // of a tile when the most probable words are looked for
 
-template <class T>
-const VocabularyKernels<T> &vocabulary_kernels() {
-    return CASE_FAST_WIDEST(linear_cross_entropy).of<T>();
-}
-
 // ---- checks
 
 template <class I>
@@ -74,12 +69,12 @@ void share(int workers, int64_t tasks, Run run) {
 }
 
 template <class T>
-std::vector<Scratch<T>> scratches(Workspace &workspace, int64_t dim, int count) {
+std::vector<Scratch<T>> scratches(const VocabularyKernels<T> &kernel, Workspace &workspace, int64_t dim, int count) {
     int64_t elements = 0;
-    vocabulary_kernels<T>().scratch(nullptr, dim, &elements);
+    kernel.scratch(nullptr, dim, &elements);
     std::vector<Scratch<T>> found;
     for (int i = 0; i < count; ++i)
-        found.push_back(vocabulary_kernels<T>().scratch(workspace.take<T>(elements), dim, &elements));
+        found.push_back(kernel.scratch(workspace.take<T>(elements), dim, &elements));
     return found;
 }
 
@@ -100,18 +95,13 @@ struct Targets {
 
 // Row panels of hidden where they are many, by blocks of rows.
 template <class T>
-void pack_rows(VocabularyRows<T> &a, T *panels, int threads) {
+void pack_rows(const VocabularyKernels<T> &kernel, VocabularyRows<T> &a, T *panels, int threads) {
     if (a.few) return;
     a.hidden_rows = panels;
     case_fast_parallel(threads, (a.rows + block_rows - 1) / block_rows, [&](int64_t i) {
         const int64_t first = i * block_rows, count = std::min(block_rows, a.rows - first);
-        vocabulary_kernels<T>().pack_rows(a.hidden + first * a.dim, count, a.dim, panels + first * a.dim);
+        kernel.pack_rows(a.hidden + first * a.dim, count, a.dim, panels + kernel.row_panels(first, a.dim));
     });
-}
-
-template <class T>
-int64_t packed_rows(int64_t rows, int64_t dim) {
-    return rows <= few_rows ? 0 : vocabulary_kernels<T>().row_panels(rows, dim);
 }
 
 // The sums of a row over all chunks, in their order; `stride` apart.
@@ -146,14 +136,15 @@ void clear(RowSum<T> *sums, int64_t count, int64_t word) {
 template <class T>
 int forward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *weight, const T *bias, T *nll, int64_t *prediction, T *state,
             T *kept, int threads) {
+    const VocabularyKernels<T> &kernel = CASE_FAST_KERNELS(linear_cross_entropy, T, c.bf16);
     Workspace workspace;
     const Targets targets(c, workspace);
     const auto bounds = chunk_bounds(c.vocabulary, most_chunks);
     const int64_t chunks = int64_t(bounds.size()) - 1, most = even_block(c.rows, forward_rows);
     const int workers = int(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
-    const auto scratch = scratches<T>(workspace, c.dim, workers);
+    const auto scratch = scratches(kernel, workspace, c.dim, workers);
     RowSum<T> *const sums = workspace.take<RowSum<T>>(chunks * most);
-    T *const panels = workspace.take<T>(packed_rows<T>(most, c.dim));
+    T *const panels = workspace.take<T>(c.rows <= few_rows ? 0 : kernel.row_panels(most, c.dim));
     if (kept) prepare_output(kept, size_t(c.rows) * size_t(c.vocabulary) * sizeof(T));
     for (int64_t first = 0; first < c.rows; first += most) {
         VocabularyRows<T> a = {};
@@ -171,11 +162,11 @@ int forward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *w
         a.kept_rows = c.rows;
         a.kept_first = first;
         a.target_score = nll;
-        pack_rows(a, panels, threads);
+        pack_rows(kernel, a, panels, threads);
         share(workers, chunks, [&](int64_t chunk, int64_t worker) {
             const int64_t begin = bounds[size_t(chunk)], end = bounds[size_t(chunk) + 1];
             clear(sums + chunk * a.rows, a.rows, begin);
-            vocabulary_kernels<T>().forward(a, begin, end, sums + chunk * a.rows, scratch[size_t(worker)]);
+            kernel.forward(a, begin, end, sums + chunk * a.rows, scratch[size_t(worker)]);
         });
         for (int64_t i = 0; i < a.rows; ++i) {
             const RowSum<T> sum = join(sums + i, chunks, a.rows);
@@ -199,9 +190,9 @@ void zero(T *array, int64_t count) {
 template <class T>
 int backward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *weight, const T *bias, const T *state, const T *kept,
              const T *grad_nll, T *grad_hidden, T *grad_weight, T *grad_bias, int threads) {
+    const VocabularyKernels<T> &kernel = CASE_FAST_KERNELS(linear_cross_entropy, T, c.bf16);
     Workspace workspace;
     const Targets targets(c, workspace);
-    const VocabularyKernels<T> &kernel = vocabulary_kernels<T>();
 
     int64_t *const active = workspace.take<int64_t>(c.rows);  // the rows that have a gradient
     int64_t count = 0;
@@ -216,7 +207,7 @@ int backward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *
     const auto bounds = chunk_bounds(c.vocabulary, chunks);
     chunks = int64_t(bounds.size()) - 1;
     const int workers = int(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
-    const auto scratch = scratches<T>(workspace, c.dim, workers);
+    const auto scratch = scratches(kernel, workspace, c.dim, workers);
     T *const parts = workspace.take<T>(grad_hidden ? chunks * part : 0);
     T *const gathered = workspace.take<T>(count < c.rows ? part : 0);
     const bool few = c.rows <= few_rows;  // as in forward, however many are active: scores in other bits could exceed `top`
@@ -265,7 +256,7 @@ int backward(const case_fast_linear_cross_entropy &c, const T *hidden, const T *
         a.grad_weight = grad_weight;
         a.grad_bias = grad_bias;
         a.more = first > 0;
-        if (!kept) pack_rows(a, row_panels, threads);
+        if (!kept) pack_rows(kernel, a, row_panels, threads);
         if (grad_weight) {
             a.hidden_columns = column_panels;
             const int64_t block = even_block(a.rows, block_rows);
@@ -330,13 +321,13 @@ template <class T>
 int top(int64_t rows, int64_t vocabulary, int64_t k, int32_t dim, const T *hidden, const T *weight, const T *bias,
         T *log_probability, int64_t *word, int threads) {
     Workspace workspace;
-    const VocabularyKernels<T> &kernel = vocabulary_kernels<T>();
+    const VocabularyKernels<T> &kernel = CASE_FAST_KERNELS(linear_cross_entropy, T, false);
     const auto bounds = chunk_bounds(vocabulary, most_chunks);
     const int64_t chunks = int64_t(bounds.size()) - 1;
     const int workers = int(std::max<int64_t>(1, std::min<int64_t>(threads, chunks)));
     const int64_t enough = std::max(2 * k, k + 32), room = enough + block_words;
     const int64_t most = std::min<int64_t>(rows, 10 * top_rows);  // rows at once
-    const auto scratch = scratches<T>(workspace, dim, workers);
+    const auto scratch = scratches(kernel, workspace, dim, workers);
     RowSum<T> *const sums = workspace.take<RowSum<T>>(chunks * most);
     T *const highest = workspace.take<T>(workers * top_rows);
     const bool many = k > 1;  // else the sums know the word

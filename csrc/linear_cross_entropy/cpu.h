@@ -25,13 +25,14 @@ struct RowSum {
     bool nan;       // `word` is the first NaN; it stays
 };
 
-// Arrays of one thread. Sizes in elements: see Kernels::scratch.
+// Arrays of one thread. Panels hold elements of common/gemm.h, which are as large as T.
 template <class T>
 struct Scratch {
     T *tile;           // (block_rows, tile_stride)
     T *word_columns;   // a block of `weight` transposed, as column panels
     T *word_rows;      // the same untransposed, as column panels
     T *bias_sum;       // (2, block_words): of all rows, and of a few
+    T *rounded;        // the tile as row panels, where they are not of T
 };
 
 // The rows of one call, or a part of them.
@@ -39,7 +40,7 @@ template <class T>
 struct VocabularyRows {
     int64_t rows, vocabulary, dim;
     const T *hidden, *weight, *bias;  // (rows, dim), (V, dim), (V)
-    const T *hidden_rows;             // row panels; not needed where few
+    const T *hidden_rows;             // row panels, as those of Scratch; not needed where few
     bool few;
     const int64_t *target, *target_begin, *target_end;  // of row i: target[target_begin[i]] up to target[target_end[i]]
 
@@ -75,3 +76,4 @@ struct VocabularyKernels {
 };
 
 CASE_FAST_DECLARE_KERNELS(KernelsOf<VocabularyKernels>, linear_cross_entropy);
+CASE_FAST_DECLARE_BF16_KERNELS(VocabularyKernels, linear_cross_entropy);

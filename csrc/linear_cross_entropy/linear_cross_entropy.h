@@ -7,6 +7,9 @@
 // On the CPU: F32 and F64. Everything is checked before it is used, and where a check fails nothing has been written. Outputs are
 // written whole, whatever stood there. The results are the same bits for any number of threads, and those of a row do not depend
 // on the other rows, but on whether they are more than 24.
+//
+// Where a call allows it and the processor has the instructions (AVX512_BF16), the factors of the products of F32 are rounded to
+// bfloat16, to the nearest, ties to even, but the scores of 24 rows or fewer are F32; so are all sums.
 #pragma once
 
 #include <stdint.h>
@@ -20,6 +23,7 @@ extern "C" {
 typedef struct case_fast_linear_cross_entropy {
     int64_t rows, vocabulary, targets;  // T, V > 0, M
     int32_t dim, dtype, index_bits;     // index_bits 32 or 64: target and cu_target alike
+    int32_t bf16;                       // whether factors of F32 may be rounded to bfloat16
     const void *target;                 // (M)
     const void *cu_target;              // (T + 1): the targets of row t are target[cu_target[t]:cu_target[t + 1]]; NULL: M == T
 } case_fast_linear_cross_entropy;

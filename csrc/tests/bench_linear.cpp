@@ -1,5 +1,5 @@
-// Times of products of rows with weights at the C level: bench_linear [threads] [repetitions] [rows]. Least and median microseconds, and
-// Gflop per second of the median.
+// Times of products of rows with weights at the C level: bench_linear [threads] [repetitions] [rows, 0: all] [1: factors of
+// bfloat16]. Least and median microseconds, and Gflop per second of the median.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -33,10 +33,10 @@ struct Timing {
     }
 };
 
-void bench(int64_t rows, int64_t depth, int64_t outputs, int threads, int repetitions) {
+void bench(int64_t rows, int64_t depth, int64_t outputs, int threads, int repetitions, int bf16) {
     const auto x = noise(rows * depth), weight = noise(outputs * depth), bias = noise(outputs);
     auto grad_y = noise(rows * outputs), y = grad_y, grad_x = x, grad_weight = weight;
-    const case_fast_linear call = {rows, 1, depth, depth, depth, 1, CASE_FAST_F32, CASE_FAST_IDENTITY};
+    const case_fast_linear call = {rows, 1, depth, depth, depth, 1, CASE_FAST_F32, CASE_FAST_IDENTITY, bf16};
     case_fast_linear_weight of = {outputs, 0, depth, 1, weight.data(), grad_weight.data(), 0, depth, 1, y.data(), outputs, 0};
     Timing forward, backward;
     int status = 0;
@@ -56,10 +56,10 @@ void bench(int64_t rows, int64_t depth, int64_t outputs, int threads, int repeti
 
 int main(int count, char **arguments) {
     const int threads = count > 1 ? std::atoi(arguments[1]) : 2, repetitions = count > 2 ? std::atoi(arguments[2]) : 50;
-    const int chosen = count > 3 ? std::atoi(arguments[3]) : 0;
+    const int chosen = count > 3 ? std::atoi(arguments[3]) : 0, bf16 = count > 4 ? std::atoi(arguments[4]) : 0;
     constexpr int64_t widths[][2] = {{300, 300}, {300, 600}, {300, 900}, {600, 300}, {900, 300}};
     for (const int64_t rows : {16, 32, 220, 250, 430, 570, 670, 750, 1000, 1400, 2400})
         for (const auto &width : widths)
-            if (chosen == 0 || chosen == rows) bench(rows, width[0], width[1], threads, repetitions);
-    if (chosen == 0 || chosen == 250) bench(250, 300, 8531, threads, repetitions);
+            if (chosen == 0 || chosen == rows) bench(rows, width[0], width[1], threads, repetitions, bf16);
+    if (chosen == 0 || chosen == 250) bench(250, 300, 8531, threads, repetitions, bf16);
 }

@@ -1,5 +1,5 @@
-// Times of the vocabulary loss at the C level: bench_linear_cross_entropy [threads] [repetitions] [rows] [words]. Least
-// milliseconds, by the clock and of the caller's CPU time.
+// Times of the vocabulary loss at the C level: bench_linear_cross_entropy [threads] [repetitions] [rows] [words] [1:
+// factors of bfloat16]. Least milliseconds, by the clock and of the caller's CPU time.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -28,7 +28,7 @@ struct Timing {
 
 constexpr int dim = 300;
 
-void bench(int64_t rows, int64_t vocabulary, int threads, int repetitions) {
+void bench(int64_t rows, int64_t vocabulary, int threads, int repetitions, int bf16 = 0) {
     std::mt19937_64 random(1);
     const auto noise = [&](int64_t count) {
         std::vector<float> x(static_cast<size_t>(count));
@@ -40,7 +40,7 @@ void bench(int64_t rows, int64_t vocabulary, int threads, int repetitions) {
     for (int64_t &y : target) y = int64_t(random() % uint64_t(vocabulary));
     auto nll = grad_nll, grad_hidden = hidden, grad_weight = weight, grad_bias = bias;
     std::vector<float> state(size_t(2 * rows)), kept(size_t(rows * vocabulary)), value(size_t(rows * 5));
-    const case_fast_linear_cross_entropy call = {rows, vocabulary, rows, dim, CASE_FAST_F32, 64, target.data(), nullptr};
+    const case_fast_linear_cross_entropy call = {rows, vocabulary, rows, dim, CASE_FAST_F32, 64, bf16, target.data(), nullptr};
     int status = 0;
     for (const bool keep : {true, false}) {
         Timing forward, backward;
@@ -79,6 +79,10 @@ void bench(int64_t rows, int64_t vocabulary, int threads, int repetitions) {
 
 int main(int count, char **arguments) {
     const int threads = count > 1 ? std::atoi(arguments[1]) : 2, repetitions = count > 2 ? std::atoi(arguments[2]) : 20;
-    if (count > 3) return bench(std::atoi(arguments[3]), count > 4 ? std::atoi(arguments[4]) : 24000, threads, repetitions), 0;
+    if (count > 3) {
+        bench(std::atoi(arguments[3]), count > 4 ? std::atoi(arguments[4]) : 24000, threads, repetitions,
+              count > 5 ? std::atoi(arguments[5]) : 0);
+        return 0;
+    }
     for (const int64_t rows : {1, 16, 80, 480, 2048}) bench(rows, 24000, threads, rows > 1000 ? repetitions / 4 + 1 : repetitions);
 }

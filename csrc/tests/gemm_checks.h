@@ -11,3 +11,4 @@ struct GemmChecks {
     double (*double_rate)(int64_t rows, int64_t columns, int64_t depth);
 };
 CASE_FAST_DECLARE_KERNELS(GemmChecks, gemm_checks);
+extern const GemmChecks gemm_checks_bf16;  // with products of bfloat16

@@ -65,6 +65,7 @@ static void test_gemm() {
 #if defined(__x86_64__)
     if (case_fast_simd_level() >= CASE_FAST_AVX2) std::printf(", avx2 %d", gemm_checks_avx2.check());
     if (case_fast_simd_level() == CASE_FAST_AVX512) std::printf(", avx512 %d", gemm_checks_avx512.check());
+    if (case_fast_simd_bf16()) std::printf(", bf16 %d", gemm_checks_bf16.check());
 #endif
     std::printf("\n");
 }

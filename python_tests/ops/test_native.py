@@ -42,6 +42,7 @@ def test_the_report_says_what_was_built():
     assert report == {"available": True, "reason": "", **native.report()}
     assert report["version"] == case_fast.__version__ == native.__version__
     assert report["simd"] == native.simd
+    assert not report["bf16"] or report["simd"] == "avx512"
     if report["cuda"]:
         assert report["cuda_architectures"] == [80, 90]
         assert re.fullmatch(r"1[1-9]\.\d+", report["cuda_runtime"])

@@ -32,7 +32,7 @@ def test_defaults_are_the_recipe_of_the_paper():
         ("phase1_steps", -1), ("max_steps", 0), ("valid_limit", 0), ("min_steps", -1), ("seed", -1), ("seed", 1 << 63),
         ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("betas", (0.9, math.nan)), ("betas", 0.9), ("eps", 0.0), ("lr_scale", 0),
         ("lr_scale", math.inf), ("clip_norm", 0.0), ("clip_norm", "1"), ("ablation", "w/o Everything"), ("precision", "fp16"),
-        ("batching", "sorted"), ("workers", -1),        ("deterministic", 1), ("model", {"d_model": 16}),
+        ("matmul_precision", "tf32"), ("batching", "sorted"), ("workers", -1), ("deterministic", 1), ("model", {"d_model": 16}),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(name, value):
