@@ -66,7 +66,7 @@ class RowSource:
 
     With W_key,h and W_value,h of a head and n_j the rows, its score q . (W_key,h n_j) is (W_key,h^T q) . n_j, and its output
     sum_j p_j W_value,h n_j is W_value,h (sum_j p_j n_j). The native kernels of the CPU so make neither keys nor values, and
-    project each row of hidden instead; every other backend makes them first (`projected`).
+    project each row of hidden instead; on a GPU they are made first (`projected`).
 
     Attributes:
         rows: (Tk, d), of hidden's width. Any strides.
@@ -172,7 +172,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     cu_hidden, cu_keys, key_of = indices[0], list(indices[1::2]), list(indices[2::2])
 
     runs = backend.choose(FAMILY, device_type, _beyond(sources, device_type))
-    if not (runs == "native" and device_type == "cpu"):
+    if device_type != "cpu":
         sources = _with_keys(sources)
     compiling = torch.compiler.is_compiling()
     if common.reads(validate, runs, device_type):
@@ -276,16 +276,22 @@ def _each(floats: Sequence[Tensor], sources: int) -> list[Sequence[Tensor]]:
     return [floats[at : at + each] for at in range(0, len(floats), each)]
 
 
+def _are_rows(floats: Sequence[Tensor]) -> bool:
+    """Whether these are a RowSource's."""
+    return len(floats) == len(RowSource.FLOATS)
+
+
 def _heads(floats: Sequence[Tensor]) -> torch.Size:
     """(H, D) of a source."""
-    return floats[1].shape[:2] if len(floats) == len(RowSource.FLOATS) else floats[0].shape[1:]
+    return floats[1].shape[:2] if _are_rows(floats) else floats[0].shape[1:]
 
 
-def _sources(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]) -> list[Source]:
-    """Of sources with keys."""
+def _sources(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]
+             ) -> list[Source] | list[RowSource]:
+    kind = RowSource if _are_rows(floats[: len(floats) // len(cu_keys)]) else Source
     return [
-        Source(key, value, cu, *weights, of)
-        for (key, value, *weights), cu, of in zip(_each(floats, len(cu_keys)), cu_keys, key_of, strict=True)
+        kind(**dict(zip(kind.FLOATS, given, strict=True)), cu_keys=cu, key_of=of)
+        for given, cu, of in zip(_each(floats, len(cu_keys)), cu_keys, key_of, strict=True)
     ]
 
 
@@ -367,7 +373,7 @@ def _saved_size(hidden: Tensor, floats: Sequence[Tensor], sources: int) -> int:
     for of_source in _each(floats, sources):
         heads, dimension = _heads(of_source)
         size += rows * (width + 1 + heads * (2 * dimension + 1))
-        size += 2 * rows * heads * width if len(of_source) == len(RowSource.FLOATS) else 0
+        size += 2 * rows * heads * width if _are_rows(of_source) else 0
     return size
 
 
@@ -426,7 +432,7 @@ def _laid_out(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Seque
     """As the kernels read them."""
     laid = []
     for of_source in _each(floats, len(cu_keys)):
-        if len(of_source) == len(RowSource.FLOATS):
+        if _are_rows(of_source):
             rows, *weights = of_source
             laid.append(common.rows_apart(rows.unsqueeze(1)).squeeze(1))
         else:
@@ -466,7 +472,7 @@ def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], scale
 
 def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | None, *seeds: int) -> tuple:
     """Of struct case_fast_source."""
-    if len(floats) == len(RowSource.FLOATS):
+    if _are_rows(floats):
         rows, *projections, norm_weight, norm_bias, query_weight, output_weight = floats
         key = value = rows.unsqueeze(1)
     else:
@@ -481,7 +487,7 @@ def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | 
 
 def _gradient_members(grads: Sequence[Tensor]) -> tuple:
     """Of struct case_fast_source_gradients."""
-    if len(grads) == len(RowSource.FLOATS):
+    if _are_rows(grads):
         rows, key_weight, value_weight, *weights = grads
         return tuple(common.pointers(rows, None, *weights, key_weight, value_weight))
     return tuple(common.pointers(*grads, None, None))
