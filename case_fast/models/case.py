@@ -243,10 +243,12 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         texts = self.place(words["text"], position, batch.longest)
         texts = self.cognition_encoder(texts, cu, first_only=True, seed=seed_at(batch.seed, "texts"), index=index)
         texts, y_cog = texts.split([len(case.cu_text) - 1, len(cu) - len(case.cu_text)])
-        cognition = eq.take(texts, case.cognition_text)
+        of_vertex = case.cognition_text
         if c.cognition_graph:
             g, seed = case.cognition, seed_at(batch.seed, "cognition graph")
-            cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation, seed=seed)
+            cognition = self.cognition_graph(texts, g.indptr, g.indices, g.relation, seed=seed, index=of_vertex)
+        else:
+            cognition = eq.take(texts, of_vertex)
         concept = self.place(words["concept"], part.position, batch.longest) + self.vertex_type(part.type)
         if c.concept_graph:
             g, seed = part.graph, seed_at(batch.seed, "concept graph")

@@ -226,9 +226,11 @@ class GraphEncoderLayer(Dropping):
         self.ffn = FeedForward(d_model, ffn, "gelu")
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_embedding: Tensor | None,
-                intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
-        """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm."""
+                intensity: Tensor | None = None, seed: AnySeed = 0, index: Tensor | None = None) -> Tensor:
+        """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm. ``index``: as of `GraphEncoder`."""
         q, k, v = heads_of(x, (self.query, self.key, self.value), self.heads)
+        if index is not None:
+            x, q, k, v = (take(part, index) for part in (x, q, k, v))
         relation_query = relation_key = None
         if self.relation is not None and relation_embedding is not None:
             # projected once for the R types, never per edge
@@ -258,11 +260,13 @@ class GraphEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None = None,
-                intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
-        """x (V, d) -> (V, d). ``intensity`` (V,) enters the last layer."""
+                intensity: Tensor | None = None, seed: AnySeed = 0, index: Tensor | None = None) -> Tensor:
+        """x (V, d) -> (V, d). ``intensity`` (V,) enters the last layer. ``index`` (V,): vertex i is x[index[i]] of fewer rows x,
+        whose queries, keys and values are made once."""
         for place, layer in enumerate(self.layers):
             last = place == len(self.layers) - 1
-            x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None, seed_at(seed, place))
+            x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None, seed_at(seed, place),
+                      None if place else index)
         return x
 
 
