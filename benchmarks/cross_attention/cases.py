@@ -13,7 +13,6 @@ from benchmarks.measure import MODES, Case, Truth
 from case_fast import equations
 from case_fast.errors import ConfigError
 from case_fast.ops import Source
-from case_fast.ops.cross_attention import FLOATS
 
 WIDTH, HEADS, SOURCES = 300, 2, 3  # of the paper
 SIZES = ["step1", "step16", "step128", "beams16x5", *(f"keys{n}" for n in (0, 16, 64, 256, 512)),
@@ -69,7 +68,7 @@ class ReplyCase(Case):
 
     def sources_of(self, floats: tuple[Tensor, ...]) -> list[Source]:
         """The sources with these keys, values and weights, end to end."""
-        each = len(FLOATS)
+        each = len(Source.FLOATS)
         parts = [floats[at : at + each] for at in range(0, len(floats), each)]
         return [Source(key, value, s.cu_keys, *weights) for s, (key, value, *weights) in zip(self.sources, parts, strict=True)]
 
@@ -148,7 +147,8 @@ def case_of(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 
 def truth(case: ReplyCase) -> Truth:
     """Output and gradients by equations.py in float64; limits by how far the same in the case's dtype is off."""
-    names = ["out", "grad_hidden", *(f"grad_{name} of source {place}" for place in range(len(case.sources)) for name in FLOATS)]
+    names = [f"grad_{name} of source {place}" for place in range(len(case.sources)) for name in Source.FLOATS]
+    names = ["out", "grad_hidden", *names]
     return Truth.of(names, _results(case, torch.float64), _results(case, case.hidden.dtype))
 
 

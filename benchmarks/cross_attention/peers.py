@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from benchmarks.cross_attention.cases import ReplyCase
 from benchmarks.measure import OURS, Unfit, Work
 from case_fast import equations, ops
-from case_fast.ops.cross_attention import FLOATS
+from case_fast.ops import Source
 
 FAR = -1e30  # of a key that is padding, before the softmax: where all are, values of padding (0) are averaged
 
@@ -76,8 +76,8 @@ def _padded(case: ReplyCase, attention: Callable[..., Tensor], function: Callabl
         for place, grad in enumerate(grads):
             if place == 0:
                 grad = _unpad(grad, case.cu_hidden)
-            elif (place - 1) % len(FLOATS) < 2:
-                grad = _unpad(grad.transpose(1, 2), case.sources[(place - 1) // len(FLOATS)].cu_keys)
+            elif (place - 1) % len(Source.FLOATS) < 2:
+                grad = _unpad(grad.transpose(1, 2), case.sources[(place - 1) // len(Source.FLOATS)].cu_keys)
             found.append(grad)
         return tuple(found)
 
@@ -129,7 +129,7 @@ def projecting(case: ReplyCase) -> Work:
         given = list(floats)
         for place, (rows, weights) in enumerate(zip(memory, case.projections, strict=True)):
             for at, weight in enumerate(weights):
-                given[len(FLOATS) * place + at] = F.linear(rows, weight).unflatten(-1, (heads, -1)).transpose(1, 2)
+                given[len(Source.FLOATS) * place + at] = F.linear(rows, weight).unflatten(-1, (heads, -1)).transpose(1, 2)
         return right(hidden, *given)
 
     work.function = attend
@@ -209,8 +209,8 @@ def _varlen(case: ReplyCase, attention: Callable[..., Tensor], compiled: bool = 
 
     def pack(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         found = list(results[:2])
-        for at in range(2, len(results), len(FLOATS)):
-            key, value, norm_weight, norm_bias, query_weight, output_weight = results[at : at + len(FLOATS)]
+        for at in range(2, len(results), len(Source.FLOATS)):
+            key, value, norm_weight, norm_bias, query_weight, output_weight = results[at : at + len(Source.FLOATS)]
             query_weight = query_weight.unflatten(0, (heads, full))[:, :true].flatten(0, 1)
             output_weight = output_weight.unflatten(1, (heads, full))[..., :true].flatten(1)
             found += [key[..., :true], value[..., :true], norm_weight, norm_bias, query_weight, output_weight]

@@ -275,16 +275,25 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         return {"text": batch.case.distinct_word, "concept": batch.concept.word, "context": batch.context,
                 "context_role": batch.context_role, "reaction": batch.case.reaction}
 
-    def _graph_vectors(self, batch: Batch, words: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """cs_i of the knowledge vertices (K, d) and ec_i of all concept vertices (V_ec, d)."""
+    def _graph_vectors(self, batch: Batch, words: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """cs_i of the knowledge vertices (K, d), ec_i of all concept vertices (V_ec, d), and the replies, where they are among
+        ``words`` and there behind the texts, as the cognition encoder reads them by the same call, (B, d)."""
         c, case, part = self.config, batch.case, batch.concept
-        texts = self.place(words["text"], case.distinct_position, batch.longest)
-        seed = seed_at(batch.seed, "texts")
-        texts = self._text_vectors(texts, case.cu_text, seed, case.text_distinct)
-        cognition = eq.take(texts, case.cognition_text)
+        position, cu, index = case.distinct_position, case.cu_text, case.text_distinct
+        if "response" in words:
+            end = len(words["text"])
+            position = torch.cat([position, case.response_position])
+            index = torch.cat([index, torch.arange(len(case.distinct_word), end, device=index.device)])
+            cu = torch.cat([cu, cu[-1] + case.cu_response[1:]])
+        texts = self.place(words["text"], position, batch.longest)
+        texts = self._text_vectors(texts, cu, seed_at(batch.seed, "texts"), index)
+        texts, y_cog = texts.split([len(case.cu_text) - 1, len(cu) - len(case.cu_text)])
+        of_vertex = case.cognition_text
         if c.cognition_graph:
             g, seed = case.cognition, seed_at(batch.seed, "cognition graph")
-            cognition = self.cognition_graph(cognition, g.indptr, g.indices, g.relation, seed=seed)
+            cognition = self.cognition_graph(texts, g.indptr, g.indices, g.relation, seed=seed, index=of_vertex)
+        else:
+            cognition = eq.take(texts, of_vertex)
         concept = self.place(words["concept"], part.position, batch.longest) + self.vertex_type(part.type)
         if c.concept_graph:
             g, seed = part.graph, seed_at(batch.seed, "concept graph")
@@ -292,7 +301,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             concept = self.concept_graph(concept, g.indptr, g.indices, intensity=inside, seed=seed)
             if c.intensity == "after":
                 concept = eq.superimpose_intensity(concept, part.intensity)
-        return eq.take(cognition, case.knowledge), concept
+        return eq.take(cognition, case.knowledge), concept, y_cog
 
     def _reactions(self, batch: Batch, words: Tensor, context: Tensor) -> Tensor:
         """er_i, (R, d): the averaged reactions of each sub-utterance, seen in the light of the context."""
@@ -308,12 +317,12 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         cu, seed = case.cu_reaction_context, seed_at(batch.seed, "reactions in context")
         return self.reaction_context_encoder(fused, cu, first_only=True, seed=seed)
 
-    def _posteriors(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor) -> tuple[Tensor, Tensor]:
-        """Log of Eq. 5 and 6, from the reply read by the cognition and the context encoder."""
-        cu, seed = batch.case.cu_response, batch.seed
-        reply = self.place(words["response"], batch.case.response_position, batch.longest)
-        y_cog = self._text_vectors(reply, cu, seed_at(seed, "reply as cognition"))
-        y_ctx = self.context_encoder(reply + words["response_role"], cu, first_only=True, seed=seed_at(seed, "reply as context"))
+    def _posteriors(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor, y_cog: Tensor
+                    ) -> tuple[Tensor, Tensor]:
+        """Log of Eq. 5 and 6, from the reply read by the cognition encoder (B, d), and by the context encoder here."""
+        case, seed = batch.case, seed_at(batch.seed, "reply as context")
+        reply = self.place(words["response"], case.response_position, batch.longest) + words["response_role"]
+        y_ctx = self.context_encoder(reply, case.cu_response, first_only=True, seed=seed)
         with no_autocast(knowledge):
             return self._discerned(batch, knowledge, concept, y_cog, y_ctx)
 
@@ -346,7 +355,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
 
     def read(self, batch: Batch) -> CASEReading:
         words = self.look_up(self._context_words(batch.require(self.needs)))
-        return self._read(batch, words, *self._graph_vectors(batch, words))
+        return self._read(batch, words, *self._graph_vectors(batch, words)[:2])
 
     def _read(self, batch: Batch, words: dict[str, Tensor], knowledge: Tensor, concept: Tensor) -> CASEReading:
         context = self.place(words["context"], batch.context_position, batch.longest) + words["context_role"]
@@ -465,14 +474,15 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         """Losses of a batch whose replies and emotions are known."""
         batch.require(self.needs)
         bow_alone = self.phase == "bow"
-        context_words = self._context_words(batch)
-        reply_words = {"response": batch.case.response, "response_role": batch.case.response_role}
+        context_words, case = self._context_words(batch), batch.case
+        reply_words = {"text": torch.cat([case.distinct_word, case.response]), "response": case.response,
+                       "response_role": case.response_role}
         if bow_alone:
-            words = self.look_up({name: context_words[name] for name in ("text", "concept")} | reply_words)
+            words = self.look_up({"concept": context_words["concept"]} | reply_words)
         else:
             words = self.look_up(context_words | reply_words | {"decoder_input": batch.decoder_input})
-        knowledge, concept = self._graph_vectors(batch, words)
-        log_q_cognition, log_q_concept = self._posteriors(batch, words, knowledge, concept)
+        knowledge, concept, y_cog = self._graph_vectors(batch, words)
+        log_q_cognition, log_q_concept = self._posteriors(batch, words, knowledge, concept, y_cog)
         bow = self._bow_loss(batch, knowledge, concept, log_q_cognition, log_q_concept)
         posteriors = {"posterior_cognition": log_q_cognition.exp(), "posterior_concept": log_q_concept.exp()}
         if bow_alone:

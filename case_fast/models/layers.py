@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from case_fast.equations import segment_ids, superimpose_intensity, take
 from case_fast.ops import (
+    RowSource,
     Source,
     cross_attention,
     graph_attention,
@@ -135,9 +136,9 @@ class Attention(Dropping):
         """Queries, keys and values (T, H, D) of rows (T, d), by one product."""
         return heads_of(rows, (self.query, self.key, self.value), self.heads)
 
-    def keys_and_values(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, H, D) each, of rows (T, d), by one product."""
-        return heads_of(rows, (self.key, self.value), self.heads)
+    def of_rows(self) -> tuple[Tensor, Tensor]:
+        """What makes keys and values of rows, by heads: (H, D, d) each."""
+        return self.key.weight.unflatten(0, (self.heads, -1)), self.value.weight.unflatten(0, (self.heads, -1))
 
     def forward(self, rows: Tensor, cu: Tensor, causal: bool = False, seed: AnySeed = 0) -> Tensor:
         """rows (T, d) attend to the rows of their own sequence; returns (T, d). ``seed``: of dropout."""
@@ -150,7 +151,7 @@ class Attention(Dropping):
 
         q . (W_k n) = (W_k^T q) . n and sum_j p_j (W_v n_j) = W_v (sum_j p_j n_j): keys and values are not made.
         """
-        key, value = (part.weight.unflatten(0, (self.heads, -1)) for part in (self.key, self.value))  # (H, D, d)
+        key, value = self.of_rows()
         query = product(self.split(self.query(first)), key.transpose(1, 2))
         dropout_p, own_seed = self.drop(seed)
         pooled = pooled_attention(query, rows, cu, key.shape[1] ** -0.5, dropout_p=dropout_p, seed=own_seed)
@@ -225,9 +226,11 @@ class GraphEncoderLayer(Dropping):
         self.ffn = FeedForward(d_model, ffn, "gelu")
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None, relation_embedding: Tensor | None,
-                intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
-        """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm."""
+                intensity: Tensor | None = None, seed: AnySeed = 0, index: Tensor | None = None) -> Tensor:
+        """x (V, d) -> (V, d). ``intensity`` (V,) scales the input of the closing layer norm. ``index``: as of `GraphEncoder`."""
         q, k, v = heads_of(x, (self.query, self.key, self.value), self.heads)
+        if index is not None:
+            x, q, k, v = (take(part, index) for part in (x, q, k, v))
         relation_query = relation_key = None
         if self.relation is not None and relation_embedding is not None:
             # projected once for the R types, never per edge
@@ -257,11 +260,13 @@ class GraphEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, indptr: Tensor, indices: Tensor, relation: Tensor | None = None,
-                intensity: Tensor | None = None, seed: AnySeed = 0) -> Tensor:
-        """x (V, d) -> (V, d). ``intensity`` (V,) enters the last layer."""
+                intensity: Tensor | None = None, seed: AnySeed = 0, index: Tensor | None = None) -> Tensor:
+        """x (V, d) -> (V, d). ``intensity`` (V,) enters the last layer. ``index`` (V,): vertex i is x[index[i]] of fewer rows x,
+        whose queries, keys and values are made once."""
         for place, layer in enumerate(self.layers):
             last = place == len(self.layers) - 1
-            x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None, seed_at(seed, place))
+            x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None, seed_at(seed, place),
+                      None if place else index)
         return x
 
 
@@ -424,11 +429,11 @@ class DecoderLayer(Dropping):
         x, normed = normalized(x, self.ffn_norm)
         return self.added(x, self.ffn(normed), next_norm, seed_at(seed, "feed-forward"))
 
-    def sources(self, memories: Sequence[Memory]) -> list[Source]:
-        """Keys and values of the memories, and the weights that attend to them."""
+    def sources(self, memories: Sequence[Memory]) -> list[RowSource]:
+        """The memories' rows, and the weights that make keys and values of them and attend to these."""
         return [
-            Source(*attention.keys_and_values(memory.rows), memory.cu, norm.weight, norm.bias, attention.query.weight,
-                   attention.output.weight)
+            RowSource(memory.rows, *attention.of_rows(), memory.cu, norm.weight, norm.bias, attention.query.weight,
+                      attention.output.weight)
             for norm, attention, memory in zip(self.cross_norm, self.cross_attention, memories, strict=True)
         ]
 
@@ -467,12 +472,16 @@ class Decoder(nn.Module):
     def start(self, memories: Sequence[Memory], beams: int, words: int, start: Tensor | None = None,
               added: Tensor | None = None, fixed: bool = False) -> DecoderState:
         """``start``, ``added`` (B, d): of the `Reading`; ``words``, ``fixed``: see `DecoderState`."""
-        return DecoderState([layer.sources(memories) for layer in self.layers], beams, words, start, added, fixed)
+        return DecoderState(self._keys_and_values(memories), beams, words, start, added, fixed)
 
     @torch.no_grad()
     def restart(self, state: DecoderState, memories: Sequence[Memory], start: Tensor | None, added: Tensor | None) -> bool:
         """Start anew in the memory of a fixed state; False where it has no room for these."""
-        return state.load([layer.sources(memories) for layer in self.layers], start, added)
+        return state.load(self._keys_and_values(memories), start, added)
+
+    def _keys_and_values(self, memories: Sequence[Memory]) -> list[list[Source]]:
+        """Of each layer, made once for all words."""
+        return [[source.projected() for source in layer.sources(memories)] for layer in self.layers]
 
     @torch.no_grad()
     def step(self, x: Tensor, state: DecoderState) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from case_fast.ops.backend import backend_name, native_report
 from case_fast.ops.bilinear_mim import bilinear_mim, mim_sides
-from case_fast.ops.cross_attention import PreparedSources, Source, cross_attention, prepare_sources
+from case_fast.ops.cross_attention import PreparedSources, RowSource, Source, cross_attention, prepare_sources
 from case_fast.ops.graph_attention import graph_attention
 from case_fast.ops.linear import linear
 from case_fast.ops.linear_cross_entropy import linear_cross_entropy, top_words
@@ -15,6 +15,7 @@ from case_fast.ops.segment_sum import segment_log_softmax, segment_mean, segment
 
 __all__ = [
     "PreparedSources",
+    "RowSource",
     "Source",
     "backend_name",
     "bilinear_mim",

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from case_fast.ops import backend, common, reference
-from case_fast.ops.packed_attention import attend, attend_backward
+from case_fast.ops import cross_attention_composed as composed
+from case_fast.ops.linear import linear
 
 FAMILY = "cross_attention"
 MAX_WIDTH = 4096  # what the GPU kernels of decoding take; beyond, torch's products stand around the attention
@@ -26,7 +26,7 @@ MAX_WIDTH = 4096  # what the GPU kernels of decoding take; beyond, torch's produ
 # its row alone. 66 rows fill the 132 multiprocessors of an H100 once; as many more take as long again and read 24 MB more a
 # source, where torch's products read the weights once, by five launches a source in place of two.
 FEW_ROWS = 64
-FLOATS = ("key", "value", "norm_weight", "norm_bias", "query_weight", "output_weight")  # of a source, in order
+_WEIGHTS = ("norm_weight", "norm_bias", "query_weight", "output_weight")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,77 @@ class Source:
     output_weight: Tensor
     key_of: Tensor | None = None
 
+    FLOATS: ClassVar = ("key", "value", *_WEIGHTS)
+    TELLS: ClassVar = ("key", "(Tk, H, D)")  # what says heads and dimension
+
     def floats(self) -> tuple[Tensor, ...]:
         return self.key, self.value, self.norm_weight, self.norm_bias, self.query_weight, self.output_weight
 
+    def shapes(self, width: int) -> tuple[Sequence[int], ...]:
+        return self.key.shape, self.key.shape, *_weight_shapes(self.key.shape[1:], width)
 
-def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source] | PreparedSources, eps: float = 1e-5,
-                    dropout_p: float = 0.0, output_dropout_p: float = 0.0, seed: int | Tensor = 0,
+
+@dataclass(frozen=True)
+class RowSource:
+    """A source by the rows that keys and values are projections of: for rows of hidden fewer than its own, as in training.
+
+    With W_key,h and W_value,h of a head and n_j the rows, its score q . (W_key,h n_j) is (W_key,h^T q) . n_j, and its output
+    sum_j p_j W_value,h n_j is W_value,h (sum_j p_j n_j). The native kernels of the CPU so make neither keys nor values, and
+    project each row of hidden instead; on a GPU they are made first (`projected`).
+
+    Attributes:
+        rows: (Tk, d), of hidden's width. Any strides.
+        key_weight, value_weight: (H, D, d).
+        Others: as of `Source`.
+    """
+
+    rows: Tensor
+    key_weight: Tensor
+    value_weight: Tensor
+    cu_keys: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    query_weight: Tensor
+    output_weight: Tensor
+    key_of: Tensor | None = None
+
+    FLOATS: ClassVar = ("rows", "key_weight", "value_weight", *_WEIGHTS)
+    TELLS: ClassVar = ("key_weight", "(H, D, d)")
+
+    def floats(self) -> tuple[Tensor, ...]:
+        return tuple([getattr(self, name) for name in self.FLOATS])
+
+    def shapes(self, width: int) -> tuple[Sequence[int], ...]:
+        heads = self.key_weight.shape[:2]
+        return (*self.rows.shape[:1], width), (*heads, width), (*heads, width), *_weight_shapes(heads, width)
+
+    @property
+    def key(self) -> Tensor:
+        """(Tk, H, D), as the equation has it."""
+        return _projected(self.rows, self.key_weight)
+
+    @property
+    def value(self) -> Tensor:
+        return _projected(self.rows, self.value_weight)
+
+    def projected(self) -> Source:
+        """The same by keys and values, made by one product."""
+        weights = [self.key_weight.flatten(0, 1), self.value_weight.flatten(0, 1)]
+        key, value = (y.unflatten(-1, self.key_weight.shape[:2]) for y in linear(self.rows, weights, split=True))
+        return Source(key, value, self.cu_keys, *[getattr(self, name) for name in _WEIGHTS], self.key_of)
+
+
+def _weight_shapes(heads: Sequence[int], width: int) -> tuple[Sequence[int], ...]:
+    inner = math.prod(heads)
+    return (width,), (width,), (inner, width), (width, inner)
+
+
+def _projected(rows: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(rows, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+
+
+def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source] | Sequence[RowSource] | PreparedSources,
+                    eps: float = 1e-5, dropout_p: float = 0.0, output_dropout_p: float = 0.0, seed: int | Tensor = 0,
                     validate: bool | None = None) -> Tensor:
     """In order, for every source: hidden <- hidden + attention( layer_norm(hidden) W_query^T, key, value ) W_output^T.
 
@@ -68,7 +133,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     Args:
         hidden: (T, d), float32 or float64; half precision is computed in float32 on CPU.
         cu_hidden: (B + 1,) int32 or int64, from 0 to T: where each sequence starts.
-        sources: all of hidden's dtype and device, with any number of keys; or what `prepare_sources` made of them.
+        sources: all of one kind, of hidden's dtype and device, with any number of keys; or what `prepare_sources` made of them.
         eps: of the layer norms.
         dropout_p, output_dropout_p, seed: probabilities in [0, 1) that an attention weight, and that an element of what a
             source adds, is dropped; the others are divided by 1 - p. By counter, the same on every backend
@@ -97,7 +162,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     compute, differs = common.compute_dtype(hidden)
     if differs:
         (hidden,) = common.cast(compute, hidden)
-        sources = [Source(*_in_order(common.cast(compute, *s.floats()), s.cu_keys), s.key_of) for s in sources]
+        sources = [replace(s, **dict(zip(s.FLOATS, common.cast(compute, *s.floats()), strict=True))) for s in sources]
     _check(hidden, cu_hidden, sources)
     common.check_finite("eps", eps)
     common.check_dropout("dropout_p", dropout_p)
@@ -107,9 +172,11 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     cu_hidden, cu_keys, key_of = indices[0], list(indices[1::2]), list(indices[2::2])
 
     runs = backend.choose(FAMILY, device_type, _beyond(sources, device_type))
+    if device_type != "cpu":
+        sources = _with_keys(sources)
     compiling = torch.compiler.is_compiling()
     if common.reads(validate, runs, device_type):
-        _check_contents(hidden, cu_hidden, [s.key for s in sources], cu_keys, key_of)
+        _check_contents(hidden, cu_hidden, [s.floats()[0] for s in sources], cu_keys, key_of)
     floats, numbers = [x for s in sources for x in s.floats()], (eps, dropout_p, output_dropout_p, number, seed_at)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
@@ -133,14 +200,14 @@ class PreparedSources:
         sources: the sources as the kernels read them.
     """
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[Source] | Sequence[RowSource]):
         first = sources[0] if sources else None
-        width = first.norm_weight.numel() if isinstance(first, Source) else 0
-        _check_sources(sources, width, "sources[0]", getattr(first, "key", None))
-        common.check_dtype("sources[0].key", first.key)
+        width, like = (first.norm_weight.numel(), first.floats()[0]) if isinstance(first, Source | RowSource) else (0, None)
+        _check_sources(sources, width, "sources[0]", like)
+        common.check_dtype(f"sources[0].{first.FLOATS[0]}", like)
         for place, source in enumerate(sources):
             _check_lists(f"sources[{place}]", source, _sequences(first))
-        lists = common.like_indices(*[x for s in sources for x in (s.cu_keys, s.key_of)])
+        sources, lists = _with_keys(sources), common.like_indices(*[x for s in sources for x in (s.cu_keys, s.key_of)])
         with torch.enable_grad():  # a copy keeps the way back to what it is of, for calls that are differentiated
             floats, cu_keys, key_of = _laid_out([x for s in sources for x in s.floats()], lists[::2], lists[1::2])
         self.sources = tuple(_sources(floats, cu_keys, key_of))
@@ -178,7 +245,7 @@ class PreparedSources:
         return None if bad else out
 
 
-def prepare_sources(sources: Sequence[Source]) -> PreparedSources:
+def prepare_sources(sources: Sequence[Source] | Sequence[RowSource]) -> PreparedSources:
     """What `cross_attention` takes in place of sources that many calls share: prepare them once a reply, use them for each word.
 
     Tensors that lie as the kernels read them (rows of key and value dense, the others contiguous, all lists of one width) are not
@@ -187,7 +254,8 @@ def prepare_sources(sources: Sequence[Source]) -> PreparedSources:
     ``set_``, a storage that was freed), and never reads what else lies there now.
 
     Args:
-        sources: of one dtype, device and width d, for one number of sequences of hidden.
+        sources: of one kind, dtype, device and width d, for one number of sequences of hidden. Keys and values of a `RowSource`
+            are made now.
 
     Raises:
         TypeError, ValueError: as `cross_attention`, of the sources. Contents of cu_keys and key_of are checked by each call.
@@ -198,43 +266,59 @@ def prepare_sources(sources: Sequence[Source]) -> PreparedSources:
 # ------------------------------------------------------------------------------------------------------------------- checks
 
 
-def _in_order(floats: Sequence[Tensor], cu_keys: Tensor) -> tuple[Tensor, ...]:
-    """The fields of a Source up to key_of."""
-    return (*floats[:2], cu_keys, *floats[2:])
+def _with_keys(sources: Sequence[Source] | Sequence[RowSource]) -> Sequence[Source]:
+    return [s.projected() for s in sources] if isinstance(sources[0], RowSource) else sources
 
 
-def _sources(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]) -> list[Source]:
-    each = len(FLOATS)
+def _each(floats: Sequence[Tensor], sources: int) -> list[Sequence[Tensor]]:
+    """The floats of each source, which tell its kind by their number."""
+    each = len(floats) // sources
+    return [floats[at : at + each] for at in range(0, len(floats), each)]
+
+
+def _are_rows(floats: Sequence[Tensor]) -> bool:
+    """Whether these are a RowSource's."""
+    return len(floats) == len(RowSource.FLOATS)
+
+
+def _heads(floats: Sequence[Tensor]) -> torch.Size:
+    """(H, D) of a source."""
+    return floats[1].shape[:2] if _are_rows(floats) else floats[0].shape[1:]
+
+
+def _sources(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]
+             ) -> list[Source] | list[RowSource]:
+    kind = RowSource if _are_rows(floats[: len(floats) // len(cu_keys)]) else Source
     return [
-        Source(*_in_order(floats[place * each : place * each + each], cu), of)
-        for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True))
+        kind(**dict(zip(kind.FLOATS, given, strict=True)), cu_keys=cu, key_of=of)
+        for given, cu, of in zip(_each(floats, len(cu_keys)), cu_keys, key_of, strict=True)
     ]
 
 
-def _beyond(sources: Sequence[Source], device_type: str) -> str:
+def _beyond(sources: Sequence[Source] | Sequence[RowSource], device_type: str) -> str:
     """What about these sources the kernels do not take."""
-    if len({s.key.shape[1:] for s in sources}) > 1:
-        return "sources of different heads or dimensions"
-    return common.beyond_gpu(sources[0].key.shape[2], device_type)
+    heads = {_heads(s.floats()) for s in sources}
+    return "sources of different heads or dimensions" if len(heads) > 1 else common.beyond_gpu(heads.pop()[1], device_type)
 
 
-def _sequences(source: Source) -> int:
+def _sequences(source: Source | RowSource) -> int:
     """Of hidden, that it is for."""
     return source.cu_keys.shape[0] - 1 if source.key_of is None else source.key_of.shape[0]
 
 
-def _check_lists(name: str, source: Source, sequences: int) -> None:
+def _check_lists(name: str, source: Source | RowSource, sequences: int) -> None:
     """As `common.check_sequences`, where no cu_hidden is known yet."""
-    common.check_index(f"{name}.cu_keys", source.cu_keys, source.key.device, "key")
+    device, first = source.norm_weight.device, source.FLOATS[0]
+    common.check_index(f"{name}.cu_keys", source.cu_keys, device, first)
     if source.key_of is not None:
-        common.check_index(f"{name}.key_of", source.key_of, source.key.device, "key")
+        common.check_index(f"{name}.key_of", source.key_of, device, first)
     if source.cu_keys.shape[0] == 0:
         raise ValueError(f"{name}.cu_keys must hold one number more than there are sequences, so at least one")
     if _sequences(source) != sequences:
         raise ValueError(f"{name} must be for {sequences} sequences of hidden as sources[0], not for {_sequences(source)}")
 
 
-def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None:
+def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source] | Sequence[RowSource]) -> None:
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     common.check_dtype("hidden", hidden)
     if hidden.dim() != 2 or hidden.shape[1] == 0:
@@ -246,23 +330,23 @@ def _check(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]) -> None
                                hidden.device)
 
 
-def _check_sources(sources: Sequence[Source], width: int, like: str, of: Tensor) -> None:
+def _check_sources(sources: Sequence[Source] | Sequence[RowSource], width: int, like: str, of: Tensor) -> None:
     """Their float tensors, which have the dtype and device of ``of``."""
     if not sources:
         raise ValueError("sources must hold at least one source")
+    kind = type(sources[0]) if isinstance(sources[0], RowSource) else Source
     for place, source in enumerate(sources):
-        if not isinstance(source, Source):
-            raise TypeError(f"sources[{place}] must be a case_fast.ops.Source, not {type(source).__name__}")
-        name = f"sources[{place}]"
-        key = source.key
-        if key.dim() != 3 or key.shape[1] == 0 or key.shape[2] == 0:
-            raise ValueError(f"{name}.key must be (Tk, H, D) with H and D above 0, not {tuple(key.shape)}")
-        inner = key.shape[1] * key.shape[2]
-        shapes = (key.shape, key.shape, (width,), (width,), (inner, width), (width, inner))
-        for part, x, shape in zip(FLOATS, source.floats(), shapes, strict=True):
-            said = like if part == "key" else f"{like} and key"
+        if not isinstance(source, kind):
+            said = "Source or RowSource" if place == 0 else f"{kind.__name__} as sources[0]"
+            raise TypeError(f"sources[{place}] must be a case_fast.ops.{said}, not {type(source).__name__}")
+        name, (naming, wanted) = f"sources[{place}]", kind.TELLS
+        told = getattr(source, naming)
+        if told.dim() != 3 or 0 in _heads(source.floats()):
+            raise ValueError(f"{name}.{naming} must be {wanted} with H and D above 0, not {tuple(told.shape)}")
+        for part, x, shape in zip(kind.FLOATS, source.floats(), source.shapes(width), strict=True):
+            said = like if part in (kind.FLOATS[0], naming) else f"{like} and {naming}"
             common.check_like(f"{name}.{part}", x, of.dtype, of.device, said)
-            if x.shape != shape:
+            if x.shape != tuple(shape):
                 raise ValueError(f"{name}.{part} must be {tuple(shape)} as {said} asks for, not {tuple(x.shape)}")
 
 
@@ -279,43 +363,23 @@ def _check_contents(hidden: Tensor, cu_hidden: Tensor, keys: Sequence[Tensor], c
 # ------------------------------------------------------------------------------------------------------------ registered ops
 
 
-def _saved_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
+def _saved_size(hidden: Tensor, floats: Sequence[Tensor], sources: int) -> int:
     """Elements of saved. On CPU, for each source the normalised rows (T, d), 1 / deviation (T), query and attended (T, H, D),
-    log of the softmax' divisor (T, H); elsewhere as `_kept` reads it."""
+    log of the softmax' divisor (T, H); of sources over rows also query by W_key and the weighted rows (T, H, d); elsewhere as
+    `composed.views` reads it."""
     if not hidden.is_cpu:
-        return _kept_size(hidden, floats)
-    rows, width = hidden.shape
-    return sum(rows * (width + 1 + key.shape[1] * (2 * key.shape[2] + 1)) for key in floats[:: len(FLOATS)])
+        return composed.kept_size(hidden, floats)
+    size, (rows, width) = 0, hidden.shape
+    for of_source in _each(floats, sources):
+        heads, dimension = _heads(of_source)
+        size += rows * (width + 1 + heads * (2 * dimension + 1))
+        size += 2 * rows * heads * width if _are_rows(of_source) else 0
+    return size
 
 
-def _kept_size(hidden: Tensor, floats: Sequence[Tensor]) -> int:
-    """Elements that `_kept` reads."""
-    total, (rows, width), dtype = 0, hidden.shape, hidden.dtype
-    for key in floats[:: len(FLOATS)]:
-        heads, dimension = key.shape[1:]
-        total += sum(_whole(n, dtype) for n in _row_parts(rows, width, heads * dimension)) + rows * heads * _log_size(dtype)
-    return total
-
-
-def _row_parts(rows: int, width: int, inner: int) -> tuple[int, int, int]:
-    """Elements of what is kept of a source's rows: hidden, query, attended."""
-    return rows * width, rows * inner, rows * inner
-
-
-def _whole(elements: int, dtype: torch.dtype) -> int:
-    """So many that what follows starts at whole 16 bytes, at which a GPU's matrix products are at their best."""
-    each = 16 // dtype.itemsize
-    return (elements + each - 1) // each * each
-
-
-def _log_size(dtype: torch.dtype) -> int:
-    """Elements of one lse, which is in float32 for half precision."""
-    return 2 if dtype in common.HALF else 1
-
-
-def _outputs(hidden: Tensor, floats: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+def _outputs(hidden: Tensor, floats: Sequence[Tensor], sources: int, keep: bool) -> tuple[Tensor, Tensor]:
     """Uninitialised out and saved."""
-    size = _saved_size(hidden, floats) if keep else 0
+    size = _saved_size(hidden, floats, sources) if keep else 0
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     return out, torch.empty(size, dtype=hidden.dtype, device=hidden.device)
 
@@ -328,16 +392,16 @@ def _gradients(hidden: Tensor, floats: Sequence[Tensor]) -> list[Tensor]:
 def _forward(runs: str, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
              key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int,
              seed_at: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
-    out, saved = _outputs(hidden, floats, keep)
+    out, saved = _outputs(hidden, floats, len(cu_keys), keep)
     if runs == "reference":  # torch.compile cannot look into it: what it does depends on the offsets
-        _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of)
+        _check_contents(hidden, cu_hidden, [of[0] for of in _each(floats, len(cu_keys))], cu_keys, key_of)
         sources, seed = _sources(floats, cu_keys, key_of), reference.seed_of(seed, seed_at)
         return reference.cross_attention(hidden, cu_hidden, sources, eps, dropout_p, output_dropout_p, seed), saved.zero_()
     hidden, cu_hidden = hidden.contiguous(), cu_hidden.contiguous()
     floats, cu_keys, key_of = _laid_out(floats, cu_keys, key_of)
     numbers = (eps, dropout_p, output_dropout_p, seed, seed_at)
     if not hidden.is_cpu and (keep or hidden.shape[0] > FEW_ROWS or hidden.shape[1] > MAX_WIDTH):
-        return _forward_composed(hidden, cu_hidden, floats, cu_keys, key_of, *numbers, out, saved if keep else None), saved
+        return composed.forward(hidden, cu_hidden, floats, cu_keys, key_of, *numbers, out, saved if keep else None), saved
     _run("forward", hidden, cu_hidden, floats, cu_keys, key_of, numbers, (hidden, out, saved if keep else None), ())
     return out, saved
 
@@ -356,127 +420,26 @@ def _backward(runs: str, grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, fl
     floats, cu_keys, key_of = _laid_out(floats, cu_keys, key_of)
     found, numbers = _gradients(hidden, floats), (eps, dropout_p, output_dropout_p, seed, seed_at)
     if not hidden.is_cpu:
-        _backward_composed(grad_out, hidden, cu_hidden, floats, cu_keys, key_of, saved, *numbers, found)
+        composed.backward(grad_out, hidden, cu_hidden, floats, cu_keys, key_of, saved, *numbers, found)
         return found
-    each = len(FLOATS)
-    gradients = [tuple(x.data_ptr() for x in found[at : at + each]) for at in range(1, len(found), each)]
+    gradients = [_gradient_members(of) for of in _each(found[1:], len(cu_keys))]
     _run("backward", hidden, cu_hidden, floats, cu_keys, key_of, numbers, (saved, grad_out, found[0]), (gradients,))
     return found
-
-
-class _Kept(NamedTuple):
-    """What backward needs of one source, where torch's products stand around the attention."""
-
-    hidden: Tensor  # (T, d), before the layer norm
-    query: Tensor  # (T, H, D)
-    attended: Tensor  # (T, H, D)
-    lse: Tensor  # (T, H), float32 (float64 for float64)
-
-
-def _kept(saved: Tensor, rows: int, width: int, heads: int, dimension: int, sources: int) -> list[_Kept]:
-    """Views of saved: rows of all kinds, source by source, each from whole 16 bytes on; then lse of all sources."""
-    sizes = _row_parts(rows, width, heads * dimension) * sources
-    *parts, logs = saved.split([*(_whole(n, saved.dtype) for n in sizes), sources * rows * heads * _log_size(saved.dtype)])
-    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
-    logs = (logs.view(torch.float32) if saved.dtype in common.HALF else logs).view(sources, rows, heads)
-    inner = (rows, heads, dimension)
-    return [
-        _Kept(hidden.view(rows, width), query.view(inner), attended.view(inner), lse)
-        for hidden, query, attended, lse in zip(parts[::3], parts[1::3], parts[2::3], logs, strict=True)
-    ]
-
-
-def _plain(device_type: str) -> ExitStack:
-    """Inside it torch's products are neither cast nor recorded."""
-    stack = ExitStack()
-    stack.enter_context(torch.no_grad())
-    if torch.is_autocast_enabled(device_type):
-        stack.enter_context(torch.autocast(device_type, enabled=False))
-    return stack
-
-
-def _forward_composed(hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
-                      key_of: list[Tensor | None], eps: float, dropout_p: float, output_dropout_p: float, seed: int,
-                      seed_at: Tensor | None, out: Tensor, saved: Tensor | None) -> Tensor:
-    """Many rows on a GPU: torch's layer norm and products around our attention. The last source writes out."""
-    rows, width = hidden.shape
-    heads, dimension = floats[0].shape[1:]
-    count, inner = len(cu_keys), heads * dimension
-    if saved is None:
-        saved = hidden.new_empty(_kept_size(hidden, floats[: len(FLOATS)]))
-        kept = _kept(saved, rows, width, heads, dimension, 1) * count  # one place for all
-    else:
-        kept = _kept(saved, rows, width, heads, dimension, count)
-    with _plain(hidden.device.type):
-        kept[0].hidden.copy_(hidden)
-        for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
-            key, value, norm_weight, norm_bias, query_weight, output_weight = floats[place * len(FLOATS) :][: len(FLOATS)]
-            state, query, attended, lse = kept[place]
-            normed = F.layer_norm(state, (width,), norm_weight, norm_bias, eps)
-            torch.mm(normed, query_weight.t(), out=query.view(rows, inner))
-            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0), seed_at)
-            attend(query, key, value, (cu_hidden, cu, of, None), numbers, attended, lse)
-            added = torch.mm(attended.view(rows, inner), output_weight.t())
-            following = kept[place + 1].hidden if place + 1 < count else out
-            _drop(added, state, following, output_dropout_p, reference.source_seed(seed, place, 1), seed_at)
-    return out
-
-
-def _backward_composed(grad_out: Tensor, hidden: Tensor, cu_hidden: Tensor, floats: list[Tensor], cu_keys: list[Tensor],
-                       key_of: list[Tensor | None], saved: Tensor, eps: float, dropout_p: float, output_dropout_p: float,
-                       seed: int, seed_at: Tensor | None, found: list[Tensor]) -> None:
-    """Of `_forward_composed`, into found: the gradients of hidden and of floats."""
-    rows, width = hidden.shape
-    heads, dimension = floats[0].shape[1:]
-    kept, each = _kept(saved, rows, width, heads, dimension, len(cu_keys)), len(FLOATS)
-    grad = found[0].copy_(grad_out)
-    added, grad_query = torch.empty_like(grad), torch.empty_like(kept[0].query)
-    flat = (rows, heads * dimension)
-    with _plain(hidden.device.type):
-        for place in reversed(range(len(cu_keys))):
-            key, value, norm_weight, norm_bias, query_weight, output_weight = floats[place * each :][:each]
-            grads = found[1 + place * each :][:each]
-            state, query, attended, lse = kept[place]
-            if output_dropout_p > 0:
-                _drop(grad, None, added, output_dropout_p, reference.source_seed(seed, place, 1), seed_at)
-            grad_added = added if output_dropout_p > 0 else grad
-            torch.mm(grad_added.t(), attended.view(flat), out=grads[5])
-            grad_attended = torch.mm(grad_added, output_weight)
-            numbers = (False, dimension**-0.5, dropout_p, reference.source_seed(seed, place, 0), seed_at)
-            offsets = (cu_hidden, cu_keys[place], key_of[place], None)
-            attend_backward(grad_attended, query, key, value, offsets, attended, lse, numbers, (grad_query, *grads[:2]))
-            normed, mean, inverse = torch.native_layer_norm(state, (width,), norm_weight, norm_bias, eps)
-            torch.mm(grad_query.view(flat).t(), normed, out=grads[4])
-            grad_normed = torch.mm(grad_query.view(flat), query_weight)
-            through, *norms = torch.ops.aten.native_layer_norm_backward(grad_normed, state, (width,), mean, inverse, norm_weight,
-                                                                        norm_bias, [True] * 3)
-            grad += through
-            for to, norm in zip(grads[2:4], norms, strict=True):
-                to.copy_(norm)
-
-
-def _drop(x: Tensor, base: Tensor | None, to: Tensor, dropout_p: float, seed: int, seed_at: Tensor | None) -> None:
-    """to = base + dropout(x), as the equation drops what a source adds."""
-    if dropout_p == 0:
-        torch.add(x, 0 if base is None else base, out=to)
-    elif x.is_cpu:
-        keep = reference.dropout_keep(x.numel(), 1, dropout_p, reference.seed_of(seed, seed_at)).view(x.shape)
-        torch.add(x * keep / (1 - dropout_p), 0 if base is None else base, out=to)
-    else:
-        with torch.cuda.device(x.device):
-            status = backend.native.cross_attention_drop_cuda(
-                x.numel(), common.DTYPES[x.dtype], dropout_p, seed, *common.pointers(seed_at, x, base, to),
-                torch.cuda.current_stream().cuda_stream,
-            )
-        if status:
-            common.refuse(FAMILY, status)
 
 
 def _laid_out(floats: Sequence[Tensor], cu_keys: Sequence[Tensor], key_of: Sequence[Tensor | None]
               ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """As the kernels read them."""
-    floats = [common.rows_apart(x) if place % len(FLOATS) < 2 else x.contiguous() for place, x in enumerate(floats)]
-    return floats, [x.contiguous() for x in cu_keys], common.contiguous(*key_of)
+    laid = []
+    for of_source in _each(floats, len(cu_keys)):
+        if _are_rows(of_source):
+            rows, *weights = of_source
+            laid.append(common.rows_apart(rows.unsqueeze(1)).squeeze(1))
+        else:
+            key, value, *weights = of_source
+            laid += [common.rows_apart(key), common.rows_apart(value)]
+        laid += [x.contiguous() for x in weights]
+    return laid, [x.contiguous() for x in cu_keys], common.contiguous(*key_of)
 
 
 def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Tensor], cu_keys: Sequence[Tensor],
@@ -484,18 +447,18 @@ def _run(direction: str, hidden: Tensor, cu_hidden: Tensor, floats: Sequence[Ten
     """Runs the native kernel on what is laid out. others, more: what its arguments are beside the sources; without the last of
     others on CUDA, where forward keeps nothing for backward."""
     *scales, seed, seed_at = numbers
-    each, sources = len(FLOATS), []
-    for place, (cu, of) in enumerate(zip(cu_keys, key_of, strict=True)):
+    given, sources = _each(floats, len(cu_keys)), []
+    for place, (of_source, cu, of) in enumerate(zip(given, cu_keys, key_of, strict=True)):
         seeds = reference.source_seed(seed, place, 0), reference.source_seed(seed, place, 1)
-        sources.append(_source_members(floats[place * each : place * each + each], cu, of, *seeds))
-    call = _call_members(hidden, cu_hidden, floats[0].shape[1:], scales, len(sources), seed_at)
+        sources.append(_source_members(of_source, cu, of, *seeds))
+    call = _call_members(hidden, cu_hidden, _heads(given[0]), scales, len(sources), seed_at)
     pointers = common.pointers(*(others if hidden.is_cpu else others[:-1]))
     status = common.run_native(f"{FAMILY}_{direction}", hidden, call, (sources, *pointers, *more))
     if status:
         place, status = divmod(status, 16)  # of source i, with 16 i on top
         names = {7: "cu_hidden", 8: f"sources[{place}].cu_keys", 9: f"sources[{place}].key_of"}
         common.refuse_contents(FAMILY, status, names,
-                               lambda: _check_contents(hidden, cu_hidden, floats[:: len(FLOATS)], cu_keys, key_of))
+                               lambda: _check_contents(hidden, cu_hidden, [of[0] for of in given], cu_keys, key_of))
 
 
 def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], scales: Sequence[float], sources: int,
@@ -509,20 +472,34 @@ def _call_members(hidden: Tensor, cu_hidden: Tensor, heads: Sequence[int], scale
 
 def _source_members(floats: Sequence[Tensor], cu_keys: Tensor, key_of: Tensor | None, *seeds: int) -> tuple:
     """Of struct case_fast_source."""
-    key, value, *weights = floats
+    if _are_rows(floats):
+        rows, *projections, norm_weight, norm_bias, query_weight, output_weight = floats
+        key = value = rows.unsqueeze(1)
+    else:
+        key, value, norm_weight, norm_bias, query_weight, output_weight = floats
+        projections = (None, None)
+    weights = (norm_weight, norm_bias, query_weight, output_weight)
     return (
         cu_keys.shape[0] - 1, key.shape[0], common.row_stride(key), common.row_stride(value), cu_keys.data_ptr(),
-        common.pointer_of(key_of, cu_keys), 0, key.data_ptr(), value.data_ptr(), *[x.data_ptr() for x in weights], *seeds,
+        common.pointer_of(key_of, cu_keys), 0, *common.pointers(key, value, *weights), *seeds, *common.pointers(*projections),
     )
 
 
-# floats: for each source key, value, norm_weight, norm_bias, query_weight, output_weight, end to end.
+def _gradient_members(grads: Sequence[Tensor]) -> tuple:
+    """Of struct case_fast_source_gradients."""
+    if _are_rows(grads):
+        rows, key_weight, value_weight, *weights = grads
+        return tuple(common.pointers(rows, None, *weights, key_weight, value_weight))
+    return tuple(common.pointers(*grads, None, None))
+
+
+# floats: for each source, all of one kind, those that its FLOATS name, end to end.
 _INPUTS = "Tensor hidden, Tensor cu_hidden, Tensor[] floats, Tensor[] cu_keys, Tensor?[] key_of"
 # SymInt: a new seed does not compile again
 _NUMBERS = "float eps, float dropout_p, float output_dropout_p, SymInt seed, Tensor? seed_at"
 # out, and what backward needs of it, as the kernel lays it out; empty unless it is to be kept.
 _forward_op = common.register(f"{FAMILY}_forward(str backend, {_INPUTS}, {_NUMBERS}, bool keep) -> (Tensor, Tensor)", _forward,
-                              lambda runs, hidden, cu, floats, *rest: _outputs(hidden, floats, rest[-1]))
+                              lambda runs, hidden, cu, floats, cu_keys, *rest: _outputs(hidden, floats, len(cu_keys), rest[-1]))
 # Gradients of hidden and of floats.
 _backward_op = common.register(
     f"{FAMILY}_backward(str backend, Tensor grad_out, {_INPUTS}, Tensor saved, {_NUMBERS}) -> Tensor[]", _backward,
@@ -558,5 +535,5 @@ class _CrossAttention(torch.autograd.Function):
 
 def _parted(tensors: tuple[Tensor | None, ...], sources: int) -> tuple[list, list, list]:
     """floats, cu_keys and key_of of so many sources that lie end to end."""
-    floats = sources * len(FLOATS)
+    floats = len(tensors) - 2 * sources
     return list(tensors[:floats]), list(tensors[floats : floats + sources]), list(tensors[floats + sources :])

@@ -187,14 +187,18 @@ def _graph_attention(first: int) -> Callable[[Call], Cost]:
 
 
 def _cross_attention(first: int) -> Callable[[Call], Cost]:
-    """hidden (T, d), cu_hidden, and of each source key, value (Tk, H, D), norm's weight and bias, two projections."""
+    """hidden (T, d), cu_hidden, and of each source key, value (Tk, H, D), or rows (Tk, d) and what makes these of them (H, D, d)
+    each; norm's weight and bias, two projections. And cu_keys."""
 
     def of(call: Call) -> Cost:
-        (rows, width), cu, sources = (call.shapes[first + i] for i in range(3))
-        flop = 0.0
-        for key in sources[::6]:
-            inner = math.prod(key[1:])
-            flop += 4.0 * rows * width * inner + 4.0 * _pairs([rows], key, cu) * inner
+        (rows, width), cu, floats, sources = (call.shapes[first + i] for i in range(4))
+        each, flop = len(floats) // len(sources), 0.0
+        for key, weight in zip(floats[::each], floats[1::each], strict=True):
+            over_rows = len(key) == 2
+            heads, dimension = weight[:2] if over_rows else key[1:]
+            inner = heads * dimension
+            attended = heads * width if over_rows else inner
+            flop += (8.0 if over_rows else 4.0) * rows * width * inner + 4.0 * _pairs([rows], key, cu) * attended
         return flop * (1 if first == 1 else 2), 2 * call.bytes(first) + (1 if first == 1 else 2) * call.bytes(first + 2)
 
     return of

@@ -294,8 +294,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     if not gradients or not gradients[0].is_cpu:
         return nn.utils.get_total_norm(gradients)
     norm = torch.linalg.vector_norm
-    rows = [norm(x.flatten(1), dim=1) if x.dim() > 1 else x.reshape(-1) for x in gradients]
-    return norm(torch.stack([norm(part) for part_of in rows for part in part_of.split(SUMMED_WHOLE)]))
+    rows = torch.cat([norm(x.flatten(1), dim=1) if x.dim() > 1 else x.reshape(-1) for x in gradients])
+    return norm(torch.stack([norm(part) for part in rows.split(SUMMED_WHOLE)]))
 
 
 def _words(batch: Batch) -> int:

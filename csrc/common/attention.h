@@ -11,6 +11,7 @@ struct Attention {
     int32_t heads, dim;
     bool causal;
     int64_t query_stride, key_stride, value_stride, out_stride;  // from row to row, of all heads
+    int64_t key_head;  // from head to head of key and value, and of their gradients: dim, or 0 where all heads share them
     int64_t first, longest;  // the weights' numbers for dropout: (first + row) * longest + place of the key
     T scale, kept_scale;                                         // kept_scale: 1 / (1 - dropout_p)
     uint64_t seed, drop_below;                                   // drop_below 0: no dropout
@@ -45,6 +46,6 @@ __attribute__((always_inline)) static inline int64_t attention_workspace(int64_t
 template <class T>
 struct AttentionKernels {
     void (*forward)(const Attention<T> &, const Segment &, int head, T *workspace);   // out, lse
-    void (*backward)(const Attention<T> &, const Segment &, int head, T *workspace);  // grad_query; grad_key, grad_value: added to
+    void (*backward)(const Attention<T> &, const Segment &, int head, T *workspace);  // grad_query; grad_key, grad_value: added to, and may be one
 };
 CASE_FAST_DECLARE_KERNELS(KernelsOf<AttentionKernels>, attention);

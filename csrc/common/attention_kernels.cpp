@@ -25,7 +25,8 @@ CASE_FAST_INLINE uint64_t number_of(const Attention<T> &a, int64_t row) {
 template <class T>
 void forward(const Attention<T> &a, const Segment &s, int head, T *workspace) {
     const int64_t block = attention_row_block(s.rows, s.keys), padded = padded_keys(s.keys), offset = int64_t(head) * a.dim;
-    const T *const key = a.key + s.key * a.key_stride + offset, *const value = a.value + s.key * a.value_stride + offset;
+    const int64_t of_key = int64_t(head) * a.key_head;
+    const T *const key = a.key + s.key * a.key_stride + of_key, *const value = a.value + s.key * a.value_stride + of_key;
     for (int64_t first = 0; first < s.rows; first += block) {
         const int64_t count = least(block, s.rows - first), row = s.row + first, seen = visible_keys(a, s, first + count - 1);
         multiply_transposed(count, seen, a.dim, a.query + row * a.query_stride + offset, a.query_stride, key, a.key_stride, workspace,
@@ -45,9 +46,10 @@ void forward(const Attention<T> &a, const Segment &s, int head, T *workspace) {
 template <class T>
 void backward(const Attention<T> &a, const Segment &s, int head, T *workspace) {
     const int64_t block = attention_row_block(s.rows, s.keys), padded = padded_keys(s.keys), offset = int64_t(head) * a.dim;
-    const T *const key = a.key + s.key * a.key_stride + offset, *const value = a.value + s.key * a.value_stride + offset;
+    const int64_t of_key = int64_t(head) * a.key_head;
+    const T *const key = a.key + s.key * a.key_stride + of_key, *const value = a.value + s.key * a.value_stride + of_key;
     T *const weights = workspace, *const slopes = workspace + block * padded;
-    T *const grad_key = a.grad_key + s.key * a.grad_key_stride + offset, *const grad_value = a.grad_value + s.key * a.grad_value_stride + offset;
+    T *const grad_key = a.grad_key + s.key * a.grad_key_stride + of_key, *const grad_value = a.grad_value + s.key * a.grad_value_stride + of_key;
     for (int64_t first = 0; first < s.rows; first += block) {
         const int64_t count = least(block, s.rows - first), row = s.row + first, seen = visible_keys(a, s, first + count - 1);
         const T *const query = a.query + row * a.query_stride + offset, *const grad_out = a.grad_out + row * a.out_stride + offset;

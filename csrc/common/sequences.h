@@ -127,17 +127,20 @@ void set_dropout(Attention<T> &a, double dropout_p, uint64_t seed) {
 }
 
 // grad_query of all segments, grad_key and grad_value of all key sequences. The arrays of `a` are whole. A task is one head after
-// the other of some key sequences: heads of a sequence share cache lines, which two threads would take from each other.
+// the other of some key sequences: heads of a sequence share cache lines, which two threads would take from each other. Where heads
+// share keys and values, whose gradients are then sums over heads, all heads of a sequence are one task's.
 template <class T>
 struct AttentionBackward {
     const Attention<T> &a;
     const Keys &keys;
     std::vector<Owned> segments;  // by key sequence
     std::vector<int64_t> first;   // of a key sequence: its first segment
-    std::vector<int64_t> bounds;  // of the tasks, in heads of key sequences
+    int64_t apart;                // heads of a key sequence that may be of different tasks
+    std::vector<int64_t> bounds;  // of the tasks, in such heads of key sequences
 
     AttentionBackward(const Attention<T> &attention, const Keys &k, const void *cu_query, int64_t batch, int threads)
-        : a(attention), keys(k), segments(segments_of(k, cu_query, batch, attention.causal)), first(size_t(k.sequences) + 1, 0) {
+        : a(attention), keys(k), segments(segments_of(k, cu_query, batch, attention.causal)), first(size_t(k.sequences) + 1, 0),
+          apart(attention.key_head ? attention.heads : 1) {
         if (keys.of)
             std::stable_sort(segments.begin(), segments.end(), [](const Owned &x, const Owned &y) { return x.sequence < y.sequence; });
         for (const Owned &s : segments) ++first[size_t(s.sequence) + 1];
@@ -146,7 +149,7 @@ struct AttentionBackward {
         for (int64_t s = 0; s < keys.sequences; ++s) {
             int64_t cost = 8 * keys.rows_of(s) + 1;
             each_segment(s, [&](const Segment &x) { cost += x.rows * (8 + x.keys); });
-            costs.insert(costs.end(), size_t(a.heads), cost);
+            costs.insert(costs.end(), size_t(apart), cost);
         }
         bounds = even_ranges(costs, threads <= 1 ? 1 : std::min<int64_t>(32 * int64_t(threads), int64_t(costs.size()) + 1));
     }
@@ -158,12 +161,13 @@ struct AttentionBackward {
     int64_t tasks() const { return int64_t(bounds.size()) - 1; }
     void run(int64_t task, T *memory) const {
         for (int64_t i = bounds[size_t(task)], end = bounds[size_t(task) + 1]; i < end; ++i) {
-            const int64_t sequence = i / a.heads, head = i % a.heads, offset = head * a.dim;
+            const int64_t sequence = i / apart, begin = i % apart, end_head = begin + a.heads / apart, offset = begin * a.key_head;
             for (int64_t row = keys.begin(sequence); row < keys.begin(sequence + 1); ++row) {
                 std::fill_n(a.grad_key + row * a.grad_key_stride + offset, a.dim, T(0));
                 std::fill_n(a.grad_value + row * a.grad_value_stride + offset, a.dim, T(0));
             }
-            each_segment(sequence, [&](const Segment &s) { attention_kernels<T>().backward(a, s, int(head), memory); });
+            for (int64_t head = begin; head < end_head; ++head)
+                each_segment(sequence, [&](const Segment &s) { attention_kernels<T>().backward(a, s, int(head), memory); });
         }
     }
 

@@ -2,7 +2,9 @@
 //
 // In order, for each source,
 //   hidden += dropout(attention(layer_norm(hidden) query_weight^T, key, value, scale dim^-0.5) output_weight^T)
-// with the attention of packed_attention.h, where a sequence without keys in a source adds 0 for it. Dropout of the block's output:
+// with the attention of packed_attention.h, where a sequence without keys in a source adds 0 for it. Keys and values may be given as
+// the rows n_j that they are projections of, key = W_key,h n_j and value = W_value,h n_j of a head: they are then not made, since
+// query . key = (W_key,h^T query) . n_j and sum_j p_j value_j = W_value,h (sum_j p_j n_j), projections of the rows of hidden. Dropout of the block's output:
 // case_fast_keep with e = row * width + column, h = 0 and key `output_seed`.
 //
 // On the CPU: F32 and F64. Offsets and indices are checked before they are used, and on an error nothing has been written.
@@ -23,10 +25,11 @@ extern "C" {
 typedef struct case_fast_source {
     int64_t key_sequences, keys, key_stride, value_stride;  // as in case_fast_packed_attention
     const void *cu_key, *key_of, *key_length;
-    const void *key, *value;                                // (Tk, H, D)
+    const void *key, *value;                                // (Tk, H, D); with weights below key are rows (Tk, width), value is not read
     const void *norm_weight, *norm_bias;                    // (width)
     const void *query_weight, *output_weight;               // (H * D, width), (width, H * D), contiguous
     uint64_t seed, output_seed;                             // of dropout_p, of output_dropout_p
+    const void *key_weight, *value_weight;                  // (H, D, width) contiguous, both or neither; on CUDA neither
 } case_fast_source;
 
 typedef struct case_fast_cross_attention {
@@ -38,8 +41,9 @@ typedef struct case_fast_cross_attention {
 } case_fast_cross_attention;
 
 // Elements of the dtype that backward needs from forward: for each source, end to end, the normalised rows (T, width) before
-// weight and bias, 1 / deviation (T), query (T, H, D), attended (T, H, D) and lse (T, H).
-int64_t case_fast_cross_attention_saved(const case_fast_cross_attention *call);
+// weight and bias, 1 / deviation (T), query (T, H, D), attended (T, H, D) and lse (T, H); of one over rows also W_key^T query and the
+// weighted rows, (T, H, width) each.
+int64_t case_fast_cross_attention_saved(const case_fast_cross_attention *call, const case_fast_source *sources);
 
 // hidden, out (T, width) contiguous, not the same. saved: as above, or NULL where no backward follows.
 // Of source i (from 0), a status of its own arrays is that status + 16 i.
@@ -47,9 +51,10 @@ int case_fast_cross_attention_forward_cpu(const case_fast_cross_attention *call,
                                           const void *hidden, void *out, void *saved, int threads);
 
 typedef struct case_fast_source_gradients {
-    void *key, *value;                  // (Tk, H, D) contiguous
+    void *key, *value;                  // (Tk, H, D) contiguous; of a source over rows key is (Tk, width), value is not written
     void *norm_weight, *norm_bias;      // (width)
     void *query_weight, *output_weight; // as the weights
+    void *key_weight, *value_weight;    // of a source over rows
 } case_fast_source_gradients;
 
 // grad_out, grad_hidden (T, width).

@@ -21,6 +21,7 @@ int run(const BlockCall &call, size_t workspace_bytes) {
         const case_fast_source &s = call.sources[i];
         int status = missing({s.cu_key, s.norm_weight, s.norm_bias, s.query_weight, s.output_weight}) ||
                              !few({s.keys, s.key_sequences}) || (!s.key_of && s.key_sequences != c->batch) ||
+                             s.key_weight || s.value_weight ||
                              (s.keys && (missing({s.key, s.value}) || s.key_stride < inner || s.value_stride < inner))
                          ? CASE_FAST_BAD_ARGUMENT
                          : CASE_FAST_OK;

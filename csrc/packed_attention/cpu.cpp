@@ -18,6 +18,7 @@ Attention<T> describe(const case_fast_packed_attention &c, const Keys &keys, con
     a.query_stride = c.query_stride;
     a.key_stride = c.key_stride;
     a.value_stride = c.value_stride;
+    a.key_head = c.dim;
     a.out_stride = int64_t(c.heads) * c.dim;
     a.longest = c.dropout_p > 0 ? keys.longest() : 0;
     a.scale = T(c.scale);

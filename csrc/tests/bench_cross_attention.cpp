@@ -39,7 +39,7 @@ void bench_block(const char *name, int64_t batch, int64_t queries, int64_t keys,
                                             nullptr};
     const auto hidden = noise(rows * width), grad_out = noise(rows * width);
     auto out = hidden, grad_hidden = hidden;
-    std::vector<float> saved(training ? size_t(case_fast_cross_attention_saved(&call)) : 0);
+    std::vector<float> saved(training ? size_t(case_fast_cross_attention_saved(&call, sources.data())) : 0);
     int status = 0;
     const double forward = least(threads, repetitions, [&] {
         status |= case_fast_cross_attention_forward_cpu(&call, sources.data(), hidden.data(), out.data(), training ? saved.data() : nullptr, threads);

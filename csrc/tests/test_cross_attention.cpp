@@ -27,8 +27,9 @@ struct Block {
     List<Layout> layouts;
     List<T> hidden, grad_out;
     struct Arrays {
-        List<T> key, value, norm_weight, norm_bias, query_weight, output_weight;
-        List<List<T> *> all() { return {&key, &value, &norm_weight, &norm_bias, &query_weight, &output_weight}; }
+        List<T> key, value, norm_weight, norm_bias, query_weight, output_weight, key_weight, value_weight;
+        bool over_rows = false;  // key holds rows then, value nothing
+        List<List<T> *> all() { return {&key, &value, &norm_weight, &norm_bias, &query_weight, &output_weight, &key_weight, &value_weight}; }
     };
     List<Arrays> arrays;
     List<Integers> lists;  // cu_hidden, then cu_key, key_of, key_length of each source
@@ -46,16 +47,29 @@ struct Block {
             const Layout &x = all[i];
             Arrays &a = arrays[i];
             const double size = 1 / std::sqrt(double(b.width));
-            a = {noise<T>(x.keys() * s.row()), noise<T>(x.keys() * s.row()), noise<T>(b.width), noise<T>(b.width),
-                 noise<T>(s.row() * b.width, size), noise<T>(b.width * s.row(), size)};
+            const bool over = below(2);
+            const int64_t projections = over ? s.row() * b.width : 0;
+            a = {noise<T>(x.keys() * (over ? b.width : s.row())), noise<T>(over ? 0 : x.keys() * s.row()), noise<T>(b.width), noise<T>(b.width),
+                 noise<T>(s.row() * b.width, size), noise<T>(b.width * s.row(), size), noise<T>(projections, size), noise<T>(projections, size),
+                 over};
             for (const auto *list : {&x.cu_key, &x.key_of, &x.key_length}) lists.emplace_back(*list, bits);
             const Integers *const own = lists.data() + 1 + 3 * i;
-            sources.push_back({x.sequences(), x.keys(), s.row(), s.row(), own[0].data(), own[1].data(), own[2].data(), a.key.data(), a.value.data(),
-                               a.norm_weight.data(), a.norm_bias.data(), a.query_weight.data(), a.output_weight.data(), s.seed + i,
-                               s.seed + 100 + i});
+            sources.push_back({x.sequences(), x.keys(), over ? b.width : s.row(), s.row(), own[0].data(), own[1].data(), own[2].data(), a.key.data(),
+                               a.value.data(), a.norm_weight.data(), a.norm_bias.data(), a.query_weight.data(), a.output_weight.data(),
+                               s.seed + i, s.seed + 100 + i, over ? a.key_weight.data() : nullptr, over ? a.value_weight.data() : nullptr});
         }
         call = {int64_t(cu_hidden.size()) - 1, cu_hidden.back(), int32_t(all.size()), b.width, s.heads, s.dim, dtype_of<T>, bits,
                 lists[0].data(), b.eps, s.dropout_p, b.output_dropout_p, s.seed >> 63 ? nullptr : &elsewhere};
+    }
+
+    // Keys or values of a source.
+    List<double> projected(size_t i, bool values) const {
+        const Arrays &a = arrays[i];
+        if (!a.over_rows) return doubles(values ? a.value : a.key);
+        const int64_t keys = sources[i].keys, row = setting.attention.row(), width = setting.width;
+        List<double> made(static_cast<size_t>(keys * row));
+        plain_product(keys, row, width, doubles(a.key).data(), width, 1, doubles(values ? a.value_weight : a.key_weight).data(), width, 1, made.data());
+        return made;
     }
 
     struct Results {
@@ -64,12 +78,12 @@ struct Block {
         bool operator==(Results &o) {
             bool same = same_bits(out, o.out) && same_bits(saved, o.saved) && same_bits(grad_hidden, o.grad_hidden);
             for (size_t i = 0; i < gradients.size(); ++i)
-                for (size_t j = 0; j < 6; ++j) same = same && same_bits(*gradients[i].all()[j], *o.gradients[i].all()[j]);
+                for (size_t j = 0; j < 8; ++j) same = same && same_bits(*gradients[i].all()[j], *o.gradients[i].all()[j]);
             return same;
         }
     };
     Results blank(T fill) {
-        Results r = {List<T>(hidden.size(), fill), List<T>(size_t(case_fast_cross_attention_saved(&call)), fill), List<T>(hidden.size(), fill), arrays};
+        Results r = {List<T>(hidden.size(), fill), List<T>(size_t(case_fast_cross_attention_saved(&call, sources.data())), fill), List<T>(hidden.size(), fill), arrays};
         for (Arrays &g : r.gradients)
             for (List<T> *list : g.all()) std::fill(list->begin(), list->end(), fill);
         return r;
@@ -80,7 +94,8 @@ struct Block {
     int backward(Results &r, int threads) const {
         List<case_fast_source_gradients> into;
         for (Arrays &g : r.gradients)
-            into.push_back({g.key.data(), g.value.data(), g.norm_weight.data(), g.norm_bias.data(), g.query_weight.data(), g.output_weight.data()});
+            into.push_back({g.key.data(), g.value.data(), g.norm_weight.data(), g.norm_bias.data(), g.query_weight.data(), g.output_weight.data(),
+                            g.key_weight.data(), g.value_weight.data()});
         return case_fast_cross_attention_backward_cpu(&call, sources.data(), r.saved.data(), grad_out.data(), r.grad_hidden.data(), into.data(),
                                                       threads);
     }
@@ -125,7 +140,7 @@ void compare_block(const BlockSetting &b, const List<Layout> &layouts, const Lis
         }
         k.query.assign(size_t(rows * row), 0);
         plain_product(rows, row, width, k.normed.data(), width, 1, doubles(a.query_weight).data(), width, 1, k.query.data());
-        k.attended = attend(layouts[i], k.setting, k.query, doubles(a.key), doubles(a.value));
+        k.attended = attend(layouts[i], k.setting, k.query, call.projected(i, false), call.projected(i, true));
         List<double> projected(static_cast<size_t>(rows * width));
         plain_product(rows, width, row, k.attended.out.data(), row, 1, doubles(a.output_weight).data(), row, 1, projected.data());
         for (size_t j = 0; j < projected.size(); ++j) state[j] += factor(b.output_dropout_p, seed_of(call.sources[i].output_seed), int64_t(j), 0) * projected[j];
@@ -142,7 +157,7 @@ void compare_block(const BlockSetting &b, const List<Layout> &layouts, const Lis
         for (size_t j = 0; j < grad.size(); ++j) projected[j] *= factor(b.output_dropout_p, seed_of(call.sources[i].output_seed), int64_t(j), 0);
         plain_product(rows, row, width, projected.data(), width, 1, doubles(a.output_weight).data(), 1, row, attended.data());
         plain_product(width, row, rows, projected.data(), 1, width, k.attended.out.data(), 1, row, output_weight.data());
-        const Slopes slopes = attend_backward(layouts[i], k.setting, k.query, doubles(a.key), doubles(a.value), k.attended, attended);
+        const Slopes slopes = attend_backward(layouts[i], k.setting, k.query, call.projected(i, false), call.projected(i, true), k.attended, attended);
         plain_product(rows, width, row, slopes.query.data(), row, 1, doubles(a.query_weight).data(), 1, width, normed.data());
         plain_product(row, width, rows, slopes.query.data(), 1, row, k.normed.data(), 1, width, query_weight.data());
         for (int64_t r = 0; r < rows; ++r) {
@@ -159,8 +174,20 @@ void compare_block(const BlockSetting &b, const List<Layout> &layouts, const Lis
                 grad[at] += (normed[at] * a.norm_weight[size_t(c)] - mean - k.normalised[at] * slope) * k.inverse[size_t(r)];
             }
         }
-        check_close(g.key, slopes.key, "grad key", 4);
-        check_close(g.value, slopes.value, "grad value", 4);
+        if (a.over_rows) {
+            const int64_t keys = call.sources[i].keys;
+            List<double> of_rows(static_cast<size_t>(keys * width)), key_weight(static_cast<size_t>(row * width)), value_weight(key_weight);
+            plain_product(keys, width, row, slopes.key.data(), row, 1, doubles(a.key_weight).data(), 1, width, of_rows.data());
+            plain_product(keys, width, row, slopes.value.data(), row, 1, doubles(a.value_weight).data(), 1, width, of_rows.data());
+            plain_product(row, width, keys, slopes.key.data(), 1, row, doubles(a.key).data(), 1, width, key_weight.data());
+            plain_product(row, width, keys, slopes.value.data(), 1, row, doubles(a.key).data(), 1, width, value_weight.data());
+            check_close(g.key, of_rows, "grad rows", 4);
+            check_close(g.key_weight, key_weight, "grad key_weight", 4);
+            check_close(g.value_weight, value_weight, "grad value_weight", 4);
+        } else {
+            check_close(g.key, slopes.key, "grad key", 4);
+            check_close(g.value, slopes.value, "grad value", 4);
+        }
         check_close(g.norm_weight, norm_weight, "grad norm_weight", 4);
         check_close(g.norm_bias, norm_bias, "grad norm_bias", 4);
         check_close(g.query_weight, query_weight, "grad query_weight", 4);
@@ -235,6 +262,7 @@ void test_bad_block() {
     gives(CASE_FAST_BAD_KEY_LENGTH, [](Block<float> &x) { x.lists[3].wide[0] = 4; });
     gives(CASE_FAST_BAD_ARGUMENT + 16, [](Block<float> &x) { x.sources[1].query_weight = nullptr; });
     gives(CASE_FAST_BAD_ARGUMENT, [](Block<float> &x) { x.sources[0].key_stride = 9; });
+    gives(CASE_FAST_BAD_ARGUMENT, [](Block<float> &x) { x.sources[0].value_weight = x.sources[0].key_weight ? nullptr : x.hidden.data(); });
     gives(CASE_FAST_BAD_ARGUMENT, [](Block<float> &x) { x.sources[0].key = nullptr; });
     gives(CASE_FAST_BAD_ARGUMENT, [](Block<float> &x) { x.call.width = 0; });
     gives(CASE_FAST_BAD_ARGUMENT, [](Block<float> &x) { x.call.rows = -1; });

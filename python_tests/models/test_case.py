@@ -427,6 +427,21 @@ class Seen(TorchDispatchMode):
         return found
 
 
+def test_vertices_of_equal_rows_are_projected_once():
+    """With dropout, in two layers, of which the first alone knows what is equal."""
+    encoder = layers.GraphEncoder(2, 6, 2, 6, 0.3, relations=3).double()
+    rows, index = torch.randn(3, 6, dtype=torch.float64), torch.tensor([2, 0, 2, 1, 0])
+    graph = tuple(torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 3, 3, 6, 7], [1, 4, 0, 0, 2, 3, 4], [0, 1, 2, 2, 1, 0, 0]))
+    found = []
+    for given in ({"index": index}, {}):
+        leaf = rows.clone().requires_grad_()
+        out = encoder(leaf if given else leaf[index], *graph, seed=5, **given)
+        gradients = torch.autograd.grad(out.square().sum(), [leaf, *encoder.parameters()])
+        found.append([out.detach(), *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_follows_the_seed_of_the_batch():
     model, batch = tiny_model(graph_dropout=0.5).train(), random_batch(6)
     found = []

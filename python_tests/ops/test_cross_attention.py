@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from case_fast import equations, ops
 from case_fast.ops import PreparedSources, Source, cross_attention, prepare_sources
+from case_fast.ops import cross_attention_composed as composed
 
 KERNELS, make_case = CrossAttention.kernels(), CrossAttention.made
 
@@ -53,13 +54,45 @@ def test_sources_of_different_heads_run_on_the_reference(native):
     assert close(found, equations.cross_attention(case.hidden, case.cu_hidden, [*case.sources, *other.sources]), 1e-6)
 
 
-def test_what_is_kept_is_as_large_as_the_kernel_says(native):
+@pytest.mark.parametrize("over_rows", [False, True])
+def test_what_is_kept_is_as_large_as_the_kernel_says(native, over_rows):
     for rows, width, heads, dim, sources in ((7, 5, 2, 3, 1), (0, 4, 1, 2, 3), (13, 300, 2, 150, 3)):
-        case = make_case([rows], [[4]] * sources, width=width, heads=heads, dim=dim)
+        case = make_case([rows], [[4]] * sources, width=width, heads=heads, dim=dim, over_rows=over_rows)
         floats, *_ = case.lists()
-        size = KERNELS._outputs(case.hidden, floats, True)[1].numel()
-        assert size == native.cross_attention_saved((1, rows, sources, width, heads, dim, 0, 64, 0, 0.0, 0.0, 0.0, 0))
-        assert KERNELS._outputs(case.hidden, floats, False)[1].numel() == 0
+        size = KERNELS._outputs(case.hidden, floats, sources, True)[1].numel()
+        source = (0,) * 15 + ((1, 1) if over_rows else (0, 0))
+        call = (1, rows, sources, width, heads, dim, 0, 64, 0, 0.0, 0.0, 0.0, 0)
+        assert size == native.cross_attention_saved(call, [source] * sources)
+        assert KERNELS._outputs(case.hidden, floats, sources, False)[1].numel() == 0
+
+
+# ---- sources by the rows that keys and values are made of
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_rows_give_what_the_keys_and_values_made_of_them_give(native, share, dropout):
+    keys = [[5, 0, 9], [30, 2, 1]]
+    case = make_case([40, 3, 25], keys, 12, 3, 5, dtype=torch.float64, share=share, over_rows=True, seed=3, dropout_p=dropout,
+                     output_dropout_p=dropout)
+    expected = case.results(lambda sources, **rest: cross_attention(sources=[s.projected() for s in sources], **rest))
+    for name, x in case.results(case.op).items():
+        assert close(x, expected[name], 1e-12), name
+
+
+def test_of_rows_neither_keys_nor_values_are_made(native, monkeypatch):
+    case = make_case([3, 4], [[5, 2], [1, 0]], over_rows=True)
+    monkeypatch.setattr(KERNELS, "linear", lambda *given, **more: pytest.fail("keys and values were made"))
+    case.results(case.op)
+
+
+def test_prepared_rows_are_keys_and_values(native):
+    case = make_case([1, 1], [[5, 2], [1, 0]], over_rows=True)
+    prepared = prepare_sources(case.sources)
+    assert all(isinstance(source, Source) for source in prepared.sources)
+    with counted(CrossAttention) as calls:
+        assert close(cross_attention(case.hidden, case.cu_hidden, prepared), cross_attention(**case.arguments()), 1e-6)
+    assert calls["cross_attention_forward"] == 2
 
 
 # ---- dtypes, torch.compile
@@ -282,12 +315,12 @@ def test_composed_of_products_it_is_the_equation(native, rows, keys, share, drop
     floats, *lists = case.lists()
     arguments = (case.hidden, case.cu_hidden, floats, *lists)
     numbers = (case.eps, case.dropout_p, case.output_dropout_p, *case.seeds())
-    out, saved = torch.empty_like(case.hidden), case.hidden.new_empty(KERNELS._kept_size(case.hidden, floats))
-    KERNELS._forward_composed(*arguments, *numbers, out, saved)
+    out, saved = torch.empty_like(case.hidden), case.hidden.new_empty(composed.kept_size(case.hidden, floats))
+    composed.forward(*arguments, *numbers, out, saved)
     assert close(out, expected["out"], 1e-12)
-    assert identical(KERNELS._forward_composed(*arguments, *numbers, torch.empty_like(out), None), out)
+    assert identical(composed.forward(*arguments, *numbers, torch.empty_like(out), None), out)
     found = KERNELS._gradients(case.hidden, floats)
-    KERNELS._backward_composed(case.grad_out, *arguments, saved, *numbers, found)
+    composed.backward(case.grad_out, *arguments, saved, *numbers, found)
     for (name, right), x in zip(list(expected.items())[1:], found, strict=True):
         assert close(x, right, 1e-11), name
 
@@ -298,8 +331,8 @@ def test_what_is_kept_for_backward_starts_at_whole_16_bytes(rows, dtype):
     """Of rows and a width whose bytes are no such multiple. No two of the views meet."""
     case = make_case([rows], [[4], [2], [3]], 15, 3, 5, dtype=dtype)
     floats, *_ = case.lists()
-    saved = torch.empty(KERNELS._kept_size(case.hidden, floats), dtype=dtype)
-    kept = [x for source in KERNELS._kept(saved, rows, 15, 3, 5, 3) for x in source]
+    saved = torch.empty(composed.kept_size(case.hidden, floats), dtype=dtype)
+    kept = [x for source in composed.views(saved, rows, 15, 3, 5, 3) for x in source]
     assert [x.shape for x in kept[:4]] == [(rows, 15), (rows, 3, 5), (rows, 3, 5), (rows, 3)]
     assert {x.dtype for x in kept[3::4]} == {torch.float64 if dtype == torch.float64 else torch.float32}
     for number, x in enumerate(kept):

@@ -94,11 +94,11 @@ def test_the_native_module_says_what_of_a_call_does_not_fit(arguments, said):
 
 def test_the_native_module_takes_as_many_structs_as_the_call_says():
     native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
-    call, source = (1, 1, 1, 1, 1, 1, 0, 64, 0, 1e-5, 0.0, 0.0, 0), (0,) * 15
+    call, source = (1, 1, 1, 1, 1, 1, 0, 64, 0, 1e-5, 0.0, 0.0, 0), (0,) * 17
     assert native.cross_attention_forward(call, [source], 0, 0, 0, 1) == 4
     for sources, said in (
         ([], "argument 2 takes 1 tuples, 0 given"), ([source] * 2, "argument 2 takes 1 tuples, 2 given"),
-        (source, "argument 2 must be a list of tuples, not a tuple"), ([source[1:]], "argument 2 takes 15 members, 14 given"),
+        (source, "argument 2 must be a list of tuples, not a tuple"), ([source[1:]], "argument 2 takes 17 members, 16 given"),
     ):
         with pytest.raises(TypeError, match=f"^cross_attention_forward: {said}$"):
             native.cross_attention_forward(call, sources, 0, 0, 0, 1)

@@ -107,10 +107,11 @@ def test_attention_without_an_array_a_plan_or_room_is_refused():
     assert forward(attention(queries=0), *[256] * 5, 0, 0, 0, 0, 0) == 0, "nothing to launch"
 
 
-def block(rows: int = 16, width: int = 300, dtype: int = 0, heads: int = 2, norm_weight: int = 256, stride: int = 300) -> tuple:
+def block(rows: int = 16, width: int = 300, dtype: int = 0, heads: int = 2, norm_weight: int = 256, stride: int = 300,
+          key_weight: int = 0) -> tuple:
     """struct case_fast_cross_attention, and two of its sources, whose addresses are never followed."""
-    first = (16, 1600, 300, 300, 256, 0, 0, 256, 256, 256, 256, 256, 256, 1, 2)
-    second = (16, 1600, stride, 300, 256, 0, 0, 256, 256, norm_weight, 256, 256, 256, 3, 4)
+    first = (16, 1600, 300, 300, 256, 0, 0, 256, 256, 256, 256, 256, 256, 1, 2, 0, 0)
+    second = (16, 1600, stride, 300, 256, 0, 0, 256, 256, norm_weight, 256, 256, 256, 3, 4, key_weight, key_weight)
     return (16, rows, 2, width, heads, 150, dtype, 32, 256, 1e-5, 0.0, 0.0, 0), [first, second]
 
 
@@ -124,6 +125,7 @@ def test_a_decoder_block_that_the_kernels_do_not_take_is_refused_before_any_laun
     assert forward(*block(), 256, 256, 256, size - 1, 0, 0) == forward(*block(), 0, 256, 256, size, 0, 0) == 4
     assert forward(*block(norm_weight=0), 256, 256, 256, size, 0, 0) == 4 + 16, "of the second source"
     assert forward(*block(stride=299), 256, 256, 256, size, 0, 0) == 4 + 16
+    assert forward(*block(key_weight=256), 256, 256, 256, size, 0, 0) == 4 + 16, "keys are not made there"
     assert forward(*block(rows=0), 256, 256, 256, size, 0, 0) == 0
     assert native.cross_attention_drop_cuda(5, 4, 0.1, 0, 0, 256, 0, 256, 0) == 4
     assert native.cross_attention_drop_cuda(0, 0, 0.1, 0, 0, 0, 0, 0, 0) == 0

@@ -22,8 +22,7 @@ from op_case import (
 from torch import Tensor
 
 from case_fast import equations, ops
-from case_fast.ops import Source
-from case_fast.ops.cross_attention import FLOATS  # of a source
+from case_fast.ops import RowSource, Source
 
 SHAPES = [  # rows, keys of each source, width, heads, dim, share
     ([1], [[1]], 1, 1, 1, False), ([1], [[7]], 3, 2, 2, False), ([2, 1], [[3, 2]], 4, 1, 3, False),
@@ -63,6 +62,11 @@ def varied() -> list[dict]:
         {"rows": [1] * 16, "keys": [about(100), about(100), about(100)]} | three,
         {"rows": [5] * 16, "keys": [about(100), about(100), about(100)]} | three,
         {"rows": [1], "keys": [[100], [90], [50]]} | three,
+        {"rows": about(15), "keys": [about(60), about(90), about(40)], "over_rows": True} | three,
+        {"rows": [64, 0, 63], "keys": [[300, 1, 2], [0, 7, 9]], "width": 33, "over_rows": True} | DROPOUT,
+        {"rows": [5, 0, 2, 9], "keys": [[40] * 5, [3, 0, 9]], "share": True, "heads": 3, "over_rows": True, "long": True},
+        {"rows": [20, 5], "keys": [[0, 0]], "over_rows": True},
+        {"rows": [1], "keys": [[100], [90]], "width": 300, "dim": 150, "over_rows": True},
     ]
 
 
@@ -72,7 +76,7 @@ class CrossAttention(Case):
 
     hidden: Tensor
     cu_hidden: Tensor
-    sources: list[Source]
+    sources: list[Source] | list[RowSource]
     grad_out: Tensor
     eps: float = 1e-5
     dropout_p: float = 0.0
@@ -83,7 +87,8 @@ class CrossAttention(Case):
     op = staticmethod(ops.cross_attention)
     plain = staticmethod(equations.cross_attention)
 
-    SMALL = [{"rows": [20, 7], "keys": [[5, 9], [3, 2]]}, {"rows": [3, 4], "keys": [[5, 2], [1, 0]], "share": True}]
+    SMALL = [{"rows": [20, 7], "keys": [[5, 9], [3, 2]]}, {"rows": [3, 4], "keys": [[5, 2], [1, 0]], "share": True},
+             {"rows": [3, 4], "keys": [[5, 2], [1, 0]], "over_rows": True}]
     OPCHECK = [
         {"rows": [3, 5], "keys": [[4, 6]]},
         {"rows": [1, 1, 1], "keys": [[4, 6, 2], [0, 3, 0], [1, 1, 1]]},
@@ -93,19 +98,26 @@ class CrossAttention(Case):
         {"rows": [1] * 6, "keys": [[5, 9], [2, 0, 3]], "heads": 1, "dim": 3, "long": True},
         {"rows": [6, 4], "keys": [[3, 3]], "dtype": torch.float64},
         {"rows": [6, 4], "keys": [[3, 3], [2, 5]], "layout": 1},
+        {"rows": [2, 0, 4], "keys": [[1, 5, 0], [2, 2, 2]], "seed": 5, "over_rows": True} | DROPOUT,
+        {"rows": [6, 4], "keys": [[3, 3], [2, 5]], "layout": 1, "over_rows": True},
+        {"rows": [], "keys": [[]], "over_rows": True},
     ]
     GRADCHECK = [  # eps above the variance of rows: of one or two columns they would all be normalised to the same, sharply
         dict(zip(NAMES, shape, strict=True)) | {"number": place, "eps": 0.1, "seed": 2**40 + place}
-        | (DROPOUT if place % 3 == 2 else {}) for place, shape in enumerate(SHAPES)
+        | (DROPOUT if place % 3 == 2 else {}) | more
+        for place, shape in enumerate(SHAPES) for more in ({}, {"over_rows": True})
     ]
     VARIED = varied()
     AVERAGE = [
         ({"rows": rows, "keys": [[100, 60, 0, 120] * (len(rows) // 4)] * 3, "width": 300, "dim": 150}, 8, 1.3, 1.3)
         for rows in ([1] * 16, [15, 30, 7, 22])
     ]
-    DRAWN = [{"rows": [30, 7, 21], "keys": [[12, 50, 3], [1, 0, 30]], "dropout_p": 0.4, "output_dropout_p": 0.3}]
+    AVERAGE += [(AVERAGE[1][0] | {"over_rows": True}, *AVERAGE[1][1:])]
+    DRAWN = [{"rows": [30, 7, 21], "keys": [[12, 50, 3], [1, 0, 30]], "dropout_p": 0.4, "output_dropout_p": 0.3} | more
+             for more in ({}, {"over_rows": True})]
     STATUSES = [(7, "cu_hidden"), (8 + 16, "sources[1].cu_keys"), (9, "sources[0].key_of")]
-    COMPILED = [("native", "aot_eager", True, CALLS), ("reference", "aot_eager", True, CALLS)]
+    COMPILED = [(runs, "aot_eager", True, [call | more for call in CALLS])
+                for runs in ("native", "reference") for more in ({}, {"over_rows": True})]
 
     ON_GPU = {
         "the paper's step": {"rows": [1] * 16, "keys": [[100, 80, 0, 120] * 4] * 3, "width": 300, "dim": 150},
@@ -126,9 +138,9 @@ class CrossAttention(Case):
     @classmethod
     def made(cls, rows: list[int], keys: list[list[int]], width: int = 6, heads: int = 2, dim: int = 5, number: int = 0,
              dtype: torch.dtype = torch.float32, device: str = "cpu", magnitude: float = 1.0, layout: int = 0,
-             long: bool = False, share: bool = False, **more: object) -> CrossAttention:
+             long: bool = False, share: bool = False, over_rows: bool = False, **more: object) -> CrossAttention:
         """Sequences of so many ``rows`` and, for each source, of so many ``keys``. share: sequences attend to random ones of
-        ``keys``."""
+        ``keys``. over_rows: the sources are rows, with what makes keys and values of them."""
         g = generator(number)
 
         def normal(*shape: int, scale: float = 1.0, by: int = 0) -> Tensor:
@@ -143,10 +155,15 @@ class CrossAttention(Case):
                 of = torch.randint(max(len(lengths), 1), (len(rows),), generator=g)
                 of = (of if long else of.int()).to(device)
             inner, norm = heads * dim, normal(2, width, scale=0.2)
-            sources.append(Source(
-                normal(sum(lengths), heads, dim, scale=magnitude), normal(sum(lengths), heads, dim, scale=magnitude, by=1),
-                offsets(lengths, long, layout, device), norm[0] + 1, norm[1], normal(inner, width, scale=width**-0.5, by=2),
-                normal(width, inner, scale=inner**-0.5, by=3), of,
+            if over_rows:
+                by = width**-0.5
+                first = (normal(sum(lengths), width, scale=magnitude), normal(heads, dim, width, scale=by, by=1),
+                         normal(heads, dim, width, scale=by, by=2))
+            else:
+                first = tuple(normal(sum(lengths), heads, dim, scale=magnitude, by=by) for by in (0, 1))
+            sources.append((RowSource if over_rows else Source)(
+                *first, offsets(lengths, long, layout, device), norm[0] + 1, norm[1],
+                normal(inner, width, scale=width**-0.5, by=2), normal(width, inner, scale=inner**-0.5, by=3), of,
             ))
         sources = [replace(s, key_of=s.key_of if s.key_of is None else s.key_of[: len(rows)]) for s in sources]
         cu, total = offsets(rows, long, layout, device), sum(rows)
@@ -154,11 +171,11 @@ class CrossAttention(Case):
         return cls(normal(total, width), cu, sources, normal(total, width, scale=max(total, 1) ** -0.5, by=1), **more)
 
     def floats(self) -> dict[str, Tensor]:
-        inside = {f"{place}.{name}": getattr(s, name) for place, s in enumerate(self.sources) for name in FLOATS}
+        inside = {f"{place}.{name}": getattr(s, name) for place, s in enumerate(self.sources) for name in s.FLOATS}
         return {"hidden": self.hidden} | inside
 
     def having(self, floats: dict[str, Tensor]) -> CrossAttention:
-        sources = [replace(s, **{name: floats[f"{place}.{name}"] for name in FLOATS if f"{place}.{name}" in floats})
+        sources = [replace(s, **{name: floats[f"{place}.{name}"] for name in s.FLOATS if f"{place}.{name}" in floats})
                    for place, s in enumerate(self.sources)]
         return replace(self, hidden=floats.get("hidden", self.hidden), sources=sources)
 
@@ -182,6 +199,7 @@ class CrossAttention(Case):
             "heads": st.integers(1, 3),
             "dim": st.one_of(st.integers(1, 20), st.just(150)),
             "long": st.booleans(),
+            "over_rows": st.booleans(),
             "dropout_p": st.sampled_from([0.0, 0.0, 0.1, 0.5]),
             "output_dropout_p": st.sampled_from([0.0, 0.0, 0.1, 0.5]),
             "seed": st.integers(0, 2**63 - 1),
@@ -193,7 +211,7 @@ class CrossAttention(Case):
     def damaged(cls, number: int, g: torch.Generator, device: str) -> Damaged:
         rows, keys = ragged(g, 1 + number % 7, 9), [ragged(g, 1 + number % 5, 12) for _ in range(1 + number % 3)]
         case = cls.made(rows, keys, 3 + number % 9, 1 + number % 2, 1 + number % 9, number, device=device,
-                        long=number % 2 == 0, share=True)
+                        long=number % 2 == 0, share=True, over_rows=number % 5 == 1)
         place = number % len(keys)
         name = ("cu_hidden", "cu_keys", "key_of")[number // 2 % 3]
         if name == "cu_hidden":
@@ -209,21 +227,22 @@ class CrossAttention(Case):
         sequences = 2 + number % 6
         rows, keys = ragged(g, sequences, 9), [ragged(g, sequences, 12) for _ in range(1 + number % 3)]
         case = cls.made(rows, keys, 4 + number % 30, 2, 3 + number % 20, number, device=device, dropout_p=0.2 * (number % 2),
-                        output_dropout_p=0.1 * (number % 2), seed=number)
+                        output_dropout_p=0.1 * (number % 2), seed=number, over_rows=number % 8 > 3)
         victim = int(torch.randint(sequences, (), generator=g))
         span = slice(int(case.cu_hidden[victim]), int(case.cu_hidden[victim + 1]))
         spans = [slice(int(s.cu_keys[victim]), int(s.cu_keys[victim + 1])) for s in case.sources]
         kind, place = number % 4, number % len(keys)
-        name = ("hidden", f"{place}.key", f"{place}.value", "grad_out")[kind]
+        of_keys = [x for x in case.sources[0].FLOATS if x in ("key", "value", "rows")]  # one row a key
+        name = ("hidden", f"{place}.{of_keys[0]}", f"{place}.{of_keys[-1]}", "grad_out")[kind]
         if kind == 3:
             broken = replace(case, grad_out=spoiled(case.grad_out, span, number))
         else:
             broken = case.having({name: spoiled(case.floats()[name], spans[place] if kind else span, number)})
         mask = others(sum(rows), span, device)
         kept = {"out": mask, "grad_hidden": mask}
-        kept |= {f"grad_{i}.{x}": others(sum(keys[i]), spans[i], device) for i in range(len(keys)) for x in ("key", "value")}
+        kept |= {f"grad_{i}.{x}": others(sum(keys[i]), spans[i], device) for i in range(len(keys)) for x in of_keys}
         shown = {}
-        if kind == 2 and number % 5 and number % 2 == 0 and keys[place][victim] and rows[victim]:
+        if kind == 2 and number % 5 and "value" in of_keys and number % 2 == 0 and keys[place][victim] and rows[victim]:
             shown = {"out": ~mask}
         return Poisoned(case, broken, POISON[number % 3], f"sequence {victim} of {name}", kept, shown)
 
@@ -246,6 +265,13 @@ def second(**changes: object) -> dict:
 
 
 SECOND = BASE.sources[1]
+OVER = CrossAttention.made([2, 4], [[3, 5], [1, 6]], share=True, over_rows=True)
+
+
+def second_over(**changes: object) -> dict:
+    return {"sources": OVER.with_source(1, **changes).sources}
+
+
 CrossAttention.WRONG = [
     ("hidden", {"hidden": BASE.hidden[0]}, ValueError),
     ("hidden", {"hidden": BASE.hidden.int()}, TypeError),
@@ -261,6 +287,13 @@ CrossAttention.WRONG = [
     ("sources[1].norm_bias must", second(norm_bias=SECOND.norm_bias[None]), ValueError),
     ("sources[1].query_weight must", second(query_weight=SECOND.query_weight.T), ValueError),
     ("sources[1].output_weight must", second(output_weight=SECOND.output_weight.double()), TypeError),
+    ("sources[1] must", {"sources": [OVER.sources[0], SECOND]}, TypeError),
+    ("sources[1] must", {"sources": [SECOND, OVER.sources[0]]}, TypeError),
+    ("sources[1].rows must", second_over(rows=OVER.sources[1].rows[:, 1:]), ValueError),
+    ("sources[1].rows must", second_over(rows=OVER.sources[1].rows.double()), TypeError),
+    ("sources[1].key_weight must", second_over(key_weight=OVER.sources[1].key_weight.flatten(0, 1)), ValueError),
+    ("sources[1].key_weight must", second_over(key_weight=OVER.sources[1].key_weight[..., 1:]), ValueError),
+    ("sources[1].value_weight must", second_over(value_weight=OVER.sources[1].value_weight[1:]), ValueError),
     ("cu_hidden", {"cu_hidden": BASE.cu_hidden.float()}, TypeError),
     ("cu_hidden", {"cu_hidden": BASE.cu_hidden[:0]}, ValueError),
     ("cu_hidden ends", {"cu_hidden": BASE.cu_hidden // 2}, IndexError),
