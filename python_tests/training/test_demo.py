@@ -20,7 +20,7 @@ from case_fast.runs import load_model
 from case_fast.training import preset, train
 
 TOLD_APART = False  # True once the demo's settings are such that its model does: the test below trains it, a minute
-ALIKE, UNIFORM = 0.95, 0.9
+ALIKE, UNIFORM = 0.95, 0.97  # the printed form ends at 0.99997 and 0.9991
 
 
 def mean_cosine(vectors: torch.Tensor) -> float:
