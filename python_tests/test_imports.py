@@ -48,7 +48,7 @@ MAY_IMPORT = {
 # What these parts may import from outside the standard library.
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "memory")}
 OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
-ALL = {"cli", "__main__"}
+ALL = {"cli", "cli_arguments", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 
 
