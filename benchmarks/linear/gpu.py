@@ -12,7 +12,7 @@ from benchmarks.linear.cases import NAMED, case_of
 from benchmarks.measure import OURS
 from case_fast import ops
 
-PEERS = [name for name in peers.PEERS if name != OURS and "oneDNN" not in name]
+PEERS = [name for name in peers.PEERS if name != OURS and "oneDNN" not in name and "bfloat16" not in name]
 SIZES = [*NAMED]
 WAYS = {"case_fast": nullcontext}
 

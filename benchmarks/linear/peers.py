@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +18,20 @@ from case_fast.ops import reference
 _ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
+@contextmanager
+def _told(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _work(case: LinearCase, function: Callable[..., Tensor], compiled: bool = False, **more: object) -> Work:
     function = torch.compile(function, dynamic=False) if compiled else function
-    return Work(lambda *leaves: function(*case.parts(*leaves)), case.inputs, case.grad_out, **more)
+    told = partial(_told, case.precision)
+    return Work(lambda *leaves: function(*case.parts(*leaves)), case.inputs, case.grad_out, switch=told, **more)
 
 
 def ours(case: LinearCase) -> Work:
@@ -41,6 +54,19 @@ def each(case: LinearCase, compiled: bool = False) -> Work:
         return torch.cat([after(F.linear(x, w, b)) for w, b in zip(weights, biases, strict=True)], 1)
 
     return _work(case, products, compiled)
+
+
+def in_bfloat16(case: LinearCase) -> Work:
+    """Inputs cast to bfloat16 and the result back: torch's own way to oneDNN's products of such numbers. Its "medium" leads to
+    oneDNN too, which rounds nothing there on a CPU without AMX."""
+    if case.precision != "medium":
+        raise Unfit("rounds what this case does not let round")
+
+    def product(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+        halves = [y if y is None else y.bfloat16() for y in (x, *weights, bias)]
+        return reference.linear(halves[0], halves[1:-1], halves[-1], case.activation).float()
+
+    return _work(case, product)
 
 
 def onednn(case: LinearCase) -> Work:
@@ -79,6 +105,7 @@ PEERS: dict[str, Callable[[LinearCase], Work | Yardstick]] = {
     "F.linear, torch.compile": lambda case: joined(case, compiled=True),
     "F.linear of each weight, eager": each,
     "F.linear of each weight, torch.compile": lambda case: each(case, compiled=True),
+    "F.linear in bfloat16, eager": in_bfloat16,
     "oneDNN _linear_pointwise, eager": onednn,
     "three bare matrix products (1 forward)": products,
 }

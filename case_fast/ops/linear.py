@@ -43,6 +43,9 @@ def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = N
         TypeError, ValueError: an argument of the wrong dtype, shape or device; the message names it.
         ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call on CPU.
 
+    On CPU `torch.set_float32_matmul_precision("medium")` lets products of float32 round their factors to bfloat16, where the
+    processor multiplies such numbers (AVX512_BF16); sums stay float32. It is asked for at each call, forward and backward.
+
     Deterministic on CPU: equal inputs give equal bits, forward and backward, whatever the number of threads, and a row's result
     and gradient do not depend on the other rows. On a GPU what torch's products give. No second derivative but on the reference
     backend.

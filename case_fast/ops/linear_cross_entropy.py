@@ -47,6 +47,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
         IndexError: a target is out of range, or cu_target does not rise from 0 to M. All before any kernel runs.
         ConfigError: CASE_FAST_BACKEND asks for a backend that cannot serve this call.
 
+    On CPU `torch.set_float32_matmul_precision("medium")` lets products of float32 round their factors to bfloat16 as in
+    `linear`, but the scores of 24 rows or fewer.
+
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads. A row whose targets all
     have gradient 0 takes no part in backward. NaN or Inf in a row of hidden stays out of the other rows' nll, prediction and
     grad_hidden; the gradients of weight and bias, sums over all rows that take part, are NaN then. No second derivative but on

@@ -21,7 +21,8 @@ def test_peers_are_right(peer, size, mode):
     try:
         work = prepared(FAMILY.peers[peer], case, mode)
     except Unfit:
-        assert "each weight" in peer and len(case.weights) == 1 or "oneDNN" in peer and mode != MODES[0]
+        assert ("each weight" in peer and len(case.weights) == 1 or "oneDNN" in peer and mode != MODES[0]
+                or "bfloat16" in peer and case.precision == "highest")
         return
     assert work.check(mode, truth(case)) <= 1
 
