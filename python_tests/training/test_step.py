@@ -48,7 +48,8 @@ def test_losses_of_fifty_steps_are_those_of_the_eager_step(store, tmp_path, chan
 
 
 def test_with_dropout_their_means_over_seeds_agree(store, tmp_path):
-    ends = {form: [curve(store, tmp_path / f"{form}{seed}", step=form, seed=seed, warmup=50)[-1]["loss"] for seed in range(3)]
+    """A seed's last loss is off by some 5 % of it: of 20 seeds the means were apart by 0.15 %, of these six by 2 %."""
+    ends = {form: [curve(store, tmp_path / f"{form}{seed}", step=form, seed=seed, warmup=50)[-1]["loss"] for seed in range(6)]
             for form in ("eager", "padded")}
     means = [sum(values) / len(values) for values in ends.values()]
     assert means[0] == pytest.approx(means[1], rel=0.03) and ends["eager"] != ends["padded"]
