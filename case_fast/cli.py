@@ -380,13 +380,18 @@ usage: case-fast COMMAND [arguments]          case-fast COMMAND --help
 """
 
 
+# How torch's threads wait between loops. As they are they spin for milliseconds, which makes a step several times slower on a
+# machine with other work. These sleep, but first spin for some ten microseconds, which is what most of a step's gaps last.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    # Threads that spin while they wait make a step ten times slower on a machine with other work. Read when torch loads. Not to
-    # be chosen for `bench`, whose peers are measured as people run them.
-    if words[:1] != ["bench"]:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads. Not to be chosen for `bench`, whose peers are measured as people run them.
+    if words[:1] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ:
+        for variable, value in WAITING.items():
+            os.environ.setdefault(variable, value)
     keep_freed_memory()
     console, errors = Console(), Console(stderr=True)
     if not words or words[0] in ("--help", "-h", "--version"):

@@ -18,6 +18,7 @@ from benchmarks.clock import CpuClock
 from benchmarks.step import report
 from benchmarks.step.batches import CONTEXTS, Choice
 from benchmarks.step.worker import COMPILED, OURS, PLAIN
+from case_fast.cli import WAITING
 from case_fast.data import open_store
 from case_fast.errors import CaseFastError, ConfigError
 from case_fast.files import write_text
@@ -191,7 +192,7 @@ def _check(form: str, found: dict[str, Any], ours: dict[str, Any]) -> None:
 
 def _ask(form: str, request: dict[str, Any]) -> dict[str, Any]:
     """What a process of its own answers; a peer that fails says why, ours raises."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", *WAITING)}
     environment |= dict(_environment(form))
     try:
         done = subprocess.run([sys.executable, "-m", "benchmarks.step.worker"], input=json.dumps(request), capture_output=True,
@@ -211,6 +212,6 @@ def _environment(form: str) -> Iterator[tuple[str, str]]:
     """Ours as every `case-fast` command has it, whose threads sleep between loops; the plain form as torch has it."""
     yield "PYTHONPATH", os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
     if form == OURS:
-        yield "OMP_WAIT_POLICY", "PASSIVE"
+        yield from WAITING.items()
     if form == COMPILED:
         yield "TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1"  # else a second run would find the first one's work, and say no time
