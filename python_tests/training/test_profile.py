@@ -15,6 +15,7 @@ from case_fast.cli import main
 from case_fast.errors import ConfigError
 from case_fast.ops import graph_attention, linear_cross_entropy, packed_attention
 from case_fast.training.floors import COSTS, Rates, measure_rates
+from case_fast.training import profile as profile_module
 from case_fast.training.profile import markdown, parts_of, profile_training
 
 RATES = Rates(flop=1e9, bytes=1e12)  # so that a floor in ms is the number of MFLOP
@@ -79,10 +80,11 @@ def test_profile_of_both_phases(sample_store, tmp_path, capsys):
     assert told.count("other parts") == told.count("between ops") == 2
 
 
-def test_profile_of_a_run(tmp_path):
+def test_profile_of_a_run(tmp_path, monkeypatch):
     store = MemoryStore()
     run(store, tmp_path / "run")
-    rates, phases = profile_training(store, tmp_path / "found", 30, tmp_path / "run", "cpu")  # more than the log's records are apart
+    monkeypatch.setattr(profile_module, "WARM_UP", 60)  # more steps than the log's records are apart
+    rates, phases = profile_training(store, tmp_path / "found", 1, tmp_path / "run", "cpu")
     profiled, other = phases
     assert profiled.phase == "bow" and other.phase == "all" and profiled.ms > 0
     assert " x 16" in markdown(profiled, rates)  # the run's own width
