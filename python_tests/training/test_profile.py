@@ -14,8 +14,8 @@ from training_helpers import MemoryStore, run
 from case_fast.cli import main
 from case_fast.errors import ConfigError
 from case_fast.ops import graph_attention, linear_cross_entropy, packed_attention
-from case_fast.training.floors import COSTS, Rates, measure_rates
 from case_fast.training import profile as profile_module
+from case_fast.training.floors import COSTS, Rates, measure_rates
 from case_fast.training.profile import markdown, parts_of, profile_training
 
 RATES = Rates(flop=1e9, bytes=1e12)  # so that a floor in ms is the number of MFLOP
