@@ -176,7 +176,7 @@ WORKER = """
 
 def worker(path: Path, first: int, last: int, chunk: int, seconds: float = 0.0) -> subprocess.Popen:
     code = WORKER.format(tests=str(Path(__file__).parent), path=str(path), first=first, last=last, chunk=chunk, seconds=seconds)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests" / "support")])}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -248,7 +248,9 @@ def test_damaged_or_missing_weights_are_not_put_together(whole, tmp_path, capsys
 
 
 def test_the_settings_are_the_preset_s_with_few_checkpoints(capsys):
-    given = SimpleNamespace(what="recipe", device="cpu", checkpoint_every=5_000, steps=None, preset="", model="case")
-    assert gpu_training.settings_of(given) == replace(preset("paper"), device="cpu", checkpoint_every=5_000)
+    given = SimpleNamespace(what="recipe", device="cpu", checkpoint_every=5_000, steps=None, preset="", model="case",
+                            matmul_precision="medium")
+    expected = replace(preset("paper"), device="cpu", checkpoint_every=5_000, matmul_precision="medium")
+    assert gpu_training.settings_of(given) == expected
     assert gpu_training.main(["steps", "--store", "absent.store", "--out", "x"]) == 1
     assert "absent.store" in capsys.readouterr().err
