@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,23 +13,14 @@ from benchmarks.linear.cases import LinearCase
 from benchmarks.measure import MODES, OURS, Unfit, Work, Yardstick
 from case_fast import ops
 from case_fast.ops import reference
+from case_fast.training.process import matmul_precision
 
 _ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
-@contextmanager
-def _told(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _work(case: LinearCase, function: Callable[..., Tensor], compiled: bool = False, **more: object) -> Work:
     function = torch.compile(function, dynamic=False) if compiled else function
-    told = partial(_told, case.precision)
+    told = partial(matmul_precision, case.precision)
     return Work(lambda *leaves: function(*case.parts(*leaves)), case.inputs, case.grad_out, switch=told, **more)
 
 

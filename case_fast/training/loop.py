@@ -38,7 +38,7 @@ from case_fast.training.checkpoint import (
 )
 from case_fast.training.config import TrainConfig, refuse_changes
 from case_fast.training.log import Display, RunLog
-from case_fast.training.process import StopRequest, peak_memory, reproducible
+from case_fast.training.process import StopRequest, matmul_precision, peak_memory, reproducible
 from case_fast.training.sampler import Sampler, step_seed
 from case_fast.training.schedule import EarlyStopping, noam
 from case_fast.training.step import Prepared, Taken, make_step
@@ -101,7 +101,8 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
             ran_on = run.read_manifest().get("store")
             refuse_changes(run.path, run.read_config(), ran_on if isinstance(ran_on, dict) else {}, config, store)
         with (
-            reproducible(config.seed, config.deterministic, config.matmul_precision, device),
+            reproducible(config.seed, config.deterministic, device),
+            matmul_precision(config.matmul_precision),
             StopRequest() as stop,
             Display(console or open_console()) as display,
             Workers(store, config.workers) as workers,

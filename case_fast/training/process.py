@@ -40,9 +40,19 @@ class StopRequest:
 
 
 @contextmanager
-def reproducible(seed: int, deterministic: bool, matmul_precision: str, device: torch.device) -> Iterator[None]:
-    """Seeded random numbers, deterministic algorithms and the precision of products inside, the caller's own ones outside."""
-    products = torch.get_float32_matmul_precision()
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Products of float32 as `torch.set_float32_matmul_precision` names it inside, the caller's own outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def reproducible(seed: int, deterministic: bool, device: torch.device) -> Iterator[None]:
+    """Seeded random numbers and deterministic algorithms inside, the caller's own ones outside."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -53,11 +63,9 @@ def reproducible(seed: int, deterministic: bool, matmul_precision: str, device: 
                 # Each `torch.empty` would be filled with NaN first. Nothing here reads what was not written: the scorecard fills
                 # the ops' buffers so (row 6).
                 torch.utils.deterministic.fill_uninitialized_memory = False
-            torch.set_float32_matmul_precision(matmul_precision)
             torch.manual_seed(seed)
             yield
         finally:
-            torch.set_float32_matmul_precision(products)
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             torch.utils.deterministic.fill_uninitialized_memory = filled
 

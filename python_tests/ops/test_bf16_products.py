@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from op_cases.linear import ACTIVATIONS, SHAPES, Linear
 from op_cases.linear_cross_entropy import KEEP, RECOMPUTE, LinearCrossEntropy
-from op_checks import identical
+from op_checks import by_threads, identical
 from torch import Tensor
 
 from case_fast.ops import reference
+from case_fast.training.process import matmul_precision
 
 UGLY = [{"rows": rows, "depth": depth, "outputs": outputs, **more} for rows, depth, outputs, more in SHAPES]
 VARIED = [{**recipe, "activation": None} for recipe in Linear.VARIED if recipe.get("dtype") is None]
 ROUNDING = 2.0**-7 + 2.0**-16  # of a product, whose two factors of 8 bits are each off by at most 2^-8
-
-
-@contextmanager
-def told(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
@@ -37,7 +26,7 @@ def rounds(native) -> None:
 
 
 def results(case, precision: str = "medium") -> dict[str, Tensor]:
-    with told(precision):
+    with matmul_precision(precision):
         return case.results()
 
 
@@ -66,14 +55,8 @@ def test_factors_are_rounded_and_nothing_else(rounds, recipe):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows, depth, outputs", [(16, 300, 300), (250, 301, 900), (670, 900, 300)])
 def test_bits_depend_on_neither_threads_nor_other_rows(rounds, rows, depth, outputs, activation):
-    case, found = Linear.made(rows, depth, outputs, second=31, activation=activation), []
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            found.append(results(case))
-    finally:
-        torch.set_num_threads(before)
+    case = Linear.made(rows, depth, outputs, second=31, activation=activation)
+    found = by_threads(lambda: results(case))
     assert all(identical(x, found[0][name]) for one in found for name, x in one.items())
     for part in (slice(0, 1), slice(rows // 3, rows // 3 + 9)):
         few = results(replace(case, x=case.x[part], grad_out=case.grad_out[part]))
@@ -87,14 +70,8 @@ LOSSES = [{"rows": 60, "words": 400, "dim": 33, "most": 3, "layout": 1}, {"rows"
 @pytest.mark.parametrize("keep_bytes", [KEEP, RECOMPUTE])
 @pytest.mark.parametrize("recipe", LOSSES, ids=str)
 def test_the_loss_of_many_rows_is_that_of_rounded_factors(rounds, recipe, keep_bytes):
-    case, found = LinearCrossEntropy.made(keep_bytes=keep_bytes, **recipe), []
-    before = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            found.append(results(case))
-    finally:
-        torch.set_num_threads(before)
+    case = LinearCrossEntropy.made(keep_bytes=keep_bytes, **recipe)
+    found = by_threads(lambda: results(case))
     assert all(identical(x, found[0][name]) for one in found for name, x in one.items())
     exact = replace(case, hidden=case.hidden.bfloat16().double(), weight=case.weight.bfloat16().double(), bias=case.bias.double(),
                     grad_nll=case.grad_nll.double()).results()
@@ -120,7 +97,7 @@ def test_each_call_asks_torch_anew(rounds, case, monkeypatch):
     name = next(iter(exact))
     assert all(identical(x, exact[key]) for key, x in results(case, "high").items())
     assert not identical(rounded[name], exact[name])
-    with told("highest"):
+    with matmul_precision("highest"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # the other way to say it
         assert all(identical(x, rounded[key]) for key, x in case.results().items())
     assert torch.get_float32_matmul_precision() == "highest"
@@ -133,5 +110,5 @@ def test_each_call_asks_torch_anew(rounds, case, monkeypatch):
 def test_float64_is_never_rounded(native, family):
     case = family.made(40, 30, 20, dtype=torch.float64)
     assert all(identical(x, results(case, "highest")[name]) for name, x in results(case).items())
-    with told("medium"):
+    with matmul_precision("medium"):
         family.made(dtype=torch.float64, **family.GRADCHECK[5]).gradcheck()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases.linear import Linear
-from op_checks import counted, identical
+from op_checks import by_threads, counted, identical
 from torch.nn import functional as F
 
 from case_fast import ops
@@ -29,14 +29,7 @@ def test_a_row_does_not_depend_on_the_others(native, rows, depth, outputs):
 
 @pytest.mark.parametrize("rows, depth, outputs", STEP)
 def test_any_number_of_threads_gives_the_same_bits(native, rows, depth, outputs):
-    case, found = Linear.made(rows, depth, outputs, second=31, activation="gelu"), []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            found.append(case.results())
-    finally:
-        torch.set_num_threads(threads)
+    found = by_threads(Linear.made(rows, depth, outputs, second=31, activation="gelu").results)
     assert all(identical(x, found[0][name]) for one in found for name, x in one.items())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import close
 from op_cases.pooled_attention import PooledAttention
-from op_checks import identical
+from op_checks import by_threads, identical
 
 from case_fast.ops import packed_attention, pooled_attention
 
@@ -53,16 +53,9 @@ def test_gradients_of_huge_scores_stay_of_the_size_of_grad_out(native, magnitude
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_the_bits_do_not_depend_on_threads(native, threads):
-    before = torch.get_num_threads()
     for recipe in PooledAttention.VARIED:
-        case = PooledAttention.made(**recipe)
-        try:
-            torch.set_num_threads(1)
-            expected = case.results()
-            torch.set_num_threads(threads)
-            assert all(identical(x, expected[name]) for name, x in case.results().items())
-        finally:
-            torch.set_num_threads(before)
+        expected, found = by_threads(PooledAttention.made(**recipe).results, (1, threads))
+        assert all(identical(x, expected[name]) for name, x in found.items())
 
 
 def test_a_sequence_has_the_same_bits_alone_and_among_others(runs):

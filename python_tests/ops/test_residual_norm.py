@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import close
 from op_case import HALF
 from op_cases.residual_norm import ResidualNorm
-from op_checks import counted, identical
+from op_checks import by_threads, counted, identical
 
 from case_fast import ops
 from case_fast.ops import reference
@@ -120,15 +120,9 @@ def test_residual_refuses_what_the_other_does(runs, change, said):
 
 @pytest.mark.parametrize("rows, width", [(1, 300), (16, 300), (97, 300), (750, 300), (2403, 301)])
 def test_any_number_of_threads_gives_the_same_bits(native, rows, width):
-    case, threads = ResidualNorm.made(rows, width, **DROPS), torch.get_num_threads()
-    try:
-        with counted(ResidualNorm) as calls:
-            found = []
-            for count in (1, 2, 3, 7):
-                torch.set_num_threads(count)
-                found.append(case.results() | {"residual": residual_of(case)})
-    finally:
-        torch.set_num_threads(threads)
+    case = ResidualNorm.made(rows, width, **DROPS)
+    with counted(ResidualNorm) as calls:
+        found = by_threads(lambda: case.results() | {"residual": residual_of(case)})
     assert calls == {"residual_norm_forward": 4, "residual_norm_backward": 4, "residual_norm_drop": 4}
     assert all(identical(x, found[0][name]) for others in found[1:] for name, x in others.items())
 

@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -130,18 +131,26 @@ def check_prefilled(family: Family, size: int, device: str) -> int:
     return (size + 1) * len(clean)
 
 
+def by_threads(call: Callable[[], Any], counts: Sequence[int] = (1, 2, 3, 7)) -> list[Any]:
+    """What ``call`` gives with so many threads of torch, each number in turn; the caller's own number after."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 def check_determinism(family: Family, size: int, device: str) -> int:
     """Row 11: `size` runs, each by 1, 2 and 3 threads on CPU, give one sha256 a case."""
-    threads = torch.get_num_threads()
+    counts = (1, 2, 3) if device == "cpu" else (torch.get_num_threads(),)
     expected, seen = digests(family, device), 0
-    try:
-        for _ in range(size):
-            for count in (1, 2, 3) if device == "cpu" else (threads,):
-                torch.set_num_threads(count)
-                assert digests(family, device) == expected, f"{count} threads"
-                seen += len(expected)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in range(size):
+        for count, found in zip(counts, by_threads(lambda: digests(family, device), counts), strict=True):
+            assert found == expected, f"{count} threads"
+            seen += len(expected)
     return seen
 
 

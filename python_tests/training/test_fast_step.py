@@ -10,6 +10,7 @@ from typing import TypeVar
 import pytest
 import torch
 from helpers import ALL_SETTINGS, PRINTED, as_double, random_batch, seeded, tiny_model
+from op_checks import by_threads
 from torch import nn
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, records, run, tiny_run
 
@@ -73,20 +74,17 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(phase, changes):
     model = CASE(CASEConfig(vocab_size=3000, encoder_dropout=0.1, decoder_dropout=0.1, **changes))
     batch = random_batch(64)
     model.set_phase(phase)
-    threads, found = torch.get_num_threads(), set()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            model.zero_grad()
-            model(batch).loss.backward()
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            bits = hashlib.sha256(total_norm(gradients).numpy().tobytes())
-            for gradient in gradients:
-                bits.update(gradient.numpy().tobytes())
-            found.add(bits.hexdigest())
-    finally:
-        torch.set_num_threads(threads)
-    assert len(found) == 1
+
+    def digest() -> str:
+        model.zero_grad()
+        model(batch).loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        bits = hashlib.sha256(total_norm(gradients).numpy().tobytes())
+        for gradient in gradients:
+            bits.update(gradient.numpy().tobytes())
+        return bits.hexdigest()
+
+    assert len(set(by_threads(digest))) == 1
 
 
 def test_the_norm_of_the_gradients_is_torchs():

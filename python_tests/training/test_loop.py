@@ -29,7 +29,7 @@ from case_fast.errors import CheckpointError, ConfigError, DataError, Interrupte
 from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
-from case_fast.training.process import reproducible
+from case_fast.training.process import matmul_precision, reproducible
 
 STEPS = PHASE_1 + PHASE_2
 
@@ -261,10 +261,10 @@ def test_new_memory_is_not_filled_in_a_run_and_the_caller_s_setting_comes_back(t
     made.on_batch = look
     run(made, tmp_path / "run")
     assert seen == {(True, False)} and torch.utils.deterministic.fill_uninitialized_memory is filled
-    with pytest.raises(KeyError), reproducible(0, True, "highest", torch.device("cpu")):
+    with pytest.raises(KeyError), reproducible(0, True, torch.device("cpu")):
         raise KeyError
     assert torch.utils.deterministic.fill_uninitialized_memory is filled
-    with reproducible(0, False, "highest", torch.device("cpu")):
+    with reproducible(0, False, torch.device("cpu")):
         assert torch.utils.deterministic.fill_uninitialized_memory is filled
 
 
@@ -278,7 +278,7 @@ def test_products_have_the_precision_of_the_settings_in_a_run_alone(store, whole
     assert json.loads((tmp_path / "run" / "config.json").read_text())["matmul_precision"] == "medium"
     with pytest.raises(ConfigError, match="matmul_precision is 'medium' in the run and 'highest' now"):
         run(made, tmp_path / "run", resume=True)
-    with pytest.raises(KeyError), reproducible(0, True, "high", torch.device("cpu")):
+    with pytest.raises(KeyError), matmul_precision("high"):
         raise KeyError
     assert torch.get_float32_matmul_precision() == "highest"
     interrupt_at(made, tmp_path / "other", 6, config)
