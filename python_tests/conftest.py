@@ -13,13 +13,9 @@ from case_fast.data.store import Store
 REAL_DATA = Path(os.environ.get("CASE_FAST_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True)
-def fixed_seed() -> None:
+def same_start() -> None:
+    torch.set_num_threads(1)  # for each test anew: a benchmark that one of them runs sets its own
     torch.manual_seed(0)
 
 

@@ -74,12 +74,12 @@ class CASEConfig(ModelConfig):
     coarse_alignment: bool = True
     fine_alignment: bool = True
     intensity: Literal["after", "before_norm", "off"] = "after"
-    mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "bilinear_sigmoid"
+    mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "standardized"
     num_negatives: int | None = None
     discernment_scale: Literal["none", "sqrt_d"] = "none"
-    vertex_pooling: Literal["cls", "mean"] = "cls"
+    vertex_pooling: Literal["cls", "mean"] = "mean"
     special_scale: float = 1.0
-    kl_reduction: Literal["sum", "mean"] = "sum"
+    kl_reduction: Literal["sum", "mean"] = "mean"
     detach_posterior: bool = True
     alpha: float = 0.2
     gamma_align: float = 1.0
