@@ -55,7 +55,7 @@ def discernment(vectors: Tensor, signal: Tensor, segment: Tensor, scale: float =
     Args:
         vectors: (n, d) knowledge vectors; segment (n,) their dialogues.
         signal: (B, d): phi(s_X) for the prior, s_Y for the posterior.
-        scale: of the products: 1 as printed, or d^-1/2, as attention's.
+        scale: of the products: 1 as printed, d^-1/4, or d^-1/2, as attention's.
 
     Returns:
         (n,) log-probabilities, float32 at least.

@@ -20,11 +20,13 @@ from case_fast.models.layers import AnySeed, Decoder, Encoder, GraphEncoder, Lin
 
 SPECIAL_WORDS = 8  # from padding to the roles, the first of every vocabulary
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
+_DISCERNMENT_POWER = {"none": 0.0, "fourth_root_d": 0.25, "sqrt_d": 0.5}  # of d
 
 
 @dataclass(frozen=True)
 class CASEConfig(ModelConfig):
-    """Everything that decides the shape and the objective of `CASE`, on top of `ModelConfig`; the defaults are the paper's.
+    """Everything that decides the shape and the objective of `CASE`, on top of `ModelConfig`. The defaults are the paper's but
+    for those of `printed`, which are what made its losses learn (docs/paper.md).
 
     Attributes:
         cognition_relations: types of edges in G_CS.
@@ -39,7 +41,8 @@ class CASEConfig(ModelConfig):
             sigmoid(x^T W y / d) of x and y standardized over the batch (`equations.standardized`); "dot", x . y, as the authors'
             code has it: w_coarse and w_fine are then without use.
         num_negatives: sampled negatives a pair in L_fine, None for all in the batch.
-        discernment_scale: of the products of Eq. 4-6: "none", as the paper says; "sqrt_d", d^-1/2, as attention has it.
+        discernment_scale: what divides the products of Eq. 4-6: "none", as the paper says; "fourth_root_d", d^1/4; "sqrt_d",
+            d^1/2, as in attention.
         vertex_pooling: what the cognition encoder makes of a text: its [CLS] row ("cls"), or the "mean" of its rows.
         special_scale: how large the rows of special words and of vertex types start beside those of words, and how large place 0
             is, where [CLS] stands: below 1, what all vertices have in common is small.
@@ -76,7 +79,7 @@ class CASEConfig(ModelConfig):
     intensity: Literal["after", "before_norm", "off"] = "after"
     mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "standardized"
     num_negatives: int | None = None
-    discernment_scale: Literal["none", "sqrt_d"] = "none"
+    discernment_scale: Literal["none", "fourth_root_d", "sqrt_d"] = "fourth_root_d"
     vertex_pooling: Literal["cls", "mean"] = "mean"
     special_scale: float = 1.0
     kl_reduction: Literal["sum", "mean"] = "mean"
@@ -91,7 +94,7 @@ class CASEConfig(ModelConfig):
         super().__post_init__()
         self._one_of("intensity", "after", "before_norm", "off")
         self._one_of("mim_score", "bilinear_sigmoid", "standardized", "dot")
-        self._one_of("discernment_scale", "none", "sqrt_d")
+        self._one_of("discernment_scale", *_DISCERNMENT_POWER)
         self._one_of("vertex_pooling", "cls", "mean")
         self._one_of("kl_reduction", "sum", "mean")
         scale = self.special_scale
@@ -170,6 +173,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
     phases = ("bow", "all")
     presets = {
         "paper": {},
+        "printed": {"model": CASEConfig.printed},
         "demo": {
             "model": {"d_model": 128, "ffn": 128, "encoder_dropout": 0.2, "decoder_dropout": 0.2},
             "phase1_epochs": 2,
@@ -329,7 +333,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
     def _discerned(self, batch: Batch, knowledge: Tensor, concept: Tensor, of_cognition: Tensor, of_concept: Tensor
                    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of both kinds of knowledge (Eq. 4-6), by signals (B, d) for each."""
-        scale = self.config.d_model**-0.5 if self.config.discernment_scale == "sqrt_d" else 1.0
+        scale = self.config.d_model ** -_DISCERNMENT_POWER[self.config.discernment_scale]
         return (
             eq.discernment(knowledge, of_cognition, batch.case.knowledge_dialogue, scale),
             eq.discernment(concept, of_concept, batch.concept.graph.dialogue, scale),

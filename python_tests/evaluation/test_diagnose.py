@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -26,7 +27,8 @@ from helpers import (
     tiny_model,
     tiny_vocabulary,
 )
-from training_helpers import MemoryStore
+from rich.console import Console
+from training_helpers import MemoryStore, records
 
 from case_fast import cli
 from case_fast.data.featurizer import Example, TextTable
@@ -54,6 +56,7 @@ from case_fast.evaluation.figures import diagnosis_png
 from case_fast.models import CASE, build
 from case_fast.models.base import Alignment, Choice, Inside
 from case_fast.references import read_references
+from case_fast.training import preset, train
 
 SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--max-steps", "2", "--validate-every", "2", "--valid-limit", "8",
          "--min-steps", "0", "--log-every", "1"]
@@ -332,6 +335,17 @@ def test_a_model_whose_replies_stand_in_its_inferences_is_seen_to_read_these_alo
     assert found["own"]["ppl"] < 2 and found["inferences"]["rise"] > 500
     assert found["inferences"]["rise"] > 2 * found["inferences"]["rise_error"]
     assert abs(found["concepts"]["rise"]) < 2 and abs(found["reactions"]["rise"]) < 2
+
+
+@pytest.mark.slow
+def test_the_demo_tells_its_knowledge_apart(sample_store, tmp_path):
+    """As printed, its inferences are one vector by then (common share 0.99997) and all weigh alike (0.9991 of their number)."""
+    config = preset("demo", max_steps=150, min_steps=0, validate_every=150, device="cpu")
+    train(sample_store, tmp_path / "run", config, Console(file=io.StringIO()))
+    (last,) = records(tmp_path / "run", "validation")
+    found = last["diagnosis"]
+    assert found["cs_common_share"] < 0.95 and found["inferences_prior_ratio"] < 0.97 and found["concepts_prior_ratio"] < 0.9
+    assert found["coarse_over_chance"] >= 2
 
 
 # ---- held-out batches

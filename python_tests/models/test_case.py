@@ -103,8 +103,9 @@ def trainable(model: CASE) -> set[str]:
 # ---- against the slow model
 
 CONFIGS = {
+    "as it comes": {},
     "as printed": PRINTED,
-    "scaled discernment": {"discernment_scale": "sqrt_d"},
+    "discernment scaled as attention": {"discernment_scale": "sqrt_d"},
     "all of these": ALL_SETTINGS,
     "standardized MIM scores": {"mim_score": "standardized"},
     "L_KL averaged over vertices": {"kl_reduction": "mean", "detach_posterior": False},

@@ -87,7 +87,7 @@ def test_missing_arguments_are_named(capsys):
         (["chat", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["merge-cache", "new.sqlite", "nowhere.sqlite"], "nowhere.sqlite: cache of inferences not found"),
-        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "case has no preset 'papr'; it has paper, demo"),
+        (["train", "--preset", "papr", "--data", "x", "--out", "y"], "case has no preset 'papr'; it has paper, printed, demo"),
         (["prepare", "--dialogues", "nowhere", "--knowledge", "bundled", "--conceptnet", "bundled", "--lexicon", "bundled",
           "--out", "s"], "nowhere"),
         (["prepare", "--dialogues", "bundled", "--knowledge", "commet:x", "--conceptnet", "bundled", "--lexicon", "bundled",

@@ -236,7 +236,7 @@ class SlowCase:
         p_cs, p_ec = (self.linear(f"{name}.0", context[0]).tanh() for name in ("phi_cognition", "phi_concept"))
 
         def discern(vectors: list[Tensor], signal: Tensor) -> Tensor:
-            divisor = math.sqrt(d) if self.c.discernment_scale == "sqrt_d" else 1.0
+            divisor = {"none": 1.0, "fourth_root_d": math.sqrt(math.sqrt(d)), "sqrt_d": math.sqrt(d)}[self.c.discernment_scale]
             return (
                 softmax(torch.stack([(v * signal).sum() / divisor for v in vectors]))
                 if vectors

@@ -44,7 +44,7 @@ def test_presets():
     assert preset("demo").model.d_model == CASE.presets["demo"]["model"]["d_model"]
     changed = preset("demo", model={"heads": 4}, seed=3)
     assert (changed.model.heads, changed.model.d_model, changed.seed) == (4, CASE.presets["demo"]["model"]["d_model"], 3)
-    with pytest.raises(ConfigError, match="case has no preset 'dmeo'; it has paper, demo"):
+    with pytest.raises(ConfigError, match="case has no preset 'dmeo'; it has paper, printed, demo"):
         preset("dmeo")
     with pytest.raises(ConfigError, match="unknown setting batchsize; there are model, ablation"):
         preset("demo", batchsize=4)
