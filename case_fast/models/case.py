@@ -175,7 +175,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         "paper": {},
         "printed": {"model": CASEConfig.printed},
         "demo": {
-            "model": {"d_model": 128, "ffn": 128, "encoder_dropout": 0.2, "decoder_dropout": 0.2},
+            "model": {"d_model": 128, "ffn": 128, "encoder_dropout": 0.2, "decoder_dropout": 0.2, "discernment_scale": "sqrt_d"},
             "phase1_epochs": 2,
             "warmup": 200,
             "lr_scale": 0.35,
