@@ -2,8 +2,9 @@
 
     python docs/curves.py --out docs/run.png "default=ed.run" "as printed=printed.run"
 
-One panel a figure: perplexity and emotion accuracy on the validation split, both alignments against chance, both priors against
-their number, and each loss of training (running means), over the steps of all phases; a line a run, whose label stands before the =.
+One panel a figure: perplexity and emotion accuracy on the validation split, both alignments against chance, both priors
+against their number, and each loss of training (running means), over the steps of all phases; a line a run, whose label stands
+before the =.
 """
 
 from __future__ import annotations
