@@ -149,7 +149,7 @@ def _evaluate(args: Namespace, console: Console) -> None:
 
 def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_size: int, device: str, generation: Any,
                    console: Console) -> Any:
-    """Measure a run on a split and write RUN/evaluation/SPLIT."""
+    """Measure a run on a split and write RUN/evaluation/SPLIT, or SPLIT-STRATEGY where it does not reply greedily."""
     from case_fast.data import open_store
     from case_fast.evaluation import evaluate
     from case_fast.generation import generate_all
@@ -168,7 +168,8 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
             return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
-        return evaluate(model, store, split, Run(run).evaluation(split), replies, limit=limit, batch_size=batch_size,
+        out = Run(run).evaluation(split, generation.strategy)
+        return evaluate(model, store, split, out, replies, limit=limit, batch_size=batch_size,
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 

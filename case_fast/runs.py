@@ -66,8 +66,9 @@ class Run:
         self.cache = self.path / "knowledge.sqlite"
         self._training = (self.config, self.manifest, self.log, self.features, self.best, self.checkpoints)
 
-    def evaluation(self, split: str) -> Path:
-        return self.evaluations / split
+    def evaluation(self, split: str, strategy: str = "greedy") -> Path:
+        """Where an evaluation belongs; replies that were not decoded greedily have a folder of their own."""
+        return self.evaluations / (split if strategy == "greedy" else f"{split}-{strategy}")
 
     def diagnosis(self, split: str) -> Path:
         return self.path / "diagnosis" / split

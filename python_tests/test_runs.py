@@ -59,8 +59,9 @@ def test_every_version_writes_the_same_files(trained):
 
 def test_the_parts_that_others_fill_have_their_places():
     run = Run("r")
-    assert [str(path) for path in (run.evaluation("test"), run.report, run.cache, run.failures, run.tensorboard)] == [
-        "r/evaluation/test", "r/report.html", "r/knowledge.sqlite", "r/failure", "r/tensorboard"
+    places = run.evaluation("test"), run.evaluation("test", "beam"), run.report, run.cache, run.failures, run.tensorboard
+    assert [str(path) for path in places] == [
+        "r/evaluation/test", "r/evaluation/test-beam", "r/report.html", "r/knowledge.sqlite", "r/failure", "r/tensorboard"
     ]
     assert not run.path.exists()
 

@@ -63,7 +63,7 @@ class Reported(Record):
         run = super().read(path)
         folders = [item for item in run.files.evaluations.glob("*") if item.is_dir()]
         order = {split: place for place, split in enumerate(_SPLITS)}
-        for folder in sorted(folders, key=lambda item: (order.get(item.name, len(order)), item.name)):
+        for folder in sorted(folders, key=lambda item: (order.get(item.name.split("-")[0], len(order)), item.name)):
             try:
                 evaluation = Evaluation.load(folder)
             except CheckpointError as error:

@@ -143,13 +143,15 @@ def test_a_run_is_not_trained_over_but_resumed(run, sample_store, capsys):
 
 
 def test_a_run_is_evaluated_reported_and_talked_to(run, sample_store, capsys, monkeypatch):
-    assert cli.main(["evaluate", str(run), "--data", str(sample_store.path), "--limit", "6", "--strategy", "beam"]) == 0
-    metrics = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
-    assert "decoding=beam" in json.dumps(metrics)
-    assert sum(1 for _ in open(run / "evaluation" / "test" / "predictions.jsonl")) == 6
-    assert "Perplexity" in said(capsys)
+    for strategy, limit, name in ("greedy", 4, "test"), ("beam", 6, "test-beam"):  # neither takes the other's place
+        words = ["evaluate", str(run), "--data", str(sample_store.path), "--limit", str(limit), "--strategy", strategy]
+        assert cli.main(words) == 0 and "Perplexity" in said(capsys)
+        metrics = (run / "evaluation" / name / "metrics.json").read_text()
+        assert f"decoding={strategy}" in metrics
+        assert sum(1 for _ in open(run / "evaluation" / name / "predictions.jsonl")) == limit
     assert cli.main(["report", str(run)]) == 0
-    assert (run / "report.html").read_text().startswith("<!")
+    page = (run / "report.html").read_text()
+    assert page.startswith("<!") and page.index("decoding=greedy") < page.index("decoding=beam")
     monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n"))
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
     assert "emotion" in said(capsys)
