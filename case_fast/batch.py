@@ -18,7 +18,7 @@ from torch import Tensor
 
 from case_fast.errors import ConfigError
 
-PARTS = ("dialogue", "case", "concept")
+PARTS = ("dialogue", "case", "concept", "relations")
 
 
 class _Tensors:
@@ -158,6 +158,26 @@ class ConceptPart(_Tensors):
 
 
 @dataclass
+class RelationsPart(_Tensors):
+    """The inferences about the whole last utterance, u_0, as strings of words, without the words "to" and "none".
+
+    Attributes:
+        cognition, cognition_position: (L,) [CLS] and the words of all inferences of a relation end to end, sequence 4 b + r for
+            relation r (xIntent, xNeed, xWant, xEffect) of dialogue b; cu_cognition (4B + 1,).
+        reaction, reaction_position: (F,) the words of all reactions of a dialogue end to end; cu_reaction (B + 1,),
+            reaction_segment (F,) the dialogue.
+    """
+
+    cognition: Tensor
+    cognition_position: Tensor
+    cu_cognition: Tensor
+    reaction: Tensor
+    reaction_position: Tensor
+    reaction_segment: Tensor
+    cu_reaction: Tensor
+
+
+@dataclass
 class Batch(_Tensors):
     """B listener turns. All index tensors are int64. ``*_position``: the place of each row in its sequence, ``*_segment``: the
     sequence, from 0, so that no model has to work them out of offsets.
@@ -174,7 +194,7 @@ class Batch(_Tensors):
         emotion: (B,) label, -1 where unknown.
         dialogue_weight (B,), target_weight, bow_weight (M,): float64, each row's share in a mean over dialogues, over target
             words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
-        case, concept: the other parts, or None.
+        case, concept, relations: the other parts, or None.
     """
 
     size: int
@@ -197,6 +217,7 @@ class Batch(_Tensors):
     bow_weight: Tensor
     case: CasePart | None = None
     concept: ConceptPart | None = None
+    relations: RelationsPart | None = None
 
     def __len__(self) -> int:
         return self.size

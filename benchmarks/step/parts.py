@@ -22,7 +22,7 @@ MODULES = {
     "phi_cognition": "alignment", "phi_concept": "alignment",
 }
 METHODS = {"look_up": "words", "_reactions": "reactions", "_bow_loss": "vocabulary", "word_losses": "vocabulary",
-           "_coarse": "alignment", "_fine": "alignment", "_diversity_weights": "vocabulary"}
+           "_coarse": "alignment", "_fine": "alignment", "diversity_loss": "vocabulary"}
 PARTS = ("words", "cognition encoder", "context encoder", "graphs", "reactions", "decoder", "vocabulary", "alignment", "the rest")
 _PREFIX = "part: "
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import Batch, CasePart, ConceptPart, Graphs
+from case_fast.batch import Batch, CasePart, ConceptPart, Graphs, RelationsPart
 
 SHARES = (0.5, 0.97)  # of batches that the first capacities hold; the last one holds every batch seen, and MARGIN more
 MARGIN = 1.1
@@ -32,6 +32,7 @@ class Capacity:
         context, target, text, texts, distinct: T, M, S, knowledge texts, distinct pairs of a word and its place.
         cognition_vertices, cognition_edges, concept_vertices, concept_edges: of both graphs.
         knowledge: K, and as many pairs of L_fine. reactions, reaction, reaction_context: R, r, C.
+        strung, felt: L and F of the strings of inferences and of reactions.
     """
 
     longest: int
@@ -49,6 +50,8 @@ class Capacity:
     reaction_context: int = 0
     concept_vertices: int = 0
     concept_edges: int = 0
+    strung: int = 0
+    felt: int = 0
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch fits, with a row and a sequence left over where something must lie in them."""
@@ -57,7 +60,7 @@ class Capacity:
 
 
 _WITH_ROOM = {"dialogues", "context", "target", "text", "texts", "cognition_vertices", "reactions", "reaction_context",
-              "concept_vertices"}
+              "concept_vertices", "strung"}
 
 
 def measured(batch: Batch) -> dict[str, int]:
@@ -72,6 +75,8 @@ def measured(batch: Batch) -> dict[str, int]:
         }
     if (concept := batch.concept) is not None:
         found |= {"concept_vertices": len(concept.word), "concept_edges": len(concept.graph.indices)}
+    if (relations := batch.relations) is not None:
+        found |= {"strung": len(relations.cognition), "felt": len(relations.reaction)}
     return found
 
 
@@ -127,6 +132,7 @@ def fitted(batch: Batch, capacity: Capacity) -> Batch | None:
         target_weight=target.filled(batch.target_weight), bow_weight=target.filled(batch.bow_weight),
         case=None if batch.case is None else _case(batch.case, capacity, size, target, len(batch.context)),
         concept=None if batch.concept is None else _concept(batch.concept, capacity),
+        relations=None if batch.relations is None else _relations(batch.relations, capacity),
     )
 
 
@@ -177,6 +183,21 @@ def _concept(concept: ConceptPart, c: Capacity) -> ConceptPart:
         graph=_graphs(concept.graph, vertices, c.concept_edges, c.dialogues), word=_filled(concept.word, vertices),
         position=_filled(concept.position, vertices), type=_filled(concept.type, vertices),
         intensity=_filled(concept.intensity, vertices),
+    )
+
+
+def _relations(relations: RelationsPart, c: Capacity) -> RelationsPart:
+    kinds = (len(relations.cu_cognition) - 1) // (len(relations.cu_reaction) - 1)
+    cognition = _Rows(relations.cu_cognition, c.strung, kinds * c.dialogues)
+    reaction = _Rows(relations.cu_reaction, c.felt, c.dialogues)
+    last = c.longest - 1
+    return RelationsPart(
+        cognition=cognition.filled(relations.cognition),
+        cognition_position=cognition.filled(relations.cognition_position, np.minimum(cognition.position, last)),
+        cu_cognition=cognition.cu,
+        reaction=reaction.filled(relations.reaction),
+        reaction_position=reaction.filled(relations.reaction_position, np.minimum(reaction.position, last)),
+        reaction_segment=reaction.filled(relations.reaction_segment, reaction.segment), cu_reaction=reaction.cu,
     )
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs
+from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs, RelationsPart
 from case_fast.data.featurizer import Example
 from case_fast.data.ragged import Beside, Ragged, offsets_of, spans
-from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER
+from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError
+from case_fast.knowledge.source import COGNITION_RELATIONS
 
 Read = Callable[[str], Ragged]
 """A field of the examples of a batch (`Example.column`), a row an example."""
@@ -24,6 +25,8 @@ Read = Callable[[str], Ragged]
 
 class Texts(Protocol):
     """A table of knowledge texts; `TextTable` and a store's own table are two."""
+
+    vocabulary: Vocabulary
 
     def rows(self, ids: np.ndarray) -> Ragged: ...
 
@@ -54,9 +57,11 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
     words = int(said.offsets[-1])
     case = _pack_case(read, texts, heard, said) if "case" in parts else None
     concept = _pack_concept(read, context) if "concept" in parts else None
+    relations = _pack_relations(read, texts) if "relations" in parts else None
     context_position, target_position = positions = [_positions(heard.offsets), _positions(said.offsets)]
     positions += [] if case is None else [case.response_position, case.text_position, case.reaction_position]
     positions += [] if concept is None else [concept.position]
+    positions += [] if relations is None else [relations.cognition_position, relations.reaction_position]
     return Batch(
         size=size,
         longest=1 + max(int(position.max()) for position in positions if position.numel()),
@@ -78,6 +83,7 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
         bow_weight=torch.from_numpy(np.repeat(1 / (size * said.sizes), said.sizes)),
         case=case,
         concept=concept,
+        relations=relations,
     )
 
 
@@ -163,6 +169,36 @@ def _pack_concept(read: Read, context: Ragged) -> ConceptPart:
         type=_tensor(vertices(0, 0, 1)),
         intensity=torch.from_numpy(intensity),
     )
+
+
+def _pack_relations(read: Read, texts: Texts) -> RelationsPart:
+    knowledge, reaction = read("knowledge"), read("reaction")
+    size, kinds = len(knowledge), len(COGNITION_RELATIONS)
+    dialogue, felt_by = (np.arange(size).repeat(rows.sizes) for rows in (knowledge, reaction))
+    of_all = np.flatnonzero(read("knowledge_sub").values == 0)  # of the whole utterance
+    sequence = kinds * dialogue[of_all] + read("knowledge_relation").values[of_all]
+    known = _strung(texts, knowledge.values[of_all], sequence, kinds * size)
+    of_all = np.flatnonzero(read("reaction_sub").values == 0)
+    felt = _strung(texts, reaction.values[of_all], felt_by[of_all], size)
+    rows = Beside(1, known.sizes)
+    return RelationsPart(
+        cognition=_tensor(rows(CLS, known.values)),
+        cognition_position=_positions(rows.offsets),
+        cu_cognition=_tensor(rows.offsets),
+        reaction=_tensor(felt.values),
+        reaction_position=_positions(felt.offsets),
+        reaction_segment=_segments(felt.sizes),
+        cu_reaction=_tensor(felt.offsets),
+    )
+
+
+def _strung(texts: Texts, ids: np.ndarray, sequence: np.ndarray, count: int) -> Ragged:
+    """The words of these texts end to end, by the sequence that each text belongs to; "to" and "none" left out."""
+    order = np.argsort(sequence, kind="stable")
+    words = texts.rows(ids[order])
+    said = ~np.isin(words.values, [texts.vocabulary.ids[word] for word in ("to", "none") if word in texts.vocabulary.ids])
+    sizes = np.bincount(sequence[order].repeat(words.sizes)[said], minlength=count)
+    return Ragged(words.values[said], offsets_of(sizes))
 
 
 def _graphs(read: Read, name: str) -> Graphs:

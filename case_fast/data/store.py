@@ -30,6 +30,7 @@ from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
 from case_fast.data.pack import pack
 from case_fast.data.ragged import Ragged, offsets_of, places_of
+from case_fast.data.vocabulary import Vocabulary
 from case_fast.errors import DataError
 from case_fast.files import sha256, write_json
 from case_fast.text_files import read_json, require_file, require_folder
@@ -171,7 +172,8 @@ class _Rows:
 
 
 class _StoredTexts:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
         found = _Arrays(path, ("words", "text")).ragged
         self._words, self._text = found["words"], found["text"]
 
@@ -204,7 +206,7 @@ class Store:
         self.fingerprint: str = self.manifest["fingerprint"]
         self.knowledge: dict[str, str | None] = self.manifest["knowledge"]
         self.featurizer = Featurizer.load(self.path)
-        self.texts = _StoredTexts(self.path / "texts.safetensors")
+        self.texts = _StoredTexts(self.path / "texts.safetensors", self.featurizer.vocabulary)
         self._splits = {split: _Arrays(self.path / f"{split}.safetensors", _FIELDS, _SCALARS) for split in self.splits}
         for split in self.splits:
             if self.size(split) != counts[split]:

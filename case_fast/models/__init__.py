@@ -18,6 +18,7 @@ MODELS = {
     "case": "case.CASE",
     "transformer": "transformer.Transformer",
     "multi-trs": "transformer.MultiTRS",
+    "cem": "cem.CEM",
 }
 
 

@@ -245,6 +245,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     embedding: nn.Embedding
     decoder: nn.Module
     output: nn.Linear
+    word_counts: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -355,6 +356,17 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def word_losses(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) -log P of the words ``target`` (M,) after hidden states (M, d), and the most probable words (M,)."""
         return ops.linear_cross_entropy(hidden, self.output.weight, self.output.bias, target)
+
+    def count_words(self) -> None:
+        """Give the model the running counts of its own words that `diversity_loss` weighs words by: a buffer, saved with it."""
+        self.register_buffer("word_counts", torch.zeros(self.config.vocab_size, dtype=torch.int64))
+
+    def diversity_loss(self, batch: Batch, nll: Tensor, prediction: Tensor) -> Tensor:
+        """L_div of Sabour et al. (2022); in training the most probable words (EOS aside) are counted first."""
+        if self.training:
+            said = ((prediction != self.config.eos_id) & (batch.target_weight > 0)).to(self.word_counts.dtype)
+            self.word_counts.index_add_(0, prediction, said)
+        return eq.diversity_loss(nll, batch.target, eq.diversity_weights(self.word_counts), batch.target_weight)
 
     def reply_logits(self, words: Tensor, cu: Tensor, reading: Reading, last_only: bool = False) -> Tensor:
         """(M, V) scores of the word after each of packed decoder inputs (M,), cu (B + 1,): the decoder without a cache.

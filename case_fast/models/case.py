@@ -225,8 +225,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         self.fusion = Linear(3 * d, d)
         self.decoder = Decoder(*sizes, c.decoder_dropout, sources=3)
         self.output = nn.Linear(d, c.vocab_size)
-        self.register_buffer("word_counts", torch.zeros(c.vocab_size, dtype=torch.int64))
-        self.word_counts: Tensor
+        self.count_words()
         self.finish()
 
     def _initialize(self) -> None:
@@ -468,12 +467,6 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             gate=output.gate,
         )
 
-    def _diversity_weights(self, batch: Batch, prediction: Tensor) -> Tensor:
-        if self.training:
-            said = ((prediction != self.config.eos_id) & (batch.target_weight > 0)).to(self.word_counts.dtype)
-            self.word_counts.index_add_(0, prediction, said)
-        return eq.diversity_weights(self.word_counts)
-
     def forward(self, batch: Batch) -> CASEOutput:
         """Losses of a batch whose replies and emotions are known."""
         batch.require(self.needs)
@@ -512,7 +505,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             "bow": bow, "kl": kl, "coarse": coarse, "fine": fine,
             "emotion": eq.emotion_loss(reading.emotion_logits, batch.emotion, batch.dialogue_weight),
             "generation": eq.generation_loss(nll, batch.target_weight),
-            "diversity": eq.diversity_loss(nll, batch.target, self._diversity_weights(batch, prediction), batch.target_weight),
+            "diversity": self.diversity_loss(batch, nll, prediction),
         }
         alignment = eq.alignment_loss(bow, kl, coarse, fine, self.config.alpha)
         return CASEOutput(

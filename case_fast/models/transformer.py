@@ -75,11 +75,19 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         """What a model on top of this one has beside it."""
 
     def read(self, batch: Batch) -> Reading:
-        return self._read(batch, self.look_up({"context": batch.context, "context_role": batch.context_role}))
+        return self._read(batch, self.look_up(self._words(batch.require(self.needs))))
+
+    def _words(self, batch: Batch) -> dict[str, Tensor]:
+        """What is read of the context, for `look_up`."""
+        return {"context": batch.context, "context_role": batch.context_role}
+
+    def _encoded(self, batch: Batch, words: dict[str, Tensor]) -> Tensor:
+        """H, (T, d)."""
+        rows = self.place(words["context"] + words["context_role"], batch.context_position, batch.longest)
+        return self.encoder(rows, batch.cu_context, seed=seed_at(batch.seed, "context"))
 
     def _read(self, batch: Batch, words: dict[str, Tensor]) -> Reading:
-        rows = self.place(words["context"] + words["context_role"], batch.context_position, batch.longest)
-        rows = self.encoder(rows, batch.cu_context, seed=seed_at(batch.seed, "context"))
+        rows = self._encoded(batch, words)
         emotion = self._emotion(eq.take(rows, batch.cu_context[:-1]))
         return Reading(memories=[Memory(rows, batch.cu_context)], emotion_logits=emotion)
 
@@ -88,9 +96,7 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         return None
 
     def forward(self, batch: Batch) -> Output:
-        words = self.look_up(
-            {"context": batch.context, "context_role": batch.context_role, "decoder_input": batch.decoder_input}
-        )
+        words = self.look_up(self._words(batch.require(self.needs)) | {"decoder_input": batch.decoder_input})
         reading = self._read(batch, words)
         hidden = self.decode_replies(batch, words["decoder_input"], reading)
         nll, prediction = self.word_losses(hidden, batch.target)

@@ -21,7 +21,7 @@ from case_fast.errors import ConfigError
 
 def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     """The fields of the batch and of its parts as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
-    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "longest", "seed", "case", "concept")}
+    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "longest", "seed", *PARTS)}
     home |= {item.name: "case." for item in fields(CasePart)}
     out: dict[str, list] = {name: [0] if name.startswith("cu_") else [] for name in home}
     concept: dict[str, list] = {name: [] for name in ("word", "position", "type", "intensity")}
@@ -114,9 +114,31 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     out["distinct_word"], out["distinct_position"] = map(list, zip(*distinct, strict=True))
     out["text_distinct"] = [distinct.index(row) for row in rows]
     del out["cognition"]
-    found = {home[name] + name: values for name, values in out.items()} | {f"concept.{name}": x for name, x in concept.items()}
+    found = {f"relations.{name}": values for name, values in slow_relations(examples, texts).items()}
+    found |= {home[name] + name: values for name, values in out.items()} | {f"concept.{name}": x for name, x in concept.items()}
     found |= {f"case.cognition.{part}": values for part, values in graphs["cognition"].items()}
     return found | {f"concept.graph.{part}": values for part, values in graphs["concept"].items()}
+
+
+def slow_relations(examples: list[Example], texts: TextTable) -> dict[str, list]:
+    """The strings of the relations of each whole utterance, likewise."""
+    unsaid = [texts.vocabulary.ids.get(word) for word in ("to", "none")]
+    out: dict[str, list] = {"cognition": [], "cognition_position": [], "cu_cognition": [0], "reaction": [],
+                            "reaction_position": [], "reaction_segment": [], "cu_reaction": [0]}
+
+    def strung(texts_of: list[int]) -> list[int]:
+        return [word for text in texts_of for word in texts.tokens(text).tolist() if word not in unsaid]
+
+    for dialogue, e in enumerate(examples):
+        known = list(zip(e.knowledge.tolist(), e.knowledge_sub.tolist(), e.knowledge_relation.tolist(), strict=True))
+        felt = strung([text for text, sub in zip(e.reaction.tolist(), e.reaction_sub.tolist(), strict=True) if sub == 0])
+        rows = [[CLS, *strung([text for text, sub, relation in known if (sub, relation) == (0, kind)])] for kind in range(4)]
+        for name, row in [*(("cognition", row) for row in rows), ("reaction", felt)]:
+            out[name] += row
+            out[f"{name}_position"] += range(len(row))
+            out[f"cu_{name}"].append(len(out[name]))
+        out["reaction_segment"] += [dialogue] * len(felt)
+    return out
 
 
 def check(examples: list[Example], texts: TextTable) -> Batch:
@@ -226,7 +248,7 @@ def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
     assert words.seed.dtype == torch.int64 and words.seed.shape == () and words.to("meta").seed.is_meta
     assert all(torch.equal(tensor, dict(tensors(whole))[name]) for name, tensor in tensors(words) if name != "seed")
     assert whole.require(PARTS) is whole and make_batch(examples, texts, ["concept"]).case is None
-    with pytest.raises(ConfigError, match="lacks what the model reads: case, concept; make it with store.batch"):
+    with pytest.raises(ConfigError, match="lacks what the model reads: case, concept, relations; make it with store.batch"):
         words.require(PARTS)
     with pytest.raises(ConfigError, match="no part colour; it has dialogue, case, concept"):
         make_batch(examples, texts, ["case", "colour"])

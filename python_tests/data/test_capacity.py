@@ -112,7 +112,7 @@ def test_a_batch_that_just_fits_and_one_that_does_not():
     sizes = measured(batch)
     room = Capacity(**{name: size + 1 for name, size in sizes.items()})
     same_step(trained(as_double(fitted(batch, room))), trained(as_double(batch)), 1e-12)
-    may_be_full = {"longest", "distinct", "cognition_edges", "knowledge", "reaction", "concept_edges"}
+    may_be_full = {"longest", "distinct", "cognition_edges", "knowledge", "reaction", "concept_edges", "felt"}
     for name, size in sizes.items():
         assert (fitted(batch, replace(room, **{name: size})) is not None) == (name in may_be_full), name
         assert fitted(batch, replace(room, **{name: size - 1})) is None, name
@@ -132,12 +132,14 @@ def test_what_is_filled_up_has_the_shape_of_the_capacity_and_sound_offsets():
                 "case.cu_reaction": last.reaction, "case.cu_reaction_context": last.reaction_context,
                 "case.cu_knowledge": last.knowledge, "case.cognition.indptr": last.cognition_edges,
                 "case.cognition.cu_vertices": last.cognition_vertices, "concept.graph.indptr": last.concept_edges,
-                "concept.graph.cu_vertices": last.concept_vertices}
+                "concept.graph.cu_vertices": last.concept_vertices, "relations.cu_cognition": last.strung,
+                "relations.cu_reaction": last.felt}
         assert {name for name in found if ".cu_" in f".{name}" or name.endswith("indptr")} == set(ends)
         for name, end in ends.items():
             cu = found[name]
             assert cu[0] == 0 and cu[-1] == end and (cu.diff() >= 0).all(), name
-        for name, most in (("cu_context", last.context), ("case.cu_text", last.text), ("case.cu_reaction_context", 0)):
+        for name, most in (("cu_context", last.context), ("case.cu_text", last.text), ("case.cu_reaction_context", 0),
+                           ("relations.cu_cognition", last.strung)):
             assert (found[name][:-1] < (most or last.reaction_context)).all(), name  # each has a first row
         for name in ("context", "target"):
             starts = found[f"cu_{name}"]
