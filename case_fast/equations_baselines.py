@@ -5,8 +5,13 @@ No parameters, no state, any float dtype: the oracle of the tests and what the m
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from case_fast.ops.reference import key_of, philox4x32
 
 
 def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor, smoothing: float, pad: int
@@ -32,3 +37,28 @@ def emotion_scale(scale: str, dialogues: int | Tensor, words: int | Tensor) -> f
     """lambda of L = L_gen + lambda L_emo, L_gen a mean over target words: "one" 1; "dialogue" B / M, as if both were summed over
     the batch; "batch" 1 / M, as if words were summed and emotions averaged, which the released Multi-TRS, MoEL and MIME do."""
     return {"one": 1.0, "dialogue": dialogues / words, "batch": 1 / words}[scale]
+
+
+# ---- MIME (Majumder et al., 2020)
+
+
+def standard_normal(rows: int, width: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """(rows, width) float64 draws from N(0, 1), a function of (seed, row, column) alone: Box and Muller's cosine of words 0 and 1
+    of Philox(counter = (cell low, cell high, 0, 2), key = seed). The counter's 2 keeps them apart from dropout's draws."""
+    cell = torch.arange(rows * width, device=device)
+    counter = torch.stack([cell & 0xFFFFFFFF, cell >> 32, torch.zeros_like(cell), torch.full_like(cell, 2)], dim=1)
+    word = philox4x32(counter, key_of(seed)).double()
+    radius = (-2 * ((word[:, 0] + 1) * 2**-32).log()).sqrt()
+    return (radius * (2 * math.pi * word[:, 1] * 2**-32).cos()).view(rows, width)
+
+
+def gaussian_kl(posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) -> Tensor:
+    """(B,) KL(q || p) of normal distributions with means and logarithms of variances (B, d)."""
+    (mean_q, log_q), (mean_p, log_p) = posterior, prior
+    return 0.5 * (log_p - log_q + (log_q.exp() + (mean_q - mean_p) ** 2) / log_p.exp() - 1).sum(-1)
+
+
+def mimicry(positive: Tensor, negative: Tensor, is_positive: Tensor) -> tuple[Tensor, Tensor]:
+    """The emotion of the speaker's polarity and the other one, (B, d) each, of those of both polarities; is_positive (B,)."""
+    mine = is_positive.unsqueeze(-1)
+    return torch.where(mine, positive, negative), torch.where(mine, negative, positive)

@@ -19,6 +19,7 @@ MODELS = {
     "transformer": "transformer.Transformer",
     "multi-trs": "transformer.MultiTRS",
     "cem": "cem.CEM",
+    "mime": "mime.MIME",
 }
 
 

@@ -122,9 +122,7 @@ class CEM(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21373"):
         first, second = self.selection
         return second(product(F.silu(torch.cat(parts, dim=1)), first.weight, activation="relu"))
 
-    def forward(self, batch: Batch) -> Output:
-        out = super().forward(batch)
+    def _add_losses(self, batch: Batch, reading: Reading, out: Output) -> None:
         if self.config.gamma_diversity:
             out.losses["diversity"] = self.diversity_loss(batch, out.nll, out.prediction)
             out.loss = out.loss + self.config.gamma_diversity * out.losses["diversity"]
-        return out

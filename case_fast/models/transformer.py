@@ -111,8 +111,13 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         if reading.emotion_logits is not None:
             losses["emotion"] = eq.emotion_loss(reading.emotion_logits, batch.emotion, batch.dialogue_weight)
             loss = loss + self._emotion_weight(batch, loss.dtype) * losses["emotion"]
-        return Output(loss=loss, losses=losses, hidden=hidden, nll=nll, prediction=prediction,
-                      emotion_logits=reading.emotion_logits)
+        out = Output(loss=loss, losses=losses, hidden=hidden, nll=nll, prediction=prediction,
+                     emotion_logits=reading.emotion_logits)
+        self._add_losses(batch, reading, out)
+        return out
+
+    def _add_losses(self, batch: Batch, reading: Reading, out: Output) -> None:
+        """The losses that a model on top of this one has beside these, into ``out``."""
 
     def _emotion_weight(self, batch: Batch, dtype: torch.dtype) -> float | Tensor:
         """lambda of L_emo."""

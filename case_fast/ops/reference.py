@@ -91,7 +91,7 @@ def seed_of(seed: int, seed_at: Tensor | None) -> int | Tensor:
     return seed if seed_at is None else seed_at ^ seed
 
 
-def _key(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
+def key_of(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
     """Both halves of a seed as the key of Philox. A tensor's value is taken modulo 2^63, and is not known here."""
     seed = seed & 2**63 - 1 if isinstance(seed, Tensor) else seed
     return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -112,7 +112,7 @@ def dropout_keep(edges: int | Tensor, heads: int, dropout_p: float, seed: int | 
     edge = number.reshape(-1).repeat_interleave(heads)
     head = torch.arange(heads, device=edge.device).repeat(number.numel())
     counter = torch.stack([edge & 0xFFFFFFFF, edge >> 32, head, torch.zeros_like(head)], dim=1)
-    word = philox4x32(counter, _key(seed))[:, 0]
+    word = philox4x32(counter, key_of(seed))[:, 0]
     return (word >= math.floor(dropout_p * 2**32)).view(*number.shape, heads)
 
 
@@ -307,7 +307,7 @@ def residual_keep(rows: int, width: int, dropout_p: float, seed: int | Tensor, d
     eights = (width + 7) // 8
     row = torch.arange(rows, device=device).repeat_interleave(eights)
     eight = torch.arange(eights, device=device).repeat(rows)
-    words = philox4x32(torch.stack([row & 0xFFFFFFFF, row >> 32, eight, torch.ones_like(row)], dim=1), _key(seed))
+    words = philox4x32(torch.stack([row & 0xFFFFFFFF, row >> 32, eight, torch.ones_like(row)], dim=1), key_of(seed))
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).view(rows, 8 * eights)[:, :width]
     return halves >= math.floor(dropout_p * 2**16)
 
@@ -469,7 +469,7 @@ def draw_negatives(positive: Tensor, rows_of_y: int, num_negatives: int, seed: i
 
     def draw(side: int, eligible: Tensor) -> Tensor:
         counter = torch.stack([slot, pair, torch.full_like(pair, side), torch.zeros_like(pair)], dim=1)
-        word = philox4x32(counter, _key(seed))[:, 0].view(pairs, num_negatives)
+        word = philox4x32(counter, key_of(seed))[:, 0].view(pairs, num_negatives)
         n = eligible.view(-1, 1)
         return ((word >> 16) * n + (((word & 0xFFFF) * n) >> 16)) >> 16  # (word * n) >> 32 for n < 2^31
 
