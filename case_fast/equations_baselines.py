@@ -62,3 +62,20 @@ def mimicry(positive: Tensor, negative: Tensor, is_positive: Tensor) -> tuple[Te
     """The emotion of the speaker's polarity and the other one, (B, d) each, of those of both polarities; is_positive (B,)."""
     mine = is_positive.unsqueeze(-1)
     return torch.where(mine, positive, negative), torch.where(mine, negative, positive)
+
+
+# ---- KEMP (Li et al., 2022)
+
+
+def mean_attention(query: Tensor, key: Tensor, row_dialogue: Tensor, key_dialogue: Tensor, dialogues: int) -> Tensor:
+    """(S,) how much each key is attended to: softmax(q . k D^-1/2) over a dialogue's keys, averaged over heads and over its rows.
+
+    Args:
+        query (M, H, D), key (S, H, D): of packed rows, whose dialogues are row_dialogue (M,) and key_dialogue (S,).
+    """
+    scores = torch.einsum("mhd,shd->hms", query, key) * query.shape[-1] ** -0.5
+    apart = row_dialogue.unsqueeze(1) != key_dialogue
+    weights = scores.masked_fill(apart, -math.inf).softmax(-1).masked_fill(apart, 0)  # a row without keys: all 0, not NaN
+    rows = torch.zeros(dialogues, dtype=query.dtype, device=query.device)
+    rows = rows.index_add(0, row_dialogue, torch.ones_like(row_dialogue, dtype=query.dtype)).clamp(min=1)
+    return weights.mean(0).sum(0) / rows[key_dialogue]

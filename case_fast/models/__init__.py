@@ -20,6 +20,7 @@ MODELS = {
     "multi-trs": "transformer.MultiTRS",
     "cem": "cem.CEM",
     "mime": "mime.MIME",
+    "kemp": "kemp.KEMP",
 }
 
 

@@ -138,6 +138,7 @@ class Reading:
         start: (B, d) takes the place of the scaled word BOS, or None.
         gates: (B, n) weights of a model's own decoders, or None.
         added: (B, d) what each decoder layer adds to all rows of a dialogue after its sources, or None.
+        watched: gets what the last decoder layer reads its sources with, (M, d), where a loss is about its attention; or None.
     """
 
     memories: list[Memory]
@@ -145,6 +146,7 @@ class Reading:
     start: Tensor | None = None
     gates: Tensor | None = None
     added: Tensor | None = None
+    watched: list[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -346,7 +348,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         ``longest``."""
         if reading.start is not None:
             rows = rows.index_copy(0, cu[:-1], reading.start.to(rows.dtype))
-        return self.decoder(self.place(rows, position, longest), cu, reading.memories, added=reading.added, seed=seed)
+        return self.decoder(self.place(rows, position, longest), cu, reading.memories, added=reading.added, seed=seed,
+                            watched=reading.watched)
 
     def decode_replies(self, batch: Batch, rows: Tensor, reading: Reading) -> Tensor:
         """`decode` of a batch's own replies, with dropout by its seed; rows (M, d): its scaled decoder inputs."""

@@ -417,17 +417,23 @@ class DecoderLayer(Dropping):
         self.ffn_norm, self.ffn = nn.LayerNorm(d_model), FeedForward(d_model, ffn)
 
     def forward(self, x: Tensor, normed: Tensor, cu: Tensor, memories: Sequence[Memory], next_norm: nn.LayerNorm,
-                added: Tensor | None = None, seed: AnySeed = 0) -> tuple[Tensor, Tensor]:
+                added: Tensor | None = None, seed: AnySeed = 0, watched: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """x (M, d) and its self_norm -> the layer's (M, d) and its next_norm. ``added`` (B, d): a row for each dialogue, added
-        to all of its rows after the sources."""
+        to all of its rows after the sources, as `addition` makes it. ``watched``: gets what the sources are read with (M, d)."""
         attended = self.self_attention(normed, cu, causal=True, seed=seed_at(seed, "self"))
         x = residual(x, attended, *self.drop(seed_at(seed, "attended")))
+        if watched is not None:
+            watched.append(x)
         p, of_cross = self.drop(seed_at(seed, "cross"))
         x = cross_attention(x, cu, self.sources(memories), dropout_p=p, output_dropout_p=p, seed=of_cross)
         if added is not None:
-            x = x + take(added, segment_ids(cu, x.shape[0]))
+            x = x + take(self.addition(added), segment_ids(cu, x.shape[0]))
         x, normed = normalized(x, self.ffn_norm)
         return self.added(x, self.ffn(normed), next_norm, seed_at(seed, "feed-forward"))
+
+    def addition(self, added: Tensor) -> Tensor:
+        """What this layer adds to a dialogue's rows, (B, d), of what its `Reading` has."""
+        return added
 
     def sources(self, memories: Sequence[Memory]) -> list[RowSource]:
         """The memories' rows, and the weights that make keys and values of them and attend to these."""
@@ -447,25 +453,28 @@ class DecoderLayer(Dropping):
         x = x + attention.output(attended.flatten(1))
         x = cross_attention(x, state.cu_beams, state.prepared[layer])
         if state.added is not None:
-            x = x + state.of_hypotheses(state.added)
+            x = x + self.addition(state.of_hypotheses(state.added))
         return x + self.ffn(self.ffn_norm(x))
 
 
 class Decoder(nn.Module):
     """Pre-LN Transformer decoder over several sources, for whole replies (`forward`) and word by word (`start`, `step`)."""
 
-    def __init__(self, layers: int, d_model: int, heads: int, ffn: int, dropout: float, sources: int, width: int | None = None):
+    def __init__(self, layers: int, d_model: int, heads: int, ffn: int, dropout: float, sources: int, width: int | None = None,
+                 layer: type[DecoderLayer] = DecoderLayer):
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(d_model, heads, ffn, dropout, sources, width) for _ in range(layers))
+        self.layers = nn.ModuleList(layer(d_model, heads, ffn, dropout, sources, width) for _ in range(layers))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: AnySeed = 0
-                ) -> Tensor:
-        """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d). ``added`` (B, d): see `DecoderLayer`."""
+    def forward(self, x: Tensor, cu: Tensor, memories: Sequence[Memory], added: Tensor | None = None, seed: AnySeed = 0,
+                watched: list[Tensor] | None = None) -> Tensor:
+        """x (M, d) packed decoder inputs, cu (B + 1,); returns (M, d). ``added`` (B, d) and, of the last layer, ``watched``: see
+        `DecoderLayer`."""
         norms = [layer.self_norm for layer in self.layers] + [self.norm]
         x, normed = normalized(x, norms[0])
         for place, layer in enumerate(self.layers):
-            x, normed = layer(x, normed, cu, memories, norms[place + 1], added, seed_at(seed, place))
+            last = place == len(self.layers) - 1
+            x, normed = layer(x, normed, cu, memories, norms[place + 1], added, seed_at(seed, place), watched if last else None)
         return normed
 
     @torch.no_grad()

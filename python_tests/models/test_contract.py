@@ -267,8 +267,9 @@ def test_a_given_first_input_and_an_added_row_decode_alike_with_and_without_a_ca
     (whole,) = [split_rows(both, cu)[2]]
     same(model.reply_logits(words[cu[2] :], torch.tensor([0, len(whole)]), opened.repeat(2, 1)), whole, 1e-10)
     bos = model.embedding(words[cu[:-1]]) * model.config.d_model**0.5
-    same(model.reply_logits(words, cu, replace_reading(plain, start=bos)), neither, 1e-12)
+    given, none = (replace_reading(plain, added=plain.added, start=start) for start in (bos, None))
+    same(model.reply_logits(words, cu, given), model.reply_logits(words, cu, none), 1e-12)
 
 
-def replace_reading(reading: Reading, **changes: Tensor) -> Reading:
+def replace_reading(reading: Reading, **changes: Tensor | None) -> Reading:
     return Reading(memories=reading.memories, **changes)
