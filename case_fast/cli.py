@@ -140,6 +140,46 @@ def _train(args: Namespace, console: Console) -> None:
                   highlight=False)
 
 
+def _table(args: Namespace, console: Console) -> None:
+    from case_fast import tables
+    from case_fast.data import open_store
+    from case_fast.tables.plan import carry_out
+
+    if args.seeds < 1 or args.jobs < 1:
+        raise ConfigError(f"seeds and jobs must be at least 1, not {args.seeds} and {args.jobs}")
+    store, out = open_store(args.data), Path(args.out)
+    changes = _settings(args.settings) if args.settings else {}
+    if changes is None:
+        raise ConfigError(f"{args.settings} is no YAML or JSON file of settings")
+    changes |= {"max_steps": args.max_steps} if args.max_steps else {}
+    changes["matmul_precision"] = args.matmul_precision
+    rows = tables.rows_of(args.number, _listed(args.recipe), _listed(args.models))
+    planned = tables.plan(rows, range(args.seeds), store, out, changes, [Path(run) for run in args.runs])
+    for item in planned:
+        left = f", about {item.seconds / 60:.0f} min of training left" if item.seconds else ""
+        console.print(f"{item.row.name} ({item.row.recipe}), seed {item.seed}: {item.about or 'new'}{left}", highlight=False,
+                      soft_wrap=True)
+    unknown, hours = sum(item.seconds is None for item in planned), sum(item.seconds or 0 for item in planned) / 3600
+    more = f", and {unknown} runs whose speed is not known" if unknown else ""
+    console.print(f"{sum(item.state == 'finished' for item in planned)} of {len(planned)} runs finished; training takes about "
+                  f"{hours:.1f} h more with one job{more}", highlight=False)
+    if args.dry_run:
+        return
+
+    def told(item: Any, what: str) -> None:
+        console.print(f"{time.strftime('%H:%M')} {item.folder.name}: {what}", highlight=False, soft_wrap=True)
+
+    carry_out(planned, store, args.device, args.jobs, told)
+    found = tables.table_of(args.number, planned, tables.floors_of(store, out))
+    paths = tables.write_table(found, out)
+    console.print(paths[0].read_text(encoding="utf-8"), highlight=False, soft_wrap=True)
+    _print_paths(paths, console)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _evaluate(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
 
@@ -320,6 +360,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                arguments.floors, _floors),
     "train": ("Train CASE or a baseline (--model NAME): a run folder with log, checkpoints and the best weights.",
               arguments.train, _train),
+    "table": ("Table 1 or 2 of the paper: train what is missing, evaluate it, and compare over seeds.", arguments.table, _table),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", arguments.evaluate, _evaluate),
     "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
                  arguments.diagnose, _diagnose),

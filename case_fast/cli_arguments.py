@@ -42,6 +42,25 @@ def floors(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=str | None, default=None, help="file to write them to as well")
 
 
+def table(parser: ArgumentParser) -> None:
+    parser.add_argument("number", type=int, help="1: every model; 2: CASE and its ablations")
+    parser.add_argument("--data", type=str, required=True, help="store that prepare made")
+    parser.add_argument("--out", type=str, required=True, help="folder of the table; its runs are in OUT/runs")
+    parser.add_argument("--seeds", type=int, default=1, help="so many seeds, from 0")
+    parser.add_argument("--models", type=str, default="", help="of table 1 only these, parted by commas; CASE is always there")
+    parser.add_argument("--recipe", type=str, default="", help="presets, parted by commas, a row for each that a model has "
+                        "(released, frame); default: each model's first")
+    parser.add_argument("--runs", type=list[str], nargs="*", default=[], help="folders of runs elsewhere that are used where "
+                        "their settings and store are those of a row")
+    parser.add_argument("--max_steps", type=int | None, default=None, help="most steps of the last phase, the same for all")
+    parser.add_argument("--matmul_precision", type=str, default="highest", help="as of train, the same for all")
+    parser.add_argument("--settings", type=str | None, default=None, help="YAML or JSON file of further settings, for all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dry_run", type=bool, default=False, nargs="?", const=True,
+                        help="say what is finished and how long the rest takes, and do nothing")
+
+
 def train(parser: ArgumentParser, kind: str = "case") -> None:
     from case_fast.models import MODELS, model_class
     from case_fast.training import config_class

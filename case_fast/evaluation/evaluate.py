@@ -243,6 +243,7 @@ def _predictions(store: Store, split: str, indices: Sequence[int], nll: Sequence
             "top": best,
             "reference": example.source.get("response", ""),
             "reply": in_words(vocabulary.decode(replies[place])),
+            "words": vocabulary.decode(replies[place]),
             "nll": _number(math.fsum(nll[place])),
             "tokens": len(nll[place]),
         }, ensure_ascii=False) + "\n"
