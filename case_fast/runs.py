@@ -253,7 +253,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
     files, chosen = Run(run), resolve_device(device)
     if not files.path.is_dir():
         raise CheckpointError(f"{run}: run folder not found. Make one with: {_TRAIN} {run}")
-    if not files.best.is_dir():
+    if checkpoint == "best" and not files.best.is_dir():
         raise CheckpointError(
             f"{files.best}: the run has no weights to use yet; training writes them at its first validation. Go on with it: "
             f"{_TRAIN} {run} --resume"
@@ -265,10 +265,15 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         if weights.name not in steps:
             raise ConfigError(f"checkpoint {checkpoint!r} is not in {run}; give one of {', '.join(['best', *steps])}")
     remedy = f"Put a copy of it back, or train again: {_TRAIN} {run}"
-    _require(files.best / _MODEL, remedy)
+    described = files.best / _MODEL if files.best.is_dir() else files.config  # a run before its first validation has no best
+    _require(described, remedy)
     _require(weights / _WEIGHTS, remedy)
     try:
-        settings = read_config(files.best)
+        if files.best.is_dir():
+            settings = read_config(files.best)
+        else:
+            config = files.read_config()
+            settings = {"model": config.get("kind", "case"), **config.get("model", {})}
         model = build(settings.pop("model", "case"), saved=True, **settings)
         model.load_weights(weights / _WEIGHTS)
     except (ValueError, TypeError, RuntimeError) as error:

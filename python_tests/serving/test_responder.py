@@ -264,6 +264,15 @@ def test_a_step_is_loaded_in_place_of_the_best(run, responder):
             load(run, "cpu", checkpoint=name)
 
 
+def test_a_step_can_be_loaded_before_there_is_a_best(copy, responder):
+    settings = json.loads((copy / "best" / "config.json").read_text())
+    kind = settings.pop("model")
+    (copy / "config.json").write_text(json.dumps({"kind": kind, "model": settings}))
+    shutil.rmtree(copy / "best")
+    again = load(copy, "cpu", checkpoint="500")
+    assert torch.equal(again.model.w_aff, 2 * responder.model.w_aff) and again.model.config == responder.model.config
+
+
 def test_a_run_that_is_not_there_is_answered_with_the_command_that_makes_one(tmp_path):
     with pytest.raises(CheckpointError, match="run folder not found. Make one with: case-fast train --data STORE --out .*none"):
         load(tmp_path / "none")
