@@ -88,7 +88,8 @@ def listener_gates(score: Tensor, k: int) -> Tensor:
     """(B, K) weights of the listeners: softmax over the k greatest scores of each row, of equals those of the lower numbers; 0
     elsewhere. score (B, K); all of them where K is less than k."""
     _, place = greatest(score.detach(), min(k, score.shape[1]))
-    return torch.full_like(score, -math.inf).scatter(1, place, score.gather(1, place)).softmax(-1)
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(1, place, True)
+    return score.masked_fill(~chosen, -math.inf).softmax(-1)
 
 
 def forcing_probability(step: Tensor, schedule: float, floor: float) -> Tensor:

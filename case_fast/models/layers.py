@@ -419,9 +419,9 @@ class DecoderLayer(Dropping):
     def forward(self, x: Tensor, normed: Tensor, cu: Tensor, memories: Sequence[Memory],
                 next_norm: nn.LayerNorm | None = None, added: Tensor | None = None, seed: AnySeed = 0,
                 watched: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (M, d) and its self_norm -> the layer's (M, d) and its next_norm, None where none follows. ``added`` (B, d): a row for
-        each dialogue, added to all of its rows after the sources, as `addition` makes it. ``watched``: gets what the sources are
-        read with (M, d)."""
+        """x (M, d) and its self_norm -> the layer's (M, d) and its next_norm, None where none follows. ``added`` (B, d): a row
+        for each dialogue, added to all of its rows after the sources, as `addition` makes it. ``watched``: gets what the
+        sources are read with (M, d)."""
         attended = self.self_attention(normed, cu, causal=True, seed=seed_at(seed, "self"))
         x = residual(x, attended, *self.drop(seed_at(seed, "attended")))
         if watched is not None:

@@ -78,9 +78,10 @@ class Audiences:
     def __init__(self, gates: Tensor):
         """``gates`` (B, emotions); that of the shared listener is always 1."""
         gates = F.pad(gates, (1, 0), value=1.0).T
-        listener, self.dialogue = (gates > 0).nonzero().unbind(1)
+        answers = gates > 0
+        listener, self.dialogue = answers.nonzero().unbind(1)
         self.gate = eq.take(gates.reshape(-1), listener * gates.shape[1] + self.dialogue)
-        self.counts: list[int] = listener.bincount(minlength=gates.shape[0]).tolist()
+        self.counts: list[int] = answers.sum(1).tolist()
 
     def cut(self, cu: Tensor) -> Cut:
         """The rows of the listeners' dialogues, out of sequences of one row after the other, cu (B + 1,)."""
@@ -108,7 +109,7 @@ class Listening:
 
     Attributes:
         places: of its dialogues among those that go on, ascending; hypotheses (n * beams,): theirs among all.
-        gate: (n,), of each of its dialogues.
+        gate: (n,), of each of its dialogues; weight (n * beams, 1), of each hypothesis.
     """
 
     def __init__(self, layer: DecoderLayer, state: DecoderState, gate: Tensor, places: list[int]):
@@ -117,6 +118,7 @@ class Listening:
 
     def _stand(self, places: list[int], gate: Tensor) -> None:
         self.places, self.gate, beams = places, gate, self.state.beams
+        self.weight = gate.repeat_interleave(beams).unsqueeze(1)
         first = torch.tensor(places, device=gate.device).unsqueeze(1) * beams
         self.hypotheses = (first + torch.arange(beams, device=gate.device)).flatten()
 
@@ -124,7 +126,7 @@ class Listening:
         """p V of the newest words: x (dialogues * beams, d) of all, returns (n * beams, d) of its own."""
         self.state.begin()
         made = self.layer.step(x.index_select(0, self.hypotheses), 0, self.state)
-        return made * self.gate.to(made.dtype).repeat_interleave(self.state.beams).unsqueeze(1)
+        return made * self.weight.to(made.dtype)
 
     def reorder(self, origin: Tensor) -> None:
         """``origin``: as of `DecoderState.reorder`, each of its own dialogue, among all hypotheses."""
@@ -191,8 +193,8 @@ class Mixture(Decoder):
                 idle += [parameter.flatten()[:0] for parameter in listener.parameters()]
                 continue
             own, normed = normalized(rows[place], listener.self_norm)
-            of_listener = seed_at(seed_at(seed, "listener"), place)
-            made.append(listener(own, normed, cut.cu[place], memories_of[place], None, added_of[place], of_listener)[0])
+            made.append(listener(own, normed, cut.cu[place], memories_of[place], added=added_of[place],
+                                 seed=seed_at(seed_at(seed, "listener"), place))[0])
         said = torch.cat(made)
         mixed = eq.segment_sum(said * eq.take(heard.gate.to(said.dtype), cut.pair).unsqueeze(1), cut.index, x.shape[0])
         if idle:

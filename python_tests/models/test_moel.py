@@ -51,7 +51,7 @@ def decoded(model: MoEL, batch: Batch, reading: Reading) -> Tensor:
 def said(model: MoEL, batch: Batch, reading: Reading) -> list[Tensor]:
     """V of every listener for the whole batch, the shared one first, (M, d) each."""
     rows = model.place(model.look_up({"words": batch.decoder_input})["words"], batch.target_position, batch.longest)
-    return [layer(*normalized(rows, layer.self_norm), batch.cu_target, reading.memories, None)[0]
+    return [layer(*normalized(rows, layer.self_norm), batch.cu_target, reading.memories)[0]
             for layer in model.decoder.listeners]
 
 
