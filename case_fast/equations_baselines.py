@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from case_fast.ops.reference import key_of, philox4x32
+from case_fast.ops.reference import greatest, key_of, philox4x32
 
 
 def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor, smoothing: float, pad: int
@@ -79,3 +79,34 @@ def mean_attention(query: Tensor, key: Tensor, row_dialogue: Tensor, key_dialogu
     rows = torch.zeros(dialogues, dtype=query.dtype, device=query.device)
     rows = rows.index_add(0, row_dialogue, torch.ones_like(row_dialogue, dtype=query.dtype)).clamp(min=1)
     return weights.mean(0).sum(0) / rows[key_dialogue]
+
+
+# ---- MoEL (Lin et al., 2019)
+
+
+def listener_gates(score: Tensor, k: int) -> Tensor:
+    """(B, K) weights of the listeners: softmax over the k greatest scores of each row, of equals those of the lower numbers; 0
+    elsewhere. score (B, K); all of them where K is less than k."""
+    _, place = greatest(score.detach(), min(k, score.shape[1]))
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(1, place, True)
+    return score.masked_fill(~chosen, -math.inf).softmax(-1)
+
+
+def forcing_probability(step: Tensor, schedule: float, floor: float) -> Tensor:
+    """() float64: floor + (1 - floor) exp(-step / schedule), how often a step gives the gates of the gold emotions."""
+    return floor + (1 - floor) * (-step.double() / schedule).exp()
+
+
+def coin(step: Tensor, probability: Tensor, seed: int | Tensor) -> Tensor:
+    """() bool, true with ``probability`` (): word 0 of Philox(counter = (step, 0, 0, 7), key = seed) < floor(probability 2^32).
+    The counter's 7 keeps it apart from what else is drawn by the seed."""
+    zero = torch.zeros_like(step)
+    word = philox4x32(torch.stack([step & 0xFFFFFFFF, zero, zero, torch.full_like(step, 7)]).unsqueeze(0), key_of(seed))[0, 0]
+    return word < (probability * 2**32).floor()
+
+
+def forced_gates(gates: Tensor, emotion: Tensor, forced: Tensor) -> Tensor:
+    """(B, K): 1 at the emotion (B,) where ``forced`` () is true and the emotion known, not -1; else the ``gates`` (B, K)."""
+    known = (emotion >= 0).unsqueeze(1)
+    gold = (emotion.unsqueeze(1) == torch.arange(gates.shape[1], device=gates.device)).to(gates.dtype)
+    return torch.where(forced & known, gold, gates)

@@ -138,7 +138,7 @@ def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequen
     device = device or next(model.parameters()).device
     length = {index: len(store.example(split, index).context) for index in set(indices)}
     order = sorted(range(len(indices)), key=lambda place: -length[indices[place]])  # too long for memory shows at once
-    replayed = Replayed(model, config) if torch.device(device).type == "cuda" else None
+    replayed = Replayed(model, config) if torch.device(device).type == "cuda" and not model.asks else None
     found: dict[int, Generated] = {}
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
@@ -441,10 +441,15 @@ class Replayed:
 
     Args:
         record: makes of a step what repeats it; for tests.
+
+    Raises:
+        ConfigError: the model asks the device for what a tensor holds.
     """
 
     def __init__(self, model: DialogueModel, config: GenerationConfig,
                  record: Callable[[Callable[[], None]], Callable[[], object]] = _captured, look_every: int = LOOK_EVERY):
+        if model.asks:
+            raise ConfigError(f"what {model.config.kind} decodes cannot be replayed: {model.asks}. Use generate")
         self.model, self.config, self.record, self.look_every = model, config, record, look_every
         self.search: _Search | None = None
         self.steps: dict[int, Callable[[], object] | None] = {}

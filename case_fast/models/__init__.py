@@ -21,6 +21,7 @@ MODELS = {
     "cem": "cem.CEM",
     "mime": "mime.MIME",
     "kemp": "kemp.KEMP",
+    "moel": "moel.MoEL",
 }
 
 

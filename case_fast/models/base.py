@@ -234,6 +234,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
         shared: names of the parts that several losses train, where their gradients are to be compared.
         retired: buffers of weights of earlier versions that are read over.
+        asks: why a forward pass must ask the device for what a tensor holds; empty where it need not. A step of a model that
+            asks cannot be captured, nor what it decodes be replayed.
     """
 
     Config: ClassVar[type[ModelConfig]]
@@ -243,6 +245,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     shared: ClassVar[tuple[str, ...]] = ()
     retired: ClassVar[tuple[str, ...]] = ()
+    asks: ClassVar[str] = ""
 
     embedding: nn.Embedding
     decoder: nn.Module
@@ -348,8 +351,12 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         ``longest``."""
         if reading.start is not None:
             rows = rows.index_copy(0, cu[:-1], reading.start.to(rows.dtype))
-        return self.decoder(self.place(rows, position, longest), cu, reading.memories, added=reading.added, seed=seed,
-                            watched=reading.watched)
+        return self.decoder(self.place(rows, position, longest), cu, reading.memories, seed=seed, watched=reading.watched,
+                            **self.beside_memories(reading))
+
+    def beside_memories(self, reading: Reading) -> dict[str, Tensor | None]:
+        """What the decoder takes of a `Reading` beside its memories and its first input, by the decoder's names."""
+        return {"added": reading.added}
 
     def decode_replies(self, batch: Batch, rows: Tensor, reading: Reading) -> Tensor:
         """`decode` of a batch's own replies, with dropout by its seed; rows (M, d): its scaled decoder inputs."""
@@ -391,13 +398,13 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     def start_decoding(self, reading: Reading, beams: int = 1, words: int = 30, fixed: bool = False) -> DecoderState:
         """A state for at most ``words`` words a reply; ``fixed``: in memory that `restart_decoding` takes again."""
-        state = self.decoder.start(reading.memories, beams, words, reading.start, reading.added, fixed)
+        state = self.decoder.start(reading.memories, beams, words, reading.start, fixed=fixed, **self.beside_memories(reading))
         state.places = self.positions(torch.arange(words, device=reading.device), words, reading.memories[0].rows.dtype)
         return state
 
     def restart_decoding(self, state: DecoderState, reading: Reading) -> bool:
         """Start anew with another batch in the memory of a fixed state; False where it has no room for it."""
-        return self.decoder.restart(state, reading.memories, reading.start, reading.added)
+        return self.decoder.restart(state, reading.memories, reading.start, **self.beside_memories(reading))
 
     def next_word_logits(self, words: Tensor, state: DecoderState) -> Tensor:
         """(n, V) scores of the next word, given the newest words (n,) of the n hypotheses in ``state``, first of all BOS."""

@@ -416,10 +416,12 @@ class DecoderLayer(Dropping):
         self.cross_attention = nn.ModuleList(Attention(d_model, heads, dropout, width) for _ in range(sources))
         self.ffn_norm, self.ffn = nn.LayerNorm(d_model), FeedForward(d_model, ffn)
 
-    def forward(self, x: Tensor, normed: Tensor, cu: Tensor, memories: Sequence[Memory], next_norm: nn.LayerNorm,
-                added: Tensor | None = None, seed: AnySeed = 0, watched: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """x (M, d) and its self_norm -> the layer's (M, d) and its next_norm. ``added`` (B, d): a row for each dialogue, added
-        to all of its rows after the sources, as `addition` makes it. ``watched``: gets what the sources are read with (M, d)."""
+    def forward(self, x: Tensor, normed: Tensor, cu: Tensor, memories: Sequence[Memory],
+                next_norm: nn.LayerNorm | None = None, added: Tensor | None = None, seed: AnySeed = 0,
+                watched: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (M, d) and its self_norm -> the layer's (M, d) and its next_norm, None where none follows. ``added`` (B, d): a row
+        for each dialogue, added to all of its rows after the sources, as `addition` makes it. ``watched``: gets what the
+        sources are read with (M, d)."""
         attended = self.self_attention(normed, cu, causal=True, seed=seed_at(seed, "self"))
         x = residual(x, attended, *self.drop(seed_at(seed, "attended")))
         if watched is not None:
@@ -429,7 +431,10 @@ class DecoderLayer(Dropping):
         if added is not None:
             x = x + take(self.addition(added), segment_ids(cu, x.shape[0]))
         x, normed = normalized(x, self.ffn_norm)
-        return self.added(x, self.ffn(normed), next_norm, seed_at(seed, "feed-forward"))
+        of_ffn = seed_at(seed, "feed-forward")
+        if next_norm is None:
+            return residual(x, self.ffn(normed), *self.drop(of_ffn)), None
+        return self.added(x, self.ffn(normed), next_norm, of_ffn)
 
     def addition(self, added: Tensor) -> Tensor:
         """What this layer adds to a dialogue's rows, (B, d), of what its `Reading` has."""

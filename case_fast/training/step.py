@@ -264,7 +264,7 @@ def make_step(store: Store, sampler: Sampler, model: DialogueModel, parameters: 
     """
     kind = config.step
     if kind in ("auto", "captured"):
-        obstacle = _obstacle(device)
+        obstacle = _obstacle(model, device)
         if obstacle and kind == "captured":
             raise ConfigError(f"step captured: {obstacle}. Set step to eager or auto")
         if obstacle and device.type == "cuda":
@@ -278,8 +278,10 @@ def make_step(store: Store, sampler: Sampler, model: DialogueModel, parameters: 
     return form(model, parameters, config, device, capacities(seen, POSITIONS))
 
 
-def _obstacle(device: torch.device) -> str:
-    """Why no step can be captured on this device; empty where it can."""
+def _obstacle(model: DialogueModel, device: torch.device) -> str:
+    """Why no step of this model can be captured on this device; empty where it can."""
+    if model.asks:
+        return f"of {model.config.kind} no step can be captured: {model.asks}"
     if device.type != "cuda":
         return f"CUDA graphs need a GPU, and this run is on {device}"
     asking = ops_that_ask(device)

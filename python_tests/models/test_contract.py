@@ -170,7 +170,14 @@ def test_eight_dialogues_are_learnt_by_heart(name):
     assert model.eval()(batch).losses["generation"] < 0.05
 
 
+def never_asks(name: str) -> None:
+    """Leave out a model that asks the device for what a tensor holds: its forward pass is of no fixed shape."""
+    if model_class(name).asks:
+        pytest.skip(model_class(name).asks)
+
+
 def test_a_compiler_sees_the_forward_pass_whole(name):
+    never_asks(name)
     torch._dynamo.reset()
     model, batch = tiny(name, encoder_dropout=0.1).eval(), random_batch(4)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -178,6 +185,7 @@ def test_a_compiler_sees_the_forward_pass_whole(name):
 
 
 def test_a_new_seed_does_not_compile_a_model_again(name):
+    never_asks(name)
     torch._dynamo.reset()
     graphs = []
 
@@ -254,7 +262,7 @@ def test_a_given_first_input_and_an_added_row_decode_alike_with_and_without_a_ca
     batch = as_double(make_batch(examples, texts))
     start, added = torch.randn(2, 3, 16, dtype=torch.float64)
     plain = model.read(batch)
-    opened = Reading(memories=plain.memories, start=start, added=added)
+    opened = Reading(memories=plain.memories, start=start, added=added, gates=plain.gates)
     for config in (GREEDY, BEAM):
         found = generate(model, batch, config, reading=opened)
         model.read = lambda batch: opened
@@ -272,4 +280,4 @@ def test_a_given_first_input_and_an_added_row_decode_alike_with_and_without_a_ca
 
 
 def replace_reading(reading: Reading, **changes: Tensor | None) -> Reading:
-    return Reading(memories=reading.memories, **changes)
+    return Reading(memories=reading.memories, gates=reading.gates, **changes)

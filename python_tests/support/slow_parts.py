@@ -87,13 +87,15 @@ class SlowParts:
 
     def decoder(self, x: Tensor, sources: Sequence[Tensor]) -> Tensor:
         for place in range(self.c.layers):
-            layer = f"decoder.layers.{place}"
-            normed = self.norm(f"{layer}.self_norm", x)
-            x = x + self.attention(f"{layer}.self_attention", normed, normed, causal=True)
-            for s, source in enumerate(sources):
-                x = x + self.attention(f"{layer}.cross_attention.{s}", self.norm(f"{layer}.cross_norm.{s}", x), source)
-            x = x + self.feed_forward(f"{layer}.ffn", self.norm(f"{layer}.ffn_norm", x))
+            x = self.decoder_layer(f"decoder.layers.{place}", x, sources)
         return self.norm("decoder.norm", x)
+
+    def decoder_layer(self, name: str, x: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        normed = self.norm(f"{name}.self_norm", x)
+        x = x + self.attention(f"{name}.self_attention", normed, normed, causal=True)
+        for s, source in enumerate(sources):
+            x = x + self.attention(f"{name}.cross_attention.{s}", self.norm(f"{name}.cross_norm.{s}", x), source)
+        return x + self.feed_forward(f"{name}.ffn", self.norm(f"{name}.ffn_norm", x))
 
     def word_weights(self) -> list[float]:
         """w_i = 1 - RF_i / max RF, of mean 1; all 1 while nothing has been said."""

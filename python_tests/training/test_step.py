@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ALL_SETTINGS, PRINTED, tiny_config
+from helpers import ALL_SETTINGS, PRINTED, tiny_config, tiny_model
 from training_helpers import PHASE_1, MemoryStore, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.errors import ConfigError
@@ -67,7 +67,7 @@ def test_auto_is_eager_on_the_cpu_and_captured_is_refused_there(store, tmp_path)
 
 def test_a_gpu_on_which_ops_run_in_plain_torch_is_named(monkeypatch):
     monkeypatch.setenv("CASE_FAST_BACKEND", "reference")
-    assert "packed_attention and cross_attention" in forms._obstacle(torch.device("cuda"))
+    assert "packed_attention and cross_attention" in forms._obstacle(tiny_model(), torch.device("cuda"))
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6, 9])
