@@ -18,7 +18,7 @@ from torch import Tensor
 
 from case_fast.errors import ConfigError
 
-PARTS = ("dialogue", "case", "concept", "relations")
+PARTS = ("dialogue", "case", "concept", "relations", "emotional")
 
 
 class _Tensors:
@@ -178,6 +178,21 @@ class RelationsPart(_Tensors):
 
 
 @dataclass
+class EmotionalPart(_Tensors):
+    """The emotional words of the contexts, in order: those of the NRC-VAD lexicon that are no stop words.
+
+    Attributes:
+        word, position, segment: (W,) [SEP] and the emotional words of a dialogue's context; position counts these alone.
+        cu: (B + 1,).
+    """
+
+    word: Tensor
+    position: Tensor
+    segment: Tensor
+    cu: Tensor
+
+
+@dataclass
 class Batch(_Tensors):
     """B listener turns. All index tensors are int64. ``*_position``: the place of each row in its sequence, ``*_segment``: the
     sequence, from 0, so that no model has to work them out of offsets.
@@ -194,7 +209,7 @@ class Batch(_Tensors):
         emotion: (B,) label, -1 where unknown.
         dialogue_weight (B,), target_weight, bow_weight (M,): float64, each row's share in a mean over dialogues, over target
             words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
-        case, concept, relations: the other parts, or None.
+        case, concept, relations, emotional: the other parts, or None.
     """
 
     size: int
@@ -218,6 +233,7 @@ class Batch(_Tensors):
     case: CasePart | None = None
     concept: ConceptPart | None = None
     relations: RelationsPart | None = None
+    emotional: EmotionalPart | None = None
 
     def __len__(self) -> int:
         return self.size

@@ -110,3 +110,18 @@ def forced_gates(gates: Tensor, emotion: Tensor, forced: Tensor) -> Tensor:
     known = (emotion >= 0).unsqueeze(1)
     gold = (emotion.unsqueeze(1) == torch.arange(gates.shape[1], device=gates.device)).to(gates.dtype)
     return torch.where(forced & known, gold, gates)
+
+
+# ---- EmpDG (Li et al., 2020)
+
+
+def interleave(a: Tensor, cu_a: Tensor, segment_a: Tensor, b: Tensor, cu_b: Tensor, segment_b: Tensor) -> tuple[Tensor, Tensor]:
+    """(n + m, d) rows of a and then of b of each sequence, and their offsets (s + 1,), by one copy of each row to its place.
+
+    Args:
+        a (n, d), b (m, d): packed rows, with offsets cu (s + 1,) and the sequence of each row, segment (n,) and (m,).
+    """
+    place_a = torch.arange(len(a), device=a.device) + cu_b[segment_a]
+    place_b = torch.arange(len(b), device=b.device) + cu_a[segment_b + 1]
+    rows = torch.cat([a, b])
+    return torch.empty_like(rows).index_copy(0, torch.cat([place_a, place_b]), rows), cu_a + cu_b

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import Batch, CasePart, ConceptPart, Graphs, RelationsPart
+from case_fast.batch import Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart
 
 SHARES = (0.5, 0.97)  # of batches that the first capacities hold; the last one holds every batch seen, and MARGIN more
 MARGIN = 1.1
@@ -32,7 +32,7 @@ class Capacity:
         context, target, text, texts, distinct: T, M, S, knowledge texts, distinct pairs of a word and its place.
         cognition_vertices, cognition_edges, concept_vertices, concept_edges: of both graphs.
         knowledge: K, and as many pairs of L_fine. reactions, reaction, reaction_context: R, r, C.
-        strung, felt: L and F of the strings of inferences and of reactions.
+        strung, felt: L and F of the strings of inferences and of reactions. emotional: W.
     """
 
     longest: int
@@ -52,6 +52,7 @@ class Capacity:
     concept_edges: int = 0
     strung: int = 0
     felt: int = 0
+    emotional: int = 0
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch fits, with a row and a sequence left over where something must lie in them."""
@@ -60,7 +61,7 @@ class Capacity:
 
 
 _WITH_ROOM = {"dialogues", "context", "target", "text", "texts", "cognition_vertices", "reactions", "reaction_context",
-              "concept_vertices", "strung"}
+              "concept_vertices", "strung", "emotional"}
 
 
 def measured(batch: Batch) -> dict[str, int]:
@@ -77,6 +78,8 @@ def measured(batch: Batch) -> dict[str, int]:
         found |= {"concept_vertices": len(concept.word), "concept_edges": len(concept.graph.indices)}
     if (relations := batch.relations) is not None:
         found |= {"strung": len(relations.cognition), "felt": len(relations.reaction)}
+    if batch.emotional is not None:
+        found |= {"emotional": len(batch.emotional.word)}
     return found
 
 
@@ -133,6 +136,7 @@ def fitted(batch: Batch, capacity: Capacity) -> Batch | None:
         case=None if batch.case is None else _case(batch.case, capacity, size, target, len(batch.context)),
         concept=None if batch.concept is None else _concept(batch.concept, capacity),
         relations=None if batch.relations is None else _relations(batch.relations, capacity),
+        emotional=None if batch.emotional is None else _emotional(batch.emotional, capacity),
     )
 
 
@@ -198,6 +202,15 @@ def _relations(relations: RelationsPart, c: Capacity) -> RelationsPart:
         reaction=reaction.filled(relations.reaction),
         reaction_position=reaction.filled(relations.reaction_position, np.minimum(reaction.position, last)),
         reaction_segment=reaction.filled(relations.reaction_segment, reaction.segment), cu_reaction=reaction.cu,
+    )
+
+
+def _emotional(emotional: EmotionalPart, c: Capacity) -> EmotionalPart:
+    rows = _Rows(emotional.cu, c.emotional, c.dialogues)
+    return EmotionalPart(
+        word=rows.filled(emotional.word),
+        position=rows.filled(emotional.position, np.minimum(rows.position, c.longest - 1)),
+        segment=rows.filled(emotional.segment, rows.segment), cu=rows.cu,
     )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, Graphs, RelationsPart
+from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart
 from case_fast.data.featurizer import Example
 from case_fast.data.ragged import Beside, Ragged, offsets_of, spans
-from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER, Vocabulary
+from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SEP, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError
 from case_fast.knowledge.source import COGNITION_RELATIONS
 
@@ -58,10 +58,12 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
     case = _pack_case(read, texts, heard, said) if "case" in parts else None
     concept = _pack_concept(read, context) if "concept" in parts else None
     relations = _pack_relations(read, texts) if "relations" in parts else None
+    emotional = _pack_emotional(read, context, texts.vocabulary) if "emotional" in parts else None
     context_position, target_position = positions = [_positions(heard.offsets), _positions(said.offsets)]
     positions += [] if case is None else [case.response_position, case.text_position, case.reaction_position]
     positions += [] if concept is None else [concept.position]
     positions += [] if relations is None else [relations.cognition_position, relations.reaction_position]
+    positions += [] if emotional is None else [emotional.position]
     return Batch(
         size=size,
         longest=1 + max(int(position.max()) for position in positions if position.numel()),
@@ -84,6 +86,7 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
         case=case,
         concept=concept,
         relations=relations,
+        emotional=emotional,
     )
 
 
@@ -199,6 +202,16 @@ def _strung(texts: Texts, ids: np.ndarray, sequence: np.ndarray, count: int) -> 
     said = ~np.isin(words.values, [texts.vocabulary.ids[word] for word in ("to", "none") if word in texts.vocabulary.ids])
     sizes = np.bincount(sequence[order].repeat(words.sizes)[said], minlength=count)
     return Ragged(words.values[said], offsets_of(sizes))
+
+
+def _pack_emotional(read: Read, context: Ragged, vocabulary: Vocabulary) -> EmotionalPart:
+    chosen = (read("context_intensity").values != 0) & ~vocabulary.is_stop_word[context.values]
+    dialogue = np.arange(len(context)).repeat(context.sizes)
+    rows = Beside(1, np.bincount(dialogue[chosen], minlength=len(context)))
+    return EmotionalPart(
+        word=_tensor(rows(SEP, context.values[chosen])), position=_positions(rows.offsets), segment=_segments(rows.sizes),
+        cu=_tensor(rows.offsets),
+    )
 
 
 def _graphs(read: Read, name: str) -> Graphs:

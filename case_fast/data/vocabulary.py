@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from case_fast.data.text import stop_words
 from case_fast.errors import DataError
 from case_fast.text_files import read_json
 
@@ -41,6 +45,12 @@ class Vocabulary:
 
     def __contains__(self, word: str) -> bool:
         return word in self.ids
+
+    @cached_property
+    def is_stop_word(self) -> np.ndarray:
+        """(V,) bool, of each word. Looked up when it is first asked for: the list of stop words comes with scikit-learn."""
+        stop = stop_words()
+        return np.array([word in stop for word in self.words])
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
         return [self.ids.get(token, UNK) for token in tokens]

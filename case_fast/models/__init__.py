@@ -22,6 +22,7 @@ MODELS = {
     "mime": "mime.MIME",
     "kemp": "kemp.KEMP",
     "moel": "moel.MoEL",
+    "empdg": "empdg.EmpDG",
 }
 
 

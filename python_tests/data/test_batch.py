@@ -15,7 +15,8 @@ from case_fast.batch import PARTS, Batch, CasePart, Graphs
 from case_fast.data.empathetic_dialogues import Turn
 from case_fast.data.featurizer import Example, FeatureSettings, Featurizer, TextTable
 from case_fast.data.pack import make_batch
-from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SPEAKER, SPECIALS, Vocabulary
+from case_fast.data.text import stop_words
+from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SEP, SPEAKER, SPECIALS, Vocabulary
 from case_fast.errors import ConfigError
 
 
@@ -115,6 +116,7 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     out["text_distinct"] = [distinct.index(row) for row in rows]
     del out["cognition"]
     found = {f"relations.{name}": values for name, values in slow_relations(examples, texts).items()}
+    found |= {f"emotional.{name}": values for name, values in slow_emotional(examples, texts).items()}
     found |= {home[name] + name: values for name, values in out.items()} | {f"concept.{name}": x for name, x in concept.items()}
     found |= {f"case.cognition.{part}": values for part, values in graphs["cognition"].items()}
     return found | {f"concept.graph.{part}": values for part, values in graphs["concept"].items()}
@@ -138,6 +140,21 @@ def slow_relations(examples: list[Example], texts: TextTable) -> dict[str, list]
             out[f"{name}_position"] += range(len(row))
             out[f"cu_{name}"].append(len(out[name]))
         out["reaction_segment"] += [dialogue] * len(felt)
+    return out
+
+
+def slow_emotional(examples: list[Example], texts: TextTable) -> dict[str, list]:
+    """[SEP] and the emotional words of each context, likewise."""
+    out: dict[str, list] = {"word": [], "position": [], "segment": [], "cu": [0]}
+    for dialogue, e in enumerate(examples):
+        row = [SEP]
+        for word, intensity in zip(e.context.tolist(), e.context_intensity.tolist(), strict=True):
+            if intensity != 0 and texts.vocabulary.words[word] not in stop_words():
+                row.append(word)
+        out["word"] += row
+        out["position"] += range(len(row))
+        out["segment"] += [dialogue] * len(row)
+        out["cu"].append(len(out["word"]))
     return out
 
 
@@ -241,6 +258,16 @@ def test_an_example_may_have_reactions_alone_or_one_relation():
         assert batch.case.knowledge.tolist() == [2, 3] and batch.case.with_reaction.tolist() == []
 
 
+def test_a_word_is_emotional_if_it_is_of_the_lexicon_and_no_stop_word():
+    intensity = {"a": 0.5, "happy": 0.9, "c": -0.02}  # "a" is a stop word
+    make = Featurizer(VOCABULARY, {}, intensity, FeatureSettings(max_context=4))
+    texts = TextTable(VOCABULARY)
+    turns = [[Turn("happy d a c happy b", True)], [Turn("d .", True)], [Turn("", True)]]
+    batch = check([make.example(said, {}, texts, "b") for said in turns], texts)
+    rows = split_rows(batch.emotional.word, batch.emotional.cu)
+    assert [VOCABULARY.decode(row.tolist()) for row in rows] == [["<sep>", "c", "happy"], ["<sep>"], ["<sep>"]]
+
+
 def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
     examples, texts = random_examples(3, seed=4)
     whole, words = make_batch(examples, texts), make_batch(examples, texts, ["dialogue"], seed=7)
@@ -248,7 +275,8 @@ def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
     assert words.seed.dtype == torch.int64 and words.seed.shape == () and words.to("meta").seed.is_meta
     assert all(torch.equal(tensor, dict(tensors(whole))[name]) for name, tensor in tensors(words) if name != "seed")
     assert whole.require(PARTS) is whole and make_batch(examples, texts, ["concept"]).case is None
-    with pytest.raises(ConfigError, match="lacks what the model reads: case, concept, relations; make it with store.batch"):
+    missing = "case, concept, relations, emotional"
+    with pytest.raises(ConfigError, match=f"lacks what the model reads: {missing}; make it with store.batch"):
         words.require(PARTS)
     with pytest.raises(ConfigError, match="no part colour; it has dialogue, case, concept"):
         make_batch(examples, texts, ["case", "colour"])

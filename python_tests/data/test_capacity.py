@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -133,13 +134,14 @@ def test_what_is_filled_up_has_the_shape_of_the_capacity_and_sound_offsets():
                 "case.cu_knowledge": last.knowledge, "case.cognition.indptr": last.cognition_edges,
                 "case.cognition.cu_vertices": last.cognition_vertices, "concept.graph.indptr": last.concept_edges,
                 "concept.graph.cu_vertices": last.concept_vertices, "relations.cu_cognition": last.strung,
-                "relations.cu_reaction": last.felt}
-        assert {name for name in found if ".cu_" in f".{name}" or name.endswith("indptr")} == set(ends)
+                "relations.cu_reaction": last.felt, "emotional.cu": last.emotional}
+        is_offsets = re.compile(r"(^|\.)(cu(_|$)|indptr$)")
+        assert {name for name in found if is_offsets.search(name)} == set(ends)
         for name, end in ends.items():
             cu = found[name]
             assert cu[0] == 0 and cu[-1] == end and (cu.diff() >= 0).all(), name
         for name, most in (("cu_context", last.context), ("case.cu_text", last.text), ("case.cu_reaction_context", 0),
-                           ("relations.cu_cognition", last.strung)):
+                           ("relations.cu_cognition", last.strung), ("emotional.cu", last.emotional)):
             assert (found[name][:-1] < (most or last.reaction_context)).all(), name  # each has a first row
         for name in ("context", "target"):
             starts = found[f"cu_{name}"]
