@@ -79,7 +79,7 @@ class CASEConfig(ModelConfig):
     intensity: Literal["after", "before_norm", "off"] = "after"
     mim_score: Literal["bilinear_sigmoid", "standardized", "dot"] = "standardized"
     num_negatives: int | None = None
-    discernment_scale: Literal["none", "fourth_root_d", "sqrt_d"] = "fourth_root_d"
+    discernment_scale: Literal["none", "fourth_root_d", "sqrt_d"] = "sqrt_d"
     vertex_pooling: Literal["cls", "mean"] = "mean"
     special_scale: float = 1.0
     kl_reduction: Literal["sum", "mean"] = "mean"
@@ -175,7 +175,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         "paper": {},
         "printed": {"model": CASEConfig.printed},
         "demo": {
-            "model": {"d_model": 128, "ffn": 128, "encoder_dropout": 0.2, "decoder_dropout": 0.2, "discernment_scale": "sqrt_d"},
+            "model": {"d_model": 128, "ffn": 128, "encoder_dropout": 0.2, "decoder_dropout": 0.2},
             "phase1_epochs": 2,
             "warmup": 200,
             "lr_scale": 0.35,

@@ -105,7 +105,7 @@ def trainable(model: CASE) -> set[str]:
 CONFIGS = {
     "as it comes": {},
     "as printed": PRINTED,
-    "discernment scaled as attention": {"discernment_scale": "sqrt_d"},
+    "discernment scaled by the fourth root": {"discernment_scale": "fourth_root_d"},
     "all of these": ALL_SETTINGS,
     "standardized MIM scores": {"mim_score": "standardized"},
     "L_KL averaged over vertices": {"kl_reduction": "mean", "detach_posterior": False},
