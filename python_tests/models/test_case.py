@@ -740,7 +740,7 @@ def test_weights_saved_before_a_setting_existed_load_with_what_they_were_trained
 
 
 def test_an_unknown_model_or_setting_is_named():
-    with pytest.raises(ConfigError, match="there is no model 'cem'; one of case, "):
-        build("cem")
+    with pytest.raises(ConfigError, match="there is no model 'gpt'; one of case, "):
+        build("gpt")
     with pytest.raises(ConfigError, match="unknown setting colour of case"):
         build("case", colour=1)
