@@ -210,9 +210,9 @@ def test_a_file_of_settings_may_name_model_and_preset(sample_store, tmp_path, ca
 
 
 def test_an_unknown_model_is_named_with_those_that_there_are(capsys):
-    for words in (["--model", "cem"], ["--model=cem"], ["--kind", "cem"]):
+    for words in (["--model", "gpt"], ["--model=gpt"], ["--kind", "gpt"]):
         assert cli.main(["train", *words, "--data", "x", "--out", "y"]) == 1
-        assert "there is no model 'cem'; one of case, transformer, multi-trs" in said(capsys)
+        assert "there is no model 'gpt'; one of case, transformer, multi-trs" in said(capsys)
 
 
 def test_merge_cache_adds_what_is_new(sample_store, tmp_path, capsys):
