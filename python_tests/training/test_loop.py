@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import PRINTED, tiny_config
 from rich.console import Console
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
@@ -289,15 +289,17 @@ def test_products_have_the_precision_of_the_settings_in_a_run_alone(store, whole
 def test_a_run_with_products_of_bfloat16_has_the_loss_curve_of_one_without(tmp_path):
     """50 steps. A product is off by at most 2^-7 of its sum of sizes, either way, and a loss is a mean over many; so one step's
     loss may be off by twice that after what the steps before have added, the curve on average by half. Another seed moves it
-    by 7 %, and training by a tenth."""
+    by 7 %, and training by a quarter. As printed: scores standardized over four dialogues divide by what features differ in there,
+    and with them the rounding."""
+    model = tiny_config(graph_dropout=0.2, encoder_dropout=0.1, decoder_dropout=0.1, num_negatives=2, **PRINTED)
     curves = []
     for precision in ("highest", "medium"):
-        config = tiny_run(matmul_precision=precision, phase1_steps=15, max_steps=35, lr_scale=0.03, log_every=1, valid_limit=1,
-                          validate_every=35, min_steps=50, checkpoint_every=1000)
+        config = tiny_run(model=model, matmul_precision=precision, phase1_steps=15, max_steps=35, lr_scale=0.03, log_every=1,
+                          valid_limit=1, validate_every=35, min_steps=50, checkpoint_every=1000)
         run(MemoryStore(), tmp_path / precision, config)
         curves.append(torch.tensor([record["loss"] for record in records(tmp_path / precision, "step")]))
     exact, rounded = curves
-    assert len(exact) == 50 and exact[15] > 1.08 * exact[40:].mean()  # phase 2
+    assert len(exact) == 50 and exact[15] > 1.25 * exact[49]  # phase 2
     off = (rounded - exact).abs() / exact
     assert off.max() < 2**-6 and off.mean() < 2**-8
 
