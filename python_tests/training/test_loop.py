@@ -289,8 +289,8 @@ def test_products_have_the_precision_of_the_settings_in_a_run_alone(store, whole
 def test_a_run_with_products_of_bfloat16_has_the_loss_curve_of_one_without(tmp_path):
     """50 steps. A product is off by at most 2^-7 of its sum of sizes, either way, and a loss is a mean over many; so one step's
     loss may be off by twice that after what the steps before have added, the curve on average by half. Another seed moves it
-    by 7 %, and training by a quarter. As printed: scores standardized over four dialogues divide by what features differ in there,
-    and with them the rounding."""
+    by 7 %, and training by a quarter. As printed: scores standardized over four dialogues divide by what features differ in
+    there, and so magnify the rounding."""
     model = tiny_config(graph_dropout=0.2, encoder_dropout=0.1, decoder_dropout=0.1, num_negatives=2, **PRINTED)
     curves = []
     for precision in ("highest", "medium"):
