@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from helpers import ALL_SETTINGS, PRINTED, as_double, random_batch, seeded, tiny_model
+from helpers import ALL_SETTINGS, PRINTED, as_double, random_batch, seeded, tiny_config, tiny_model
 from op_checks import by_threads
 from torch import nn
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, records, run, tiny_run
@@ -57,8 +57,10 @@ def test_the_kernels_learn_as_plain_torch_does(dropout, steps, changes):
 
 
 def test_a_run_begun_in_plain_torch_goes_on_with_the_kernels(tmp_path):
-    """Nothing of a backend is in a checkpoint, and no random state: float32 for a dozen steps, of which the last were resumed."""
-    store, config = MemoryStore(), tiny_run(log_every=1)
+    """Nothing of a backend is in a checkpoint, and no random state: float32 for a dozen steps, of which the last were resumed. As
+    printed: scores standardized over four dialogues magnify what two backends round otherwise."""
+    model = tiny_config(graph_dropout=0.2, encoder_dropout=0.1, decoder_dropout=0.1, num_negatives=2, **PRINTED)
+    store, config = MemoryStore(), tiny_run(model=model, log_every=1)
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     on("native", lambda: run(store, whole, config))
     on("reference", lambda: run(store, changed, replace(config, max_steps=3)))
