@@ -16,7 +16,18 @@ from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import Alignment, Choice, DialogueModel, Inside, ModelConfig, Output, Reading, Why, no_autocast
-from case_fast.models.layers import AnySeed, Decoder, Encoder, GraphEncoder, Linear, Memory, drawn, product, seed_at
+from case_fast.models.layers import (
+    AnySeed,
+    Decoder,
+    Encoder,
+    GraphEncoder,
+    Linear,
+    Memory,
+    drawn,
+    product,
+    product_of_parts,
+    seed_at,
+)
 
 SPECIAL_WORDS = 8  # from padding to the roles, the first of every vocabulary
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
@@ -313,10 +324,9 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         encoded = self.place(words, case.reaction_position, batch.longest)
         encoded = self.reaction_encoder(encoded, case.cu_reaction, seed=seed_at(batch.seed, "reactions"))
         average = eq.segment_mean(encoded, case.reaction_segment, rows)
-        # W [S_X[j] ; h_i] = W_1 S_X[j] + W_2 h_i: the first part is the same for all reactions of a dialogue
-        of_context, of_reaction = self.reaction_fusion.weight.chunk(2, dim=1)
-        fused = eq.take(product(context, of_context), case.reaction_context)
-        fused = fused + eq.take(product(average.to(context.dtype), of_reaction), case.reaction_context_segment)
+        # W [S_X[j] ; h_i]: the part of S_X is the same for all reactions of a dialogue
+        of_context, of_reaction = product_of_parts(self.reaction_fusion.weight, context, average)
+        fused = eq.take(of_context, case.reaction_context) + eq.take(of_reaction, case.reaction_context_segment)
         cu, seed = case.cu_reaction_context, seed_at(batch.seed, "reactions in context")
         return self.reaction_context_encoder(fused, cu, first_only=True, seed=seed)
 

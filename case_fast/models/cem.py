@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from case_fast import equations as eq
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import Output, Reading
-from case_fast.models.layers import Encoder, Linear, Memory, product, seed_at
+from case_fast.models.layers import Encoder, Linear, Memory, product, product_of_parts, seed_at
 from case_fast.models.transformer import MultiTRS, MultiTRSConfig
 
 KINDS = 4  # relations of cognition, sequences of a dialogue in `RelationsPart.cognition`
@@ -33,7 +34,7 @@ class CEMConfig(MultiTRSConfig):
 
     layers: int = 1
     label_smoothing: float = 0.0
-    emotion_scale: str = "one"
+    emotion_scale: Literal["one", "dialogue", "batch"] = "one"
     cognition: bool = True
     affection: bool = True
     gamma_diversity: float = 1.5
@@ -52,11 +53,6 @@ class CEM(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21373"):
 
     Config = CEMConfig
     needs = ("dialogue", "relations")
-    presets = {
-        "released": {"warmup": 8_000},
-        "frame": {"model": {"ffn": 300, "attention_width": None}},
-        "demo": MultiTRS.presets["demo"],
-    }
     published = {
         "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 36.86, "dist_1": 0.64,
              "dist_2": 2.84, "acc_1": 0.373},
@@ -100,9 +96,9 @@ class CEM(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21373"):
         of, rows = batch.relations, context.shape[0]
         known = self.place(words["cognition"], of.cognition_position, batch.longest)
         known = self.cognition_encoder(known, of.cu_cognition, first_only=True, seed=seed_at(batch.seed, "cognition"))
-        of_context, of_known = self.cognition_fusion.weight.chunk(2, dim=1)
+        of_context, of_known = product_of_parts(self.cognition_fusion.weight, context, known)
         sequence = torch.cat([KINDS * batch.context_segment + kind for kind in range(KINDS)])
-        fused = product(context, of_context).repeat(KINDS, 1) + eq.take(product(known, of_known), sequence)
+        fused = of_context.repeat(KINDS, 1) + eq.take(of_known, sequence)
         starts = torch.cat([batch.cu_context[:-1] + kind * rows for kind in range(KINDS)])
         cu = torch.cat([starts, batch.cu_context[-1:] + (KINDS - 1) * rows])
         return list(self.cognition_refiner(fused, cu, seed=seed_at(batch.seed, "context with cognition")).split(rows))
@@ -112,9 +108,9 @@ class CEM(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21373"):
         of = batch.relations
         felt = self.place(words["reaction"], of.reaction_position, batch.longest)
         felt = self.affection_encoder(felt, of.cu_reaction, seed=seed_at(batch.seed, "affection"))
-        average = eq.segment_mean(felt, of.reaction_segment, batch.size).to(context.dtype)
-        of_context, of_felt = self.affection_fusion.weight.chunk(2, dim=1)
-        fused = product(context, of_context) + eq.take(product(average, of_felt), batch.context_segment)
+        average = eq.segment_mean(felt, of.reaction_segment, batch.size)
+        of_context, of_felt = product_of_parts(self.affection_fusion.weight, context, average)
+        fused = of_context + eq.take(of_felt, batch.context_segment)
         return self.affection_refiner(fused, batch.cu_context, seed=seed_at(batch.seed, "context with affection"))
 
     def _selected(self, parts: list[Tensor]) -> Tensor:

@@ -35,11 +35,6 @@ class EmpDG(MultiTRS, paper_url="https://aclanthology.org/2020.coling-main.394")
 
     Config = EmpDGConfig
     needs = ("dialogue", "emotional")
-    presets = {
-        "released": {"warmup": 8_000},
-        "frame": {"model": {"ffn": 300, "attention_width": None, "label_smoothing": 0.0, "emotion_scale": "one"}},
-        "demo": MultiTRS.presets["demo"],
-    }
     published = {
         "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 37.77, "dist_1": 0.53,
              "dist_2": 2.26, "acc_1": 0.314},

@@ -110,12 +110,7 @@ class KEMP(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21347"):
 
     Config = KEMPConfig
     needs = ("dialogue", "concept")
-    presets = {
-        "released": {"warmup": 8_000},
-        "frame": {"model": {"ffn": 300, "attention_width": None, "label_smoothing": 0.0, "emotion_scale": "one",
-                            "attention_scale": "one"}},
-        "demo": MultiTRS.presets["demo"],
-    }
+    presets = {**MultiTRS.presets, "frame": {"model": {**MultiTRS.presets["frame"]["model"], "attention_scale": "one"}}}
     published = {
         "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 37.32, "dist_1": 0.55,
              "dist_2": 2.31, "acc_1": 0.341},

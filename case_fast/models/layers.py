@@ -84,6 +84,13 @@ def product(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = 
     return y.split([w.shape[-2] for w in weights], -1) if split else y
 
 
+def product_of_parts(weight: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """W_1 x and W_2 y of W = [W_1 W_2], (out, 2 d): their sum is W [x ; y], where x (n, d) and y (m, d) are of unlike rows and
+    what is the same for many of them is made once."""
+    of_x, of_y = weight.chunk(2, dim=1)
+    return product(x, of_x), product(y.to(x.dtype), of_y)
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` for rows (n, d) by the package's own product."""
 

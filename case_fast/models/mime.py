@@ -14,7 +14,7 @@ from case_fast import equations_baselines as eqb
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import Output, Reading, no_autocast
-from case_fast.models.layers import Encoder, Linear, Memory, drawn, product, seed_at
+from case_fast.models.layers import Encoder, Linear, Memory, drawn, product_of_parts, seed_at
 from case_fast.models.transformer import MultiTRS, MultiTRSConfig
 
 # Labels of the positive emotions (the paper's Table 1): caring, confident, content, excited, faithful, grateful, hopeful,
@@ -84,11 +84,6 @@ class MIME(MultiTRS, paper_url="https://aclanthology.org/2020.emnlp-main.721"):
     """
 
     Config = MIMEConfig
-    presets = {
-        "released": {"warmup": 8_000},
-        "frame": {"model": {"ffn": 300, "attention_width": None, "label_smoothing": 0.0, "emotion_scale": "one"}},
-        "demo": MultiTRS.presets["demo"],
-    }
     published = {
         "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 37.33, "dist_1": 0.41,
              "dist_2": 1.62, "acc_1": 0.296},
@@ -149,11 +144,10 @@ class MIME(MultiTRS, paper_url="https://aclanthology.org/2020.emnlp-main.721"):
         return priors, blends
 
     def _refined(self, batch: Batch, context: Tensor, emotion: Tensor, place: int) -> Tensor:
-        """Enc(W [H; m]), (T, d); W [H; m] = W_a H + W_b m, the second once a dialogue."""
-        of_context, of_emotion = self.fusion[place].weight.chunk(2, dim=1)
-        mixed = eq.take(product(emotion.to(context.dtype), of_emotion), batch.context_segment)
+        """Enc(W [H; m]), (T, d)."""
+        of_context, of_emotion = product_of_parts(self.fusion[place].weight, context, emotion)
         seed = seed_at(seed_at(batch.seed, "context with emotion"), place)
-        return self.refiner[place](product(context, of_context) + mixed, batch.cu_context, seed=seed)
+        return self.refiner[place](of_context + eq.take(of_emotion, batch.context_segment), batch.cu_context, seed=seed)
 
     def _add_losses(self, batch: Batch, reading: MIMEReading, out: Output) -> None:
         if not self.training:

@@ -235,11 +235,6 @@ class MoEL(MultiTRS, paper_url="https://aclanthology.org/D19-1012"):
 
     Config = MoELConfig
     asks = "which listeners answer a dialogue is read from the device"
-    presets = {
-        "released": {"warmup": 8_000},
-        "frame": {"model": {"ffn": 300, "attention_width": None, "label_smoothing": 0.0, "emotion_scale": "one"}},
-        "demo": MultiTRS.presets["demo"],
-    }
     published = {
         "": {"source": "Zhou et al. (ACL 2023), Table 1 (recipe: released)", "ppl_geometric": 38.35, "dist_1": 0.44,
              "dist_2": 2.10, "acc_1": 0.322},

@@ -176,11 +176,11 @@ def _predictions(item: Planned) -> _Told:
 
 
 def _line(row: Row, items: Sequence[Planned], told: Sequence[_Told]) -> Line:
-    manifests = [Record.read(item.folder) for item in items]
+    manifests, evaluations = [Record.read(item.folder) for item in items], [item.evaluation for item in items]
     line = Line(row, [item.seed for item in items], [int(of.manifest["result"]["steps"]) for of in manifests],
-                [_seconds(of) for of in manifests], [str(item.folder) for item in items], published=items[0].evaluation.paper)
+                [_seconds(of) for of in manifests], [str(item.folder) for item in items], published=evaluations[0].paper)
     for name in METRICS:
-        values = [item.evaluation[name].value for item in items]
+        values = [evaluation[name].value for evaluation in evaluations]
         if all(value is not None for value in values):
             line.cells[name] = Cell(s.over_seeds(values), values)
     labels = sorted({label for label in told[0].emotion if label})

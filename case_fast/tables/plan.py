@@ -177,15 +177,17 @@ def _has_words(folder: Path) -> bool:
 def _estimate(planned: Sequence[Planned], store: Store) -> None:
     """How long the rest of each takes, by the speed of the runs of its kind that are there."""
     speeds: dict[str, list[float]] = {}
+    done: dict[Path, int] = {}
     for item in planned:
         if item.state != "new":
-            _, found = Record.read(item.folder).series("step", "examples_per_second")
+            steps, found = Record.read(item.folder).series("step", "examples_per_second")
             speeds.setdefault(item.row.kind, []).extend(found[len(found) // 2 :])
+            done[item.folder] = steps[-1] if steps else 0
     for item in planned:
         if item.state in ("new", "begun") and (found := sorted(speeds.get(item.row.kind, []))):
             total = item.config.steps_of_phase_1(store.size("train")) + item.config.fewest_steps
-            done = 0 if item.state == "new" else int(Record.read(item.folder).newest("step", "checkpoint").get("step", 0))
-            item.seconds = max(total - done, 0) * item.config.batch_size / max(found[len(found) // 2], 1e-9)
+            left = max(total - done.get(item.folder, 0), 0)
+            item.seconds = left * item.config.batch_size / max(found[len(found) // 2], 1e-9)
 
 
 # ---- carrying out

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_examples, same, tiny_vocabulary
+from helpers import as_double, close, handmade_examples, parameter_count, random_examples, same, tiny_vocabulary
 from slow_cem import SlowCEM
 
 from case_fast.batch import Batch
@@ -17,7 +17,6 @@ from case_fast.data.vocabulary import CLS
 from case_fast.errors import ConfigError
 from case_fast.models import build
 from case_fast.models.cem import CEM, CEMConfig
-from case_fast.training import preset
 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12, "attention_width": 8}
 FRAME = {"attention_width": None}
@@ -38,9 +37,7 @@ def packed(examples: list[Example], texts: TextTable) -> Batch:
     ("released", 22_796, 16_580_096), ("released", 100, 2_939_800), ("frame", 22_796, 19_304_996),
 ])
 def test_as_many_parameters_as_the_closed_form_says(recipe, words, expected):
-    settings = preset(recipe, "cem").resolved(words).model.as_dict()
-    model = build(settings.pop("model"), **settings)
-    assert sum(p.numel() for p in model.parameters()) == expected
+    assert parameter_count("cem", recipe, words) == expected
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_examples, same, split_rows, tiny_vocabulary
+from helpers import as_double, close, handmade_examples, parameter_count, random_examples, same, split_rows, tiny_vocabulary
 from slow_empdg import SlowEmpDG
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from case_fast.generation import GenerationConfig, generate
 from case_fast.models import build
 from case_fast.models.empdg import EmpDG
 from case_fast.ops.reference import segment_ids
-from case_fast.training import preset
 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12, "attention_width": 8, "label_smoothing": 0.0}
 CONFIGS = {"": {}, "frame": {"attention_width": None, "emotion_scale": "one"}, "two layers": {"layers": 2}}
@@ -37,9 +36,7 @@ def batch_of(count: int, seed: int = 0) -> Batch:
     ("released", 22_796, 14_198_846), ("released", 100, 558_550), ("frame", 22_796, 15_717_296),
 ])
 def test_as_many_parameters_as_the_closed_form_says(recipe, words, expected):
-    settings = preset(recipe, "empdg").resolved(words).model.as_dict()
-    model = build(settings.pop("model"), **settings)
-    assert sum(p.numel() for p in model.parameters()) == expected
+    assert parameter_count("empdg", recipe, words) == expected
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_examples, same, tiny_vocabulary
+from helpers import as_double, close, handmade_examples, parameter_count, random_examples, same, tiny_vocabulary
 from slow_kemp import SlowKEMP
 
 from case_fast import equations as eq
@@ -16,7 +16,6 @@ from case_fast.data.pack import make_batch
 from case_fast.errors import ConfigError
 from case_fast.models import build
 from case_fast.models.kemp import KEMP, KEMPConfig
-from case_fast.training import preset
 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12, "attention_width": 8, "label_smoothing": 0.0,
         "graph_dropout": 0.0}
@@ -38,9 +37,7 @@ def batch_of(count: int, seed: int = 0) -> Batch:
     ("released", 22_796, 14_589_896), ("released", 100, 949_600), ("frame", 22_796, 15_706_196),
 ])
 def test_as_many_parameters_as_the_closed_form_says(recipe, words, expected):
-    settings = preset(recipe, "kemp").resolved(words).model.as_dict()
-    model = build(settings.pop("model"), **settings)
-    assert sum(p.numel() for p in model.parameters()) == expected
+    assert parameter_count("kemp", recipe, words) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -53,12 +50,7 @@ def test_losses_and_gradients_equal_the_slow_model(changes, training):
         for name, loss in {"loss": out.loss, "nll": out.nll, **out.losses}.items():
             same(loss, expected[name], 1e-9)
         assert out.losses.keys() == expected.keys() - {"loss", "nll"}
-        ours = dict(model.named_parameters())
-        theirs = torch.autograd.grad(expected["loss"], [*slow.weights.values()], allow_unused=True)
-        mine = torch.autograd.grad(out.loss, [ours[name] for name in slow.weights], allow_unused=True)
-        for name, a, b in zip(slow.weights, mine, theirs, strict=True):
-            a, b = (torch.zeros_like(ours[name]) if x is None else x for x in (a, b))
-            same(a, b, 1e-9)
+        slow.same_gradients(model, out.loss, expected["loss"])
 
 
 def test_a_scale_that_is_none_is_refused():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_examples, same, tiny_vocabulary
+from helpers import as_double, close, handmade_examples, parameter_count, random_examples, same, tiny_vocabulary
 from slow_mime import POSITIVE as NAMES
 from slow_mime import SlowMIME
 from torch import Tensor
@@ -18,7 +18,6 @@ from case_fast.errors import ConfigError
 from case_fast.models import build
 from case_fast.models.layers import drawn, seed_at
 from case_fast.models.mime import MIME, POSITIVE, MIMEConfig
-from case_fast.training import preset
 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12, "attention_width": 8, "label_smoothing": 0.0}
 CONFIGS = {"": {}, **MIMEConfig.ablations, "frame": {"attention_width": None, "emotion_scale": "one"},
@@ -41,9 +40,7 @@ def noise_of(model: MIME, seed: int, dialogues: int) -> list[Tensor] | None:
     ("released", 22_796, 16_493_428), ("released", 100, 2_853_132), ("frame", 22_796, 18_414_028),
 ])
 def test_as_many_parameters_as_the_closed_form_says(recipe, words, expected):
-    settings = preset(recipe, "mime").resolved(words).model.as_dict()
-    model = build(settings.pop("model"), **settings)
-    assert sum(p.numel() for p in model.parameters()) == expected
+    assert parameter_count("mime", recipe, words) == expected
 
 
 def test_the_groups_part_the_emotions():
@@ -66,12 +63,7 @@ def test_losses_and_gradients_equal_the_slow_model(changes, training):
         for name, loss in {"loss": out.loss, "nll": out.nll, **out.losses}.items():
             same(loss, expected[name], 1e-9)
         assert out.losses.keys() == expected.keys() - {"loss", "nll"}
-        ours = dict(model.named_parameters())
-        theirs = torch.autograd.grad(expected["loss"], [*slow.weights.values()], allow_unused=True)
-        mine = torch.autograd.grad(out.loss, [ours[name] for name in slow.weights], allow_unused=True)
-        for name, a, b in zip(slow.weights, mine, theirs, strict=True):
-            a, b = (torch.zeros_like(ours[name]) if x is None else x for x in (a, b))
-            same(a, b, 1e-9)
+        slow.same_gradients(model, out.loss, expected["loss"])
 
 
 def test_draws_are_normal_repeat_and_differ_by_cell_and_seed():

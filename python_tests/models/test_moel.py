@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import as_double, close, handmade_examples, random_examples, same, slow_philox, tiny_vocabulary
+from helpers import as_double, close, handmade_examples, parameter_count, random_examples, same, slow_philox, tiny_vocabulary
 from slow_moel import SlowMoEL
 from torch import Tensor
 from training_helpers import MemoryStore, outcome, run, tiny_run
@@ -21,7 +21,6 @@ from case_fast.models import build
 from case_fast.models.base import Reading
 from case_fast.models.layers import normalized
 from case_fast.models.moel import Audiences, MoEL, MoELConfig
-from case_fast.training import preset
 from case_fast.training import step as forms
 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12, "attention_width": 8, "label_smoothing": 0.0}
@@ -59,10 +58,7 @@ def said(model: MoEL, batch: Batch, reading: Reading) -> list[Tensor]:
     ("released", 22_796, 20_251_346), ("released", 100, 6_611_050), ("frame", 22_796, 44_934_596),
 ])
 def test_as_many_parameters_as_the_closed_form_says(recipe, words, expected):
-    settings = preset(recipe, "moel").resolved(words).model.as_dict()
-    with torch.device("meta"):
-        model = MoEL(MoELConfig.from_dict(settings))
-    assert sum(p.numel() for p in model.parameters()) == expected
+    assert parameter_count("moel", recipe, words) == expected
 
 
 @pytest.mark.parametrize("how", ["forced", "free", "evaluation"])

@@ -7,19 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import as_double, random_batch, same, tiny_vocabulary
+from helpers import as_double, parameter_count, random_batch, same, tiny_vocabulary
 
 from case_fast import equations as eq
 from case_fast import equations_baselines as eqb
 from case_fast.models import build
-from case_fast.training import preset
 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12, "attention_width": 8}
-
-
-def parameters(name: str, recipe: str, words: int) -> int:
-    config = preset(recipe, name).resolved(words).model
-    return sum(p.numel() for p in build(name, **{k: v for k, v in config.as_dict().items() if k != "model"}).parameters())
 
 
 @pytest.mark.parametrize(("name", "recipe", "words", "expected"), [
@@ -28,7 +22,7 @@ def parameters(name: str, recipe: str, words: int) -> int:
     ("multi-trs", "released", 100, 726_700), ("multi-trs", "frame", 22_796, 15_155_396),
 ])
 def test_as_many_parameters_as_the_closed_form_says(name, recipe, words, expected):
-    assert parameters(name, recipe, words) == expected
+    assert parameter_count(name, recipe, words) == expected
 
 
 def test_label_smoothing_is_the_divergence_from_the_smoothed_target():

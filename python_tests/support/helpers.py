@@ -22,7 +22,8 @@ from case_fast.data.prepare import PrepareSettings, prepare
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import SPECIALS, Vocabulary
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION, RELATIONS
-from case_fast.models import CASE, CASEConfig
+from case_fast.models import CASE, CASEConfig, model_class
+from case_fast.training import preset
 
 PLAIN_WORDS = "i you we my the a to was is am not and so it had went feel".split()
 MARKS = ". , ! ?".split()
@@ -70,6 +71,13 @@ def tiny_config(**changes: object) -> CASEConfig:
 def tiny_model(seed: int = 0, **changes: object) -> CASE:
     torch.manual_seed(seed)
     return CASE(tiny_config(**changes))
+
+
+def parameter_count(name: str, recipe: str, words: int) -> int:
+    """Of a model of this recipe and so many words; nothing is allocated."""
+    with torch.device("meta"):
+        model = model_class(name)(preset(recipe, name).resolved(words).model)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def inferences(

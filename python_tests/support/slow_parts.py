@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from helpers import same
 from torch import Tensor
 
 from case_fast.models import DialogueModel
@@ -27,6 +28,15 @@ class SlowParts:
         self.c = model.config
         self.weights = {name: p.detach().double().clone().requires_grad_() for name, p in model.named_parameters()}
         self.counts = model.word_counts.tolist() if hasattr(model, "word_counts") else []
+
+    def same_gradients(self, model: DialogueModel, loss: Tensor, expected: Tensor) -> None:
+        """The gradients of both losses by every parameter are equal to 1e-9; one that is not reached counts as zeros."""
+        ours = [model.get_parameter(name) for name in self.weights]
+        mine = torch.autograd.grad(loss, ours, allow_unused=True)
+        theirs = torch.autograd.grad(expected, [*self.weights.values()], allow_unused=True)
+        for parameter, a, b in zip(ours, mine, theirs, strict=True):
+            a, b = (torch.zeros_like(parameter) if x is None else x for x in (a, b))
+            same(a, b, 1e-9)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.weights[f"{name}.weight"].T
