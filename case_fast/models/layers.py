@@ -147,10 +147,14 @@ class Attention(Dropping):
         """What makes keys and values of rows, by heads: (H, D, d) each."""
         return self.key.weight.unflatten(0, (self.heads, -1)), self.value.weight.unflatten(0, (self.heads, -1))
 
-    def forward(self, rows: Tensor, cu: Tensor, causal: bool = False, seed: AnySeed = 0) -> Tensor:
-        """rows (T, d) attend to the rows of their own sequence; returns (T, d). ``seed``: of dropout."""
+    def forward(self, rows: Tensor, cu: Tensor, causal: bool = False, seed: AnySeed = 0, index: Tensor | None = None) -> Tensor:
+        """rows (T, d) attend to the rows of their own sequence; returns (T, d). ``seed``: of dropout. ``index`` (T,): row j is
+        rows[index[j]] of fewer rows, whose queries, keys and values are made once."""
         dropout_p, own_seed = self.drop(seed)
-        attended = packed_attention(*self.projected(rows), cu, cu, causal, dropout_p=dropout_p, seed=own_seed)
+        projected = self.projected(rows)
+        if index is not None:
+            projected = [take(part, index) for part in projected]
+        attended = packed_attention(*projected, cu, cu, causal, dropout_p=dropout_p, seed=own_seed)
         return self.output(attended.flatten(-2))
 
     def pooled(self, first: Tensor, rows: Tensor, cu: Tensor, seed: AnySeed = 0) -> Tensor:
@@ -190,14 +194,13 @@ class EncoderLayer(Dropping):
                 seed: AnySeed = 0, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (T, d) and its attention_norm -> the layer's (T, d) and its next_norm; ``first_only``: those of the first row of
         each sequence alone, (s, d). ``index`` (T,): row j of the sequences is x[index[j]] of fewer rows x."""
-        rows = normed if index is None else take(normed, index)
         if first_only:
-            firsts = cu[:-1] if index is None else index.index_select(0, cu[:-1])
+            firsts, rows = (cu[:-1], normed) if index is None else (index.index_select(0, cu[:-1]), take(normed, index))
             x = take(x, firsts)
             attended = self.attention.pooled(take(normed, firsts), rows, cu, seed)
         else:
             x = x if index is None else take(x, index)
-            attended = self.attention(rows, cu, seed=seed)
+            attended = self.attention(normed, cu, seed=seed, index=index)
         x, normed = self.added(x, attended, self.ffn_norm, seed_at(seed, "attended"))
         return self.added(x, self.ffn(normed), next_norm, seed_at(seed, "feed-forward"))
 
