@@ -154,7 +154,7 @@ def _table(args: Namespace, console: Console) -> None:
     changes |= {"max_steps": args.max_steps} if args.max_steps else {}
     changes["matmul_precision"] = args.matmul_precision
     rows = tables.rows_of(args.number, _listed(args.recipe), _listed(args.models))
-    planned = tables.plan(rows, range(args.seeds), store, out, changes, [Path(run) for run in args.runs])
+    planned = tables.plan(rows, range(args.seeds), store, out, changes, [Path(run) for run in _listed(args.runs)])
     for item in planned:
         left = f", about {item.seconds / 60:.0f} min of training left" if item.seconds else ""
         console.print(f"{item.row.name} ({item.row.recipe}), seed {item.seed}: {item.about or 'new'}{left}", highlight=False,

@@ -50,7 +50,7 @@ def table(parser: ArgumentParser) -> None:
     parser.add_argument("--models", type=str, default="", help="of table 1 only these, parted by commas; CASE is always there")
     parser.add_argument("--recipe", type=str, default="", help="presets, parted by commas, a row for each that a model has "
                         "(released, frame); default: each model's first")
-    parser.add_argument("--runs", type=list[str], nargs="*", default=[], help="folders of runs elsewhere that are used where "
+    parser.add_argument("--runs", type=str, default="", help="runs elsewhere, or folders of such, parted by commas: used where "
                         "their settings and store are those of a row")
     parser.add_argument("--max_steps", type=int | None, default=None, help="most steps of the last phase, the same for all")
     parser.add_argument("--matmul_precision", type=str, default="highest", help="as of train, the same for all")

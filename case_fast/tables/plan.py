@@ -113,13 +113,16 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], store: Store, out: Path, cha
     Args:
         out: folder of the table; its runs are in ``out/runs``.
         changes: of the training settings, for all runs alike; "model" may be a mapping of settings that all of them have.
-        runs: folders of runs elsewhere that may be used.
+        runs: runs elsewhere, or folders of such, that may be used.
 
     Raises:
-        ConfigError: a setting that cannot work.
+        ConfigError: a setting that cannot work, or a folder that is not there.
     """
     words, known = len(store.featurizer.vocabulary), {}
-    for folder in [*sorted((out / "runs").glob("*")), *map(Path, runs)]:
+    if missing := [str(folder) for folder in runs if not folder.is_dir()]:
+        raise ConfigError(f"there is no folder {', '.join(missing)}. Name runs, or folders that hold some")
+    elsewhere = [folder for given in runs for folder in (given, *sorted(given.glob("*")))]
+    for folder in [*sorted((out / "runs").glob("*")), *elsewhere]:
         found = _of_folder(folder)
         if found is not None:
             known.setdefault(found, folder)

@@ -97,7 +97,7 @@ def test_the_command_trains_what_is_missing_and_writes_the_table(made, sample_st
 def test_runs_elsewhere_are_used_and_what_is_begun_is_said(made, sample_store, tmp_path):
     own = small_plan(sample_store, made)[0].folder
     shutil.copytree(own, tmp_path / "mine")
-    found = small_plan(sample_store, tmp_path / "other", runs=(tmp_path / "mine", tmp_path / "nothing"))
+    found = small_plan(sample_store, tmp_path / "other", runs=(tmp_path,))
     assert found[0].folder == tmp_path / "mine" and found[0].state == "finished" and found[1].state == "new"
     run = Run(tmp_path / "mine")
     (run.evaluation("test") / "metrics.json").unlink()
@@ -173,7 +173,8 @@ def test_a_dry_run_says_what_there_is_and_does_nothing(sample_store, tmp_path, c
     assert "w/o Align (paper), seed 0: new" in shown and "0 of 7 runs finished" in shown
     assert "7 runs whose speed is not known" in shown
     assert not out.exists()
-    for words, said in ((["--seeds", "0"], "at least 1"), (["--settings", str(tmp_path / "no.yaml")], "no YAML or JSON file")):
+    for words, said in ((["--seeds", "0"], "at least 1"), (["--settings", str(tmp_path / "no.yaml")], "no YAML or JSON file"),
+                        (["--runs", f"{tmp_path},{tmp_path / 'no'}"], f"there is no folder {tmp_path / 'no'}. Name runs")):
         assert cli.main(["table", "2", "--data", str(sample_store.path), "--out", str(out), *words]) == 1
         assert said in " ".join(capsys.readouterr().err.split())
 
