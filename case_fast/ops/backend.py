@@ -19,6 +19,7 @@ import torch
 
 from case_fast import __version__
 from case_fast.errors import ConfigError
+from case_fast.ops import transforms
 
 BACKENDS = ("native", "triton", "reference")
 GPUS = ("cuda", "xpu")  # AMD's are "cuda" to torch
@@ -58,7 +59,10 @@ def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:
 
 @torch.compiler.assume_constant_result
 def choose(family: str, device: str, beyond: str = "") -> str:
-    """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is."""
+    """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is. Transforms of
+    torch always are."""
+    if under := transforms.beyond_kernels():
+        beyond = f"it is called under {under}, which no kernel knows"
     return _choose(family, device, beyond, os.environ.get("CASE_FAST_BACKEND", ""))
 
 
@@ -66,7 +70,7 @@ def choose(family: str, device: str, beyond: str = "") -> str:
 def _choose(family: str, device: str, beyond: str, said_by_user: str) -> str:
     asked = _asked(family, said_by_user)
     absent = {"native": beyond or _native_absent(family, device), "triton": beyond or _triton_absent(family, device, asked)}
-    said = "; ".join(f"{name} not used: {why}" for name, why in absent.items() if why)
+    said = beyond or "; ".join(f"{name} not used: {why}" for name, why in absent.items() if why)
     if asked:
         if absent.get(asked):
             raise ConfigError(

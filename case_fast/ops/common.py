@@ -12,9 +12,8 @@ from torch import Tensor
 from torch._C import _get_fp32_precision_getter as _fp32_precision  # torch.backends' own, which takes five times as long
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._autograd import _profiler_enabled as _profiled
-from torch._C._functorch import peek_interpreter_stack as _transform
 
-from case_fast.ops import backend
+from case_fast.ops import backend, transforms
 from case_fast.ops.device_flag import device_flag, raise_pending
 
 HALF = (torch.float16, torch.bfloat16)
@@ -309,11 +308,12 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
     for device in ("CPU", "CUDA"):
         _library.impl(name, implementation, device)
     torch.library.register_fake(f"case_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.case_fast, name).default
+    op = getattr(torch.ops.case_fast, name).default
+    torch.library.register_vmap(f"case_fast::{name}", transforms.mapped(op), lib=_library)
+    return op
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, str, int, float, bool, type(None)}
-_PLAIN_OR_LIST = _PLAIN | {list}
+_PLAIN = {Tensor, torch.nn.Parameter, str, int, float, bool, type(None), list}
 
 
 def call(op: Callable, implementation: Callable, *arguments):
@@ -321,21 +321,39 @@ def call(op: Callable, implementation: Callable, *arguments):
     dispatcher's way from Python to Python can take longer than a step of decoding. Compilers, dispatch modes (fake tensors,
     tracing, counting), transforms of torch.func, subclasses of Tensor and torch's profiler see the op.
     """
-    return (op if watched(arguments) else implementation)(*arguments)
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    if watched(arguments):
+        if transforms.is_any():
+            transforms.refuse(op, arguments)
+        return op(*arguments)
+    try:
+        return implementation(*arguments)
+    except RuntimeError:  # these have no address; asked now, since no other call should take the time
+        if not transforms.holds_legacy_batches(arguments):
+            raise
+        return transforms.each_alone(implementation, arguments)
 
 
 def watched(arguments: tuple) -> bool:
     """Whether anything but the op itself would see a call with these arguments."""
     if torch.compiler.is_compiling() or _dispatch_modes() > 0 or _profiled():
         return True
-    return _transform() is not None or not _are_plain(arguments)
+    return transforms.is_any() or not _are_plain(arguments)
 
 
 def _are_plain(arguments: tuple | list) -> bool:
-    types = set(map(type, arguments))
-    if types <= _PLAIN:
-        return True
-    return types <= _PLAIN_OR_LIST and all(_are_plain(x) for x in arguments if type(x) is list)
+    """Whether the kernels can take them as they lie: no subclass, and no tensor whose numbers are to be negated when they are read
+    (such as ``x.conj().imag``), which the dispatcher does."""
+    if not _PLAIN.issuperset(map(type, arguments)):
+        return False
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if x.is_neg():
+                return False
+        elif type(x) is list and not _are_plain(x):
+            return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------- gradients
@@ -344,10 +362,15 @@ def _are_plain(arguments: tuple | list) -> bool:
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes gradients through as functions of all that they were computed from, and refuses to differentiate them."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, family, count, *tensors):
-        ctx.family = family
+    def forward(family, count, *tensors):
         return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.family = inputs[0]
 
     @staticmethod
     def backward(ctx, *grads):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from case_fast.ops import transforms
+
 # -------------------------------------------------------------------------------------------------------------------- ragged rows
 
 
@@ -548,7 +550,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
 
 def greatest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of ``values`` (n, m) and their places, best first, the lowest place first among equals."""
-    if k < values.shape[1]:
+    if k < values.shape[1] and not transforms.is_any():  # torch.vmap has no branch on what a tensor holds
         top, place = values.topk(k + 1, dim=1)
         if not (top[:, k] == top[:, k - 1]).any():  # else topk leaves open which of the equals at the edge it takes
             place = place[:, :k].sort(dim=1).values

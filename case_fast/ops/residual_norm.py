@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from case_fast.ops import backend, common, reference
+from case_fast.ops import backend, common, reference, transforms
 
 FAMILY = "residual_norm"
 MAX_WIDTH = 1024  # of a row on GPU, where one program holds it
@@ -232,6 +232,9 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def _dropped(runs: str, update: Tensor, base: Tensor | None, dropout_p: float, seed: int, seed_at: Tensor | None) -> Tensor:
+    if transforms.beyond_kernels():
+        base = torch.zeros_like(update) if base is None else base
+        return reference.residual(base, update, dropout_p, reference.seed_of(seed, seed_at))
     if torch.is_grad_enabled() and (update.requires_grad or (base is not None and base.requires_grad)):
         return _Dropped.apply(runs, update, base, dropout_p, seed, seed_at)
     return common.call(_drop_op, _drop, runs, update, base, dropout_p, seed, seed_at)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from case_fast.ops import backend, common, reference
+from case_fast.ops import backend, common, reference, transforms
 
 FAMILY = "segment_sum"
 # Elements below which plain torch is faster on CPU: with a gradient (autograd through Python takes some 20 us more), and without.
@@ -183,12 +183,16 @@ _backward_op = common.register(
 
 
 def _sum(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
+    if transforms.beyond_kernels():
+        return reference.segment_sum(x, segment, size)
     if x.requires_grad and torch.is_grad_enabled():
         return _Sum.apply(runs, x, segment, size)
     return common.call(_forward_op, _forward, runs, x, segment, size)
 
 
 def _gather(runs: str, x: Tensor, index: Tensor) -> Tensor:
+    if transforms.beyond_kernels():
+        return reference.take(x, index)
     if x.requires_grad and torch.is_grad_enabled():
         return _Gather.apply(runs, x, index)
     return common.call(_backward_op, _backward, runs, x, index)
