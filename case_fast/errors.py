@@ -25,6 +25,10 @@ class ConfigError(CaseFastError, ValueError):
     """A setting or an argument has a value that cannot work."""
 
 
+class SettingTypeError(ConfigError, TypeError):
+    """A setting is of the wrong type."""
+
+
 class CheckpointError(CaseFastError, RuntimeError):
     """A run folder or a checkpoint is missing, incomplete or damaged."""
 

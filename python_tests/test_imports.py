@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
 # "": the package itself, its version
-BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional"}
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional", "arguments"}
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "batch": set(),
     "html": set(),
     "optional": set(),
+    "arguments": set(),
     "ops": {"_native"},
     "equations": {"ops"},
     "equations_baselines": {"ops", "equations"},
@@ -49,6 +50,7 @@ MAY_IMPORT = {
 # What these parts may import from outside the standard library.
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "memory")}
 OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
+OUTSIDE |= {"arguments": {"torch", "numpy"}}
 ALL = {"cli", "cli_arguments", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from case_fast.arguments import whole
 from case_fast.ops import backend, common, reference
 from case_fast.ops.reference import SCORES
 
@@ -20,6 +21,7 @@ PLAN_AUTO = 0  # enum case_fast_mim_plan
 MOST_ROWS = 2**31  # a draw is a 32-bit word times the number of rows, in 64 bits
 
 
+@common.public
 def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
                  seed: int | Tensor = 0, reduction: str = "mean", score: str = "bilinear_sigmoid", validate: bool | None = None,
                  deterministic: bool = True, sizes: Tensor | None = None) -> Tensor:
@@ -69,6 +71,7 @@ def bilinear_mim(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor |
     return reference.reduced(side_y + side_x, reduction, None if sizes is None else sizes[0])
 
 
+@common.public
 def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None = None, num_negatives: int | None = None,
               seed: int | Tensor = 0, score: str = "bilinear_sigmoid", validate: bool | None = None, deterministic: bool = True,
               sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,6 +86,8 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
     compute, differs = common.compute_dtype(x)
     if differs:
         x, y, weight = common.cast(compute, x, y, weight)
+    if num_negatives is not None:
+        num_negatives = whole("num_negatives", num_negatives, "a whole number or None")
     _check(x, y, weight, positive, num_negatives, score, sizes)
     number, seed_at = common.seed_pair(seed, x.device)
     runs = backend.choose(FAMILY, device)
@@ -90,6 +95,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
         _check_contents(x, y, positive, sizes)
     if runs == "reference":
         positive = torch.arange(x.shape[0], device=x.device) if positive is None else positive
+        seed = reference.seed_of(number, seed_at)
         with torch.autocast(device, enabled=False):
             side_y, side_x, logit = reference.mim_sides(x, y, weight, positive, num_negatives, seed, score, sizes)
         return side_y, side_x, logit.detach()
@@ -135,7 +141,6 @@ def _check(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | None,
         if y.shape[0] == 0 and x.shape[0] > 0:
             raise IndexError("positive names rows of y, which has none")
     if num_negatives is not None:
-        common.check_whole("num_negatives", num_negatives, "a whole number or None")
         if not 1 <= num_negatives < MOST_ROWS:
             raise ValueError(f"num_negatives must be in [1, 2^31) or None, not {num_negatives}")
     if sizes is not None:

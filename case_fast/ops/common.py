@@ -3,6 +3,7 @@ gradients."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -13,6 +14,7 @@ from torch._C import _get_fp32_precision_getter as _fp32_precision  # torch.back
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._autograd import _profiler_enabled as _profiled
 
+from case_fast.arguments import misfit_of_call, number, whole
 from case_fast.ops import backend, transforms
 from case_fast.ops.device_flag import device_flag, raise_pending
 
@@ -61,6 +63,30 @@ def bf16_products() -> bool:
     return _fp32_precision("mkldnn", "matmul") == "bf16"
 
 
+# ----------------------------------------------------------------------------------------------------------------- public ops
+
+
+def public(function: Callable) -> Callable:
+    """An op as callers have it. Where it fails and no check of its own said why, an argument of the wrong type is named, or the
+    transform of torch that it cannot run under; a call that succeeds pays for nothing but this way round."""
+
+    @functools.wraps(function)
+    def op(*arguments, **named):
+        if torch.compiler.is_compiling():
+            return function(*arguments, **named)
+        try:
+            return function(*arguments, **named)
+        except Exception as error:
+            if said := misfit_of_call(function, arguments, named):
+                raise TypeError(said) from error
+            if type(error) is RuntimeError and transforms.is_any():
+                under = " in ".join(transforms.names())
+                raise NotImplementedError(f"case_fast.ops.{function.__name__} cannot run so under {under}: {error}") from error
+            raise
+
+    return op
+
+
 # --------------------------------------------------------------------------- checks: what is known without reading a tensor
 
 
@@ -86,11 +112,6 @@ def check_index(name: str, x: Tensor, device: torch.device, like: str) -> None:
         raise ValueError(f"{name} must be on {device} as {like}, not on {x.device}")
 
 
-def check_whole(name: str, number: int, what: str = "a whole number") -> None:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name} must be {what}, not {number!r}")
-
-
 def seed_pair(seed: int | Tensor, device: torch.device) -> tuple[int, Tensor | None]:
     """A checked seed as the ops take it: a number, and the tensor whose value is XORed to it when a kernel runs (modulo 2^63).
 
@@ -107,20 +128,24 @@ def seed_pair(seed: int | Tensor, device: torch.device) -> tuple[int, Tensor | N
         if seed.device != device:
             raise ValueError(f"seed must be on {device} as the other arguments, not on {seed.device}")
         return 0, seed
-    check_whole("seed", seed, "a whole number or an int64 tensor")
+    seed = whole("seed", seed, "a whole number or an int64 tensor")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), not {seed!r}")
     return seed, None
 
 
-def check_dropout(name: str, p: float) -> None:
+def probability(name: str, p: float) -> float:
+    p = number(name, p)
     if not 0 <= p < 1:
         raise ValueError(f"{name} must be in [0, 1), not {p!r}")
+    return p
 
 
-def check_finite(name: str, number: float) -> None:
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be a finite number >= 0, not {number!r}")
+def finite(name: str, x: float) -> float:
+    x = number(name, x)
+    if not 0 <= x < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, not {x!r}")
+    return x
 
 
 def check_sequences(query_name: str, cu_query: Tensor, key_name: str, cu_key: Tensor, of_name: str, key_of: Tensor | None,
@@ -329,10 +354,12 @@ def call(op: Callable, implementation: Callable, *arguments):
         return op(*arguments)
     try:
         return implementation(*arguments)
-    except RuntimeError:  # these have no address; asked now, since no other call should take the time
-        if not transforms.holds_legacy_batches(arguments):
-            raise
-        return transforms.each_alone(implementation, arguments)
+    except RuntimeError:  # these two have no address; asked only now, since no other call should take the time
+        if transforms.holds_legacy_batches(arguments):
+            return transforms.each_alone(implementation, arguments)
+        if transforms.holds_zeros(arguments):
+            return op(*arguments)
+        raise
 
 
 def watched(arguments: tuple) -> bool:
@@ -343,8 +370,8 @@ def watched(arguments: tuple) -> bool:
 
 
 def _are_plain(arguments: tuple | list) -> bool:
-    """Whether the kernels can take them as they lie: no subclass, and no tensor whose numbers are to be negated when they are read
-    (such as ``x.conj().imag``), which the dispatcher does."""
+    """Whether the kernels can take them as they lie: no subclass, and no tensor whose numbers are negated when they are read, as
+    those of ``x.conj().imag``, which the dispatcher does."""
     if not _PLAIN.issuperset(map(type, arguments)):
         return False
     for x in arguments:

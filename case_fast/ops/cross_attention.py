@@ -36,7 +36,7 @@ class Source:
     Attributes:
         key, value: (Tk, H, D), projected already: once a reply, whatever its length. Any strides.
         cu_keys: (S + 1,) int32 or int64: where each sequence of keys starts. S = B unless ``key_of`` is given.
-        norm_weight, norm_bias: (d,) of the layer norm before.
+        norm_weight, norm_bias: (d,) of the layer norm before; None stands for ones and for zeros.
         query_weight: (H D, d); output_weight: (d, H D).
         key_of: (B,) in [0, S): the sequence of keys that each sequence of hidden attends to.
     """
@@ -44,14 +44,17 @@ class Source:
     key: Tensor
     value: Tensor
     cu_keys: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
     query_weight: Tensor
     output_weight: Tensor
     key_of: Tensor | None = None
 
     FLOATS: ClassVar = ("key", "value", *_WEIGHTS)
     TELLS: ClassVar = ("key", "(Tk, H, D)")  # what says heads and dimension
+
+    def __post_init__(self) -> None:
+        _give_norm(self)
 
     def floats(self) -> tuple[Tensor, ...]:
         return self.key, self.value, self.norm_weight, self.norm_bias, self.query_weight, self.output_weight
@@ -78,14 +81,17 @@ class RowSource:
     key_weight: Tensor
     value_weight: Tensor
     cu_keys: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
     query_weight: Tensor
     output_weight: Tensor
     key_of: Tensor | None = None
 
     FLOATS: ClassVar = ("rows", "key_weight", "value_weight", *_WEIGHTS)
     TELLS: ClassVar = ("key_weight", "(H, D, d)")
+
+    def __post_init__(self) -> None:
+        _give_norm(self)
 
     def floats(self) -> tuple[Tensor, ...]:
         return tuple([getattr(self, name) for name in self.FLOATS])
@@ -110,6 +116,13 @@ class RowSource:
         return Source(key, value, self.cu_keys, *[getattr(self, name) for name in _WEIGHTS], self.key_of)
 
 
+def _give_norm(source: Source | RowSource) -> None:
+    """Puts ones and zeros in place of a layer norm's weight and bias that are None."""
+    for name, make in (("norm_weight", torch.ones_like), ("norm_bias", torch.zeros_like)):
+        if getattr(source, name) is None:
+            object.__setattr__(source, name, make(source.query_weight[0].detach()))
+
+
 def _weight_shapes(heads: Sequence[int], width: int) -> tuple[Sequence[int], ...]:
     inner = math.prod(heads)
     return (width,), (width,), (inner, width), (width, inner)
@@ -119,6 +132,7 @@ def _projected(rows: Tensor, weight: Tensor) -> Tensor:
     return F.linear(rows, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
 
 
+@common.public
 def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source] | Sequence[RowSource] | PreparedSources,
                     eps: float = 1e-5, dropout_p: float = 0.0, output_dropout_p: float = 0.0, seed: int | Tensor = 0,
                     validate: bool | None = None) -> Tensor:
@@ -164,9 +178,9 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
         (hidden,) = common.cast(compute, hidden)
         sources = [replace(s, **dict(zip(s.FLOATS, common.cast(compute, *s.floats()), strict=True))) for s in sources]
     _check(hidden, cu_hidden, sources)
-    common.check_finite("eps", eps)
-    common.check_dropout("dropout_p", dropout_p)
-    common.check_dropout("output_dropout_p", output_dropout_p)
+    eps = common.finite("eps", eps)
+    dropout_p = common.probability("dropout_p", dropout_p)
+    output_dropout_p = common.probability("output_dropout_p", output_dropout_p)
     number, seed_at = common.seed_pair(seed, hidden.device)
     indices = common.like_indices(cu_hidden, *[x for s in sources for x in (s.cu_keys, s.key_of)])
     cu_hidden, cu_keys, key_of = indices[0], list(indices[1::2]), list(indices[2::2])
@@ -180,7 +194,8 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     floats, numbers = [x for s in sources for x in s.floats()], (eps, dropout_p, output_dropout_p, number, seed_at)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
-            out = reference.cross_attention(hidden, cu_hidden, _sources(floats, cu_keys, key_of), *numbers[:3], seed)
+            plain, seed = _sources(floats, cu_keys, key_of), reference.seed_of(number, seed_at)
+            out = reference.cross_attention(hidden, cu_hidden, plain, *numbers[:3], seed)
     elif torch.is_grad_enabled() and (hidden.requires_grad or any(x.requires_grad for x in floats)):
         tensors = (hidden, cu_hidden, *floats, *cu_keys, *key_of)
         hidden, cu_hidden, *tensors = common.distinct(tensors) if compiling else tensors
@@ -215,10 +230,11 @@ class PreparedSources:
         self._width, self._dtype, self._heads = width, key.dtype, tuple(key.shape[1:])
         self._batch = torch.Size([_sequences(self.sources[0]) + 1]), cu_keys[0].dtype  # what cu_hidden must be
         self._tensors = [x for x in (*floats, *cu_keys, *key_of) if x is not None]
-        self._addresses = [x.data_ptr() for x in self._tensors] if key.is_cpu else []
+        of_cpu = key.is_cpu and not common.watched(tuple(self._tensors))
+        self._addresses = [x.data_ptr() for x in self._tensors] if of_cpu else []
         self._held = [x.detach() for x in self._tensors]  # so that nothing else comes to lie there
         self._members = None  # of struct case_fast_source, where the native kernel of the CPU takes them as they are
-        if key.is_cpu and key.dtype not in common.HALF and not _beyond(self.sources, "cpu"):
+        if of_cpu and key.dtype not in common.HALF and not _beyond(self.sources, "cpu"):
             self._members = [_source_members(s.floats(), s.cu_keys, s.key_of, 0, 0) for s in self.sources]
 
     def step(self, hidden: Tensor, cu_hidden: Tensor, eps: float) -> Tensor | None:
@@ -245,6 +261,7 @@ class PreparedSources:
         return None if bad else out
 
 
+@common.public
 def prepare_sources(sources: Sequence[Source] | Sequence[RowSource]) -> PreparedSources:
     """What `cross_attention` takes in place of sources that many calls share: prepare them once a reply, use them for each word.
 

@@ -15,6 +15,7 @@ FAMILY = "graph_attention"
 PLAN_AUTO = 0  # enum case_fast_plan
 
 
+@common.public
 def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, indices: Tensor,
                     relation: Tensor | None = None, relation_query: Tensor | None = None,
                     relation_key: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
@@ -58,8 +59,8 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     _check(query, key, value, indptr, indices, relation, relation_query, relation_key)
     vertices, _, dimension = query.shape
     scale = dimension**-0.5 if scale is None else scale
-    common.check_finite("scale", scale)
-    common.check_dropout("dropout_p", dropout_p)
+    scale = common.finite("scale", scale)
+    dropout_p = common.probability("dropout_p", dropout_p)
     number, seed_at = common.seed_pair(seed, query.device)
     indptr, indices, relation = common.like_indices(indptr, indices, relation)
 
@@ -69,7 +70,7 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
     tensors, numbers = (query, key, value, indptr, indices, relation, relation_query, relation_key), (scale, dropout_p)
     if runs == "reference":
         with torch.autocast(device_type, enabled=False):
-            out = reference.graph_attention(*tensors, *numbers, seed)
+            out = reference.graph_attention(*tensors, *numbers, reference.seed_of(number, seed_at))
     elif torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
         or (relation is not None and (relation_query.requires_grad or relation_key.requires_grad))

@@ -18,6 +18,7 @@ from case_fast.ops.reference import ACTIVATIONS
 FAMILY = "linear"
 
 
+@common.public
 def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = None, activation: str | None = None,
            split: bool = False) -> Tensor | tuple[Tensor, ...]:
     """y = f(x W^T + b); y_ig = f(W_g x_ig + b_g) where there are groups.

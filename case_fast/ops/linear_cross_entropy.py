@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from case_fast.arguments import whole
 from case_fast.ops import backend, common, reference
 
 FAMILY = "linear_cross_entropy"
@@ -19,7 +20,8 @@ MOST_WORDS = 2**31
 MOST_BEST, MOST_WORDS_OF_BEST = 32, 2**19  # k and V of top_words in Triton, which merges the tiles of a row in one program
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, keep_bytes: int = 64 << 20,
+@common.public
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, keep_bytes: int = 64 << 20,
                          cu_target: Tensor | None = None, validate: bool | None = None) -> tuple[Tensor, Tensor]:
     """nll_m = log sum_v exp z_tv - z_ty with z = hidden @ weight.T + bias, for each target word y = target[m] of row t.
 
@@ -28,7 +30,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     ``sum_t (1 / T) (g3 + g4 w[target_t]) nll_t``; and L_BOW (Eq. 8) is the mean over the words of rows with several targets.
 
     Args:
-        hidden: (T, d), weight: (V, d), bias: (V,); one dtype and device. float32 and float64; float16 and bfloat16 are
+        hidden: (T, d), weight: (V, d), bias: (V,) or None; one dtype and device. float32 and float64; float16 and bfloat16 are
             accumulated in float32 on GPU, and computed in float32 on CPU. Any strides. A bias of -inf forbids a word.
         target: (M,) int32 or int64 in [0, V).
         keep_bytes: z is kept for backward where T * V numbers (of 4 bytes, 8 for float64) are no more than so many bytes;
@@ -59,9 +61,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     compute, differs = common.compute_dtype(hidden)
     if differs:
         hidden, weight, bias = common.cast(compute, hidden, weight, bias)
+    bias = weight.new_zeros(weight.shape[:1]) if bias is None else bias
     _check(hidden, weight, bias)
     _check_targets(target, cu_target, hidden)
-    common.check_whole("keep_bytes", keep_bytes)
+    keep_bytes = whole("keep_bytes", keep_bytes)
     if keep_bytes < 0:
         raise ValueError(f"keep_bytes must be at least 0, not {keep_bytes}")
     target, cu_target = common.like_indices(target, cu_target)
@@ -77,15 +80,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, target: T
     return common.call(_forward_op, _forward, runs, hidden, weight, bias, target, cu_target, False)[:2]
 
 
-def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@common.public
+def top_words(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """The k most probable words of each row and their log-probabilities, for decoding; k = 1 is argmax.
 
     Replaces ``F.log_softmax(F.linear(hidden, weight, bias), 1).topk(k)``: the rows of weight are read once as they lie, and
     neither z nor its softmax is kept. Made for few rows (hypotheses) and a small k.
 
     Args:
-        hidden: (T, d), weight: (V, d), bias: (V,), as in `linear_cross_entropy`. A bias of -inf forbids a word, which then
-            has no part in the sum and log-probability -inf.
+        hidden: (T, d), weight: (V, d), bias: (V,) or None, as in `linear_cross_entropy`. A bias of -inf forbids a word, which
+            then has no part in the sum and log-probability -inf.
         k: in [1, V].
 
     Returns:
@@ -101,8 +105,9 @@ def top_words(hidden: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Ten
     compute, differs = common.compute_dtype(hidden)
     if differs:
         hidden, weight, bias = common.cast(compute, hidden, weight, bias)
+    bias = weight.new_zeros(weight.shape[:1]) if bias is None else bias
     _check(hidden, weight, bias)
-    common.check_whole("k", k)
+    k = whole("k", k)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in [1, V] = [1, {weight.shape[0]}], not {k}")
     device = common.device_type(hidden)

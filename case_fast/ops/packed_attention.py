@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from case_fast.arguments import truth
 from case_fast.ops import backend, common, reference
 from case_fast.ops.common import row_stride, rows_apart
 
@@ -16,6 +17,7 @@ FAMILY = "packed_attention"
 PLAN_AUTO = 0  # enum case_fast_attention_plan
 
 
+@common.public
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, causal: bool = False,
                      scale: float | None = None, dropout_p: float = 0.0, seed: int | Tensor = 0, key_of: Tensor | None = None,
                      key_length: Tensor | None = None, validate: bool | None = None) -> Tensor:
@@ -61,10 +63,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     if differs:
         query, key, value = common.cast(compute, query, key, value)
     _check(query, key, value, cu_query, cu_key, key_of, key_length)
-    dimension = query.shape[2]
+    causal, dimension = truth("causal", causal), query.shape[2]
     scale = dimension**-0.5 if scale is None else scale
-    common.check_finite("scale", scale)
-    common.check_dropout("dropout_p", dropout_p)
+    scale = common.finite("scale", scale)
+    dropout_p = common.probability("dropout_p", dropout_p)
     number, seed_at = common.seed_pair(seed, query.device)
     cu_query, cu_key, key_of, key_length = common.like_indices(cu_query, cu_key, key_of, key_length)
 
@@ -76,6 +78,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     numbers = (causal, scale, dropout_p, number, seed_at)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
+            seed = reference.seed_of(number, seed_at)
             out = reference.packed_attention(*tensors[:5], causal, scale, dropout_p, seed, key_of, key_length)
     elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out = _PackedAttention.apply(runs, *(common.distinct(tensors) if compiling else tensors), *numbers)

@@ -20,6 +20,7 @@ FAMILY = "pooled_attention"
 MAX_WIDTH = 1024  # of a row, in the GPU kernels
 
 
+@common.public
 def pooled_attention(query: Tensor, rows: Tensor, cu: Tensor, scale: float, dropout_p: float = 0.0, seed: int | Tensor = 0,
                      validate: bool | None = None) -> Tensor:
     """out[s, h] = sum_j softmax_j( scale * query[s, h] . rows[j] ) rows[j] over the rows j of sequence s.
@@ -55,8 +56,8 @@ def pooled_attention(query: Tensor, rows: Tensor, cu: Tensor, scale: float, drop
     if differs:
         query, rows = common.cast(compute, query, rows)
     _check(query, rows, cu)
-    common.check_finite("scale", scale)
-    common.check_dropout("dropout_p", dropout_p)
+    scale = common.finite("scale", scale)
+    dropout_p = common.probability("dropout_p", dropout_p)
     number, seed_at = common.seed_pair(seed, query.device)
 
     beyond = "" if device_type == "cpu" or rows.shape[1] <= MAX_WIDTH else f"rows of more than {MAX_WIDTH} elements"
@@ -67,7 +68,7 @@ def pooled_attention(query: Tensor, rows: Tensor, cu: Tensor, scale: float, drop
     numbers = (scale, dropout_p, number)
     if runs == "reference" and not compiling:
         with torch.autocast(device_type, enabled=False):
-            out = reference.pooled_attention(query, rows, cu, scale, dropout_p, seed)
+            out = reference.pooled_attention(query, rows, cu, scale, dropout_p, reference.seed_of(number, seed_at))
     elif torch.is_grad_enabled() and (query.requires_grad or rows.requires_grad):
         out = _PooledAttention.apply(runs, query, rows, cu, *numbers, seed_at)
     else:

@@ -16,8 +16,9 @@ FAMILY = "residual_norm"
 MAX_WIDTH = 1024  # of a row on GPU, where one program holds it
 
 
-def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5, dropout_p: float = 0.0,
-                  seed: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+@common.public
+def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5,
+                  dropout_p: float = 0.0, seed: int | Tensor = 0) -> tuple[Tensor, Tensor]:
     """total = x + dropout(update), normed = layer_norm(total) * weight + bias.
 
     Replaces ``total = x + F.dropout(update, dropout_p)``, ``normed = F.layer_norm(total, (d,), weight, bias, eps)``: the end of
@@ -27,7 +28,7 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
         x: (n, d), d above 0. float32 and float64; float16 and bfloat16 are computed in float32. Any strides. On GPU rows of
             d > 1024 run on the reference backend.
         update: (n, d) as x, or None: nothing is added, and total is x.
-        weight, bias: (d,) as x; for half precision on GPU also float32.
+        weight, bias: (d,) as x; for half precision on GPU also float32. None stands for ones and for zeros.
         eps: of the layer norm.
         dropout_p, seed: probability in [0, 1) that an element of update is dropped, rounded down to a multiple of 2^-16; the
             others are divided by 1 - p. Which ones is a function of (seed, row, column) alone, the same on every backend
@@ -50,16 +51,19 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
         x, update = common.cast(compute, x, update)
         if device == "cpu":
             weight, bias = common.cast(compute, weight, bias)
-    _check(x, update, dropout_p)
+    _check(x, update)
+    weight = x.new_ones(x.shape[1:]) if weight is None else weight
+    bias = x.new_zeros(x.shape[1:]) if bias is None else bias
     for name, of in (("weight", weight), ("bias", bias)):
         if of.shape != x.shape[1:] or of.dtype != x.dtype or of.device != x.device:  # asked here too: before every call
             _check_norm(name, of, x)
-    common.check_finite("eps", eps)
+    eps, dropout_p = common.finite("eps", eps), common.probability("dropout_p", dropout_p)
     numbers = (eps, dropout_p if update is not None else 0.0, *common.seed_pair(seed, x.device))
     runs = backend.choose(FAMILY, device, _beyond(x, device))
     if runs == "reference":
         with torch.autocast(device, enabled=False):
-            total, normed = reference.residual_norm(x, update, weight, bias, *numbers[:2], seed)
+            total, normed = reference.residual_norm(x, update, weight, bias, *numbers[:2],
+                                                    reference.seed_of(*numbers[2:]))
     elif torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or bias.requires_grad or (update is not None and update.requires_grad)
     ):
@@ -70,26 +74,28 @@ def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor
     return common.restored(total, given), common.restored(normed, given)
 
 
+@common.public
 def residual(x: Tensor, update: Tensor, dropout_p: float = 0.0, seed: int | Tensor = 0) -> Tensor:
     """(n, d): x + dropout(update), where no norm follows; see `residual_norm`. Differentiable any number of times."""
     device, given = common.device_type(x), x.dtype
     compute, differs = common.compute_dtype(x)
     if differs:
         x, update = common.cast(compute, x, update)
-    _check(x, update, dropout_p)
+    _check(x, update)
+    dropout_p = common.probability("dropout_p", dropout_p)
     number, seed_at = common.seed_pair(seed, x.device)
     if dropout_p == 0:
         return common.restored(x + update, given)
     runs = backend.choose(FAMILY, device, _beyond(x, device))
     if runs == "reference":
-        return common.restored(reference.residual(x, update, dropout_p, seed), given)
+        return common.restored(reference.residual(x, update, dropout_p, reference.seed_of(number, seed_at)), given)
     return common.restored(_dropped(runs, update, x, dropout_p, number, seed_at), given)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check(x: Tensor, update: Tensor | None, dropout_p: float) -> None:
+def _check(x: Tensor, update: Tensor | None) -> None:
     common.check_dtype("x", x)
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x must be (n, d) with d above 0, not {tuple(x.shape)}")
@@ -97,7 +103,6 @@ def _check(x: Tensor, update: Tensor | None, dropout_p: float) -> None:
         common.check_like("update", update, x.dtype, x.device, "x")
         if update.shape != x.shape:
             raise ValueError(f"update must be {tuple(x.shape)} as x, not {tuple(update.shape)}")
-    common.check_dropout("dropout_p", dropout_p)
 
 
 def _beyond(x: Tensor, device: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from case_fast.arguments import whole
 from case_fast.ops import backend, common, reference, transforms
 
 FAMILY = "segment_sum"
@@ -22,6 +23,7 @@ _PLAIN = (torch.float32, torch.float64)
 _REFUSED = (IndexError, RuntimeError, TypeError, ValueError)  # what torch raises at wrong arguments
 
 
+@common.public
 def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = None, few: int | None = None) -> Tensor:
     """out_s = sum of x_i over the rows i with segment[i] = s, in ascending order of i.
 
@@ -57,7 +59,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     common.check_index("segment", segment, x.device, "x")
     if segment.shape[0] != x.shape[0]:
         raise ValueError(f"segment must be (n,) = ({x.shape[0]},) as x, not {tuple(segment.shape)}")
-    common.check_whole("size", size)
+    size = whole("size", size)
     if size < 0:
         raise ValueError(f"size must be at least 0, not {size}")
     if x.dtype in common.HALF and torch.is_autocast_enabled(device):
@@ -68,6 +70,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     return _sum(runs, x, segment, size)
 
 
+@common.public
 def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int | None = None) -> Tensor:
     """Rows of ``x`` (n, ...) at ``index`` (...), int32 or int64 in [0, n): as ``x[index]``. Its gradient is `segment_sum`, which
     says what holds of dtypes, ``validate``, ``few`` (elements taken), errors, determinism and derivatives."""
@@ -86,11 +89,13 @@ def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int | None
     return out if index.dim() == 1 else out.unflatten(0, index.shape)
 
 
+@common.public
 def segment_mean(x: Tensor, segment: Tensor, size: int) -> Tensor:
     """(size, ...): rows of ``x`` (n, ...) averaged by segment; an empty segment gives zeros."""
     return reference.segment_mean(x, segment, size, segment_sum)
 
 
+@common.public
 def segment_log_softmax(score: Tensor, segment: Tensor, size: int) -> Tensor:
     """Log-softmax of ``score`` (n, ...) over the rows of each segment."""
     return reference.segment_log_softmax(score, segment, size, segment_sum, take)

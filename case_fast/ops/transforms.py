@@ -1,9 +1,9 @@
 """Transforms of torch around an op: those of torch.func, forward-mode derivatives, batched gradients. What of torch says that
 one is active is asked in this file alone.
 
-No kernel knows them. A call under one goes to plain torch, which knows them all (`beyond_kernels`, asked where a backend is chosen). What
-was computed before can still meet one in its backward pass: there a kernel runs once for each gradient of a batch (`mapped`,
-`each_alone`), and a derivative of it is refused by name (`refuse`).
+No kernel knows them. A call under one goes to plain torch, which knows them all (`beyond_kernels`, asked where a backend is
+chosen). What was computed before can still meet one in its backward pass: there a kernel runs once for each gradient of a batch
+(`mapped`, `each_alone`), and a derivative of it is refused by name (`refuse`).
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def refuse(op: Callable, arguments: Sequence) -> None:
     Raises:
         NotImplementedError: one of the arguments is differentiated, forward or by torch.func.
     """
+    under = " in ".join(names())
     for x in _tensors(arguments):
         while _functorch.is_batchedtensor(x):
             x = _functorch.get_unwrapped(x)
         dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
         if dual or _functorch.is_gradtrackingtensor(x):
             raise NotImplementedError(
-                f"{op.name()} has no derivative under {' in '.join(names())}, since the op that it is the gradient of ran outside; call that "
+                f"{op.name()} has no derivative under {under}, since the op that it is the gradient of ran outside; call that "
                 "op inside as well, or set CASE_FAST_BACKEND=reference"
             )
 
@@ -79,6 +80,12 @@ def mapped(op: Callable) -> Callable[..., tuple[Any, Any]]:
 def holds_legacy_batches(arguments: Sequence) -> bool:
     """Whether there are tensors of ``torch.autograd.grad(..., is_grads_batched=True)``, which has a vmap of its own."""
     return any(map(is_legacy_batchedtensor, _tensors(arguments)))
+
+
+def holds_zeros(arguments: Sequence) -> bool:
+    """Whether there are tensors that torch keeps as the word for zeros, as it has them for derivatives; the dispatcher fills
+    them in."""
+    return any(x._is_zerotensor() for x in _tensors(arguments))
 
 
 def each_alone(call: Callable, arguments: Sequence) -> Any:
