@@ -70,7 +70,7 @@ def told(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.is_nested or value.layout is not torch.strided:
             return f"a tensor that is not dense ({'nested' if value.is_nested else value.layout})"
-        return "a tensor on meta, which holds no numbers" if value.is_meta else "a tensor"
+        return "a tensor"
     if value is None:
         return "None"
     kind = type(value).__name__
@@ -79,13 +79,13 @@ def told(value: Any) -> str:
 
 def misfit(name: str, value: Any, hint: Any) -> str:
     """What is wrong with a value for an annotation, naming it; empty where it fits. Looks into sequences and dataclasses."""
-    said = ""
+    inside = []
     for option in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
         if _is(value, option):
-            said = next(filter(None, (misfit(*part) for part in _parts(name, value, option))), "")
-            if not said:
-                return ""
-    return said or f"{name} must be {_written(hint)}, not {told(value)}"
+            inside.append(next(filter(None, (misfit(*part) for part in _parts(name, value, option))), ""))
+    if not inside:
+        return f"{name} must be {_written(hint)}, not {told(value)}"
+    return "" if "" in inside else max(inside, key=lambda said: (said.index(" "), said))  # of what it was most likely meant to be
 
 
 def _is(value: Any, hint: Any) -> bool:
@@ -99,7 +99,7 @@ def _is(value: Any, hint: Any) -> bool:
         return value is None
     value = plain(value)
     if origin is Tensor:
-        return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_nested or value.is_meta)
+        return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
     if origin in (int, float):
         return isinstance(value, (int, origin)) and not isinstance(value, bool)
     if origin is tuple:
@@ -120,9 +120,18 @@ def _parts(name: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
         yield from ((f"{name}.{item.name}", getattr(value, item.name), hints[item.name]) for item in fields(value))
 
 
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", Tensor: "a tensor",
+          types.NoneType: "None"}
+
+
 def _written(hint: Any) -> str:
-    """An annotation without the modules that its names are from."""
-    return re.sub(r"\b\w+\.", "", hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint))
+    """An annotation in words, where there are any."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_written, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    plain_type = isinstance(hint, type) and not get_args(hint)
+    return _WORDS.get(hint) or re.sub(r"\b\w+\.", "", hint.__name__ if plain_type else str(hint))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from case_fast.arguments import plain, settle, whole
 from case_fast.batch import Batch
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
@@ -60,11 +61,12 @@ class GenerationConfig:
     allow_unk: bool = False
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.strategy not in ("greedy", "beam", "sample"):
             raise ConfigError(f"strategy must be greedy, beam or sample, not {self.strategy!r}")
         for name, least in (("max_words", 1), ("min_words", 0), ("beams", 1), ("top_k", 0), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if value < least:
                 raise ConfigError(f"{name} must be a whole number, at least {least}, not {value!r}")
         if self.min_words > self.max_words:
             raise ConfigError(f"min_words must not be above max_words: {self.min_words} > {self.max_words}")
@@ -114,6 +116,7 @@ def generate(model: DialogueModel, batch: Batch, config: GenerationConfig, first
 
 def _numbers(batch: Batch, first_index: int | Sequence[int]) -> Sequence[int]:
     """See `generate`."""
+    first_index = plain(first_index)
     numbers = range(first_index, first_index + batch.size) if isinstance(first_index, int) else first_index
     if len(numbers) != batch.size:
         raise ValueError(f"first_index names {len(numbers)} dialogues, the batch holds {batch.size}")
@@ -132,7 +135,7 @@ def generate_all(model: DialogueModel, store: Store, split: str, indices: Sequen
         progress: called with (done, total) after each batch.
     """
     config = config or GenerationConfig()
-    if batch_size < 1:
+    if (batch_size := whole("batch_size", batch_size)) < 1:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     indices = list(range(store.size(split)) if indices is None else indices)
     device = device or next(model.parameters()).device

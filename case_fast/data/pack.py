@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from case_fast.arguments import whole
 from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart
 from case_fast.data.featurizer import Example
 from case_fast.data.ragged import Beside, Ragged, offsets_of, spans
@@ -67,7 +68,7 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
     return Batch(
         size=size,
         longest=1 + max(int(position.max()) for position in positions if position.numel()),
-        seed=torch.tensor(seed),
+        seed=torch.tensor(whole("seed", seed)),
         sizes=_tensor(np.array([size, words])),
         context=_tensor(heard(CLS, context.values)),
         context_role=_tensor(heard(SPEAKER, read("context_role").values)),

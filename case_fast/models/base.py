@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from case_fast import equations as eq
 from case_fast import ops
+from case_fast.arguments import settle
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.models.layers import AnySeed, DecoderState, Memory, seed_at
+from case_fast.ops import transforms
+from case_fast.ops.common import HALF
 from case_fast.ops.device_flag import raise_pending as raise_pending
 
 POSITIONS = 1024  # places in a sequence whose embeddings are looked up; those of a longer one are computed
@@ -61,6 +64,7 @@ class ModelConfig:
     decoder_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("vocab_size", "emotions", "d_model", "heads", "layers", "ffn"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -276,6 +280,17 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
 
+    def __call__(self, *arguments: Any, **named: Any) -> Output:
+        """As any module's; what torch refuses under one of its transforms names the model and the transform."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*arguments, **named)
+        try:
+            return super().__call__(*arguments, **named)
+        except Exception as error:
+            if refusal := transforms.refusal(f"the model {self.config.kind}", error):
+                raise refusal from error
+            raise
+
     # ---- what a model writes
 
     def forward(self, batch: Batch) -> Output:
@@ -323,7 +338,15 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """Scaled rows of the shared table for several lists of words by name.
 
         One lookup for all of them: the backward of each lookup fills a gradient as large as the table.
+
+        Raises:
+            ConfigError: the model's weights are of half precision, in which losses and Adam lose what they would learn from.
         """
+        if (dtype := self.embedding.weight.dtype) in HALF:
+            raise ConfigError(
+                f"the weights of {self.config.kind} are {dtype}, and it needs them in float32: call model.float(), and for half "
+                "precision run it inside torch.autocast(device, torch.bfloat16), or train with --precision bf16"
+            )
         rows = eq.take(self.embedding.weight, torch.cat([*words.values()])) * self.config.d_model**0.5
         return dict(zip(words, rows.split([len(ids) for ids in words.values()]), strict=True))
 

@@ -108,9 +108,8 @@ class CASEConfig(ModelConfig):
         self._one_of("discernment_scale", *_DISCERNMENT_POWER)
         self._one_of("vertex_pooling", "cls", "mean")
         self._one_of("kl_reduction", "sum", "mean")
-        scale = self.special_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale < math.inf:
-            raise ConfigError(f"special_scale must be a number of at least 0, not {scale!r}")
+        if not 0 <= self.special_scale < math.inf:
+            raise ConfigError(f"special_scale must be a number of at least 0, not {self.special_scale!r}")
         if self.num_negatives is not None and self.num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1 or None, not {self.num_negatives}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -77,11 +78,11 @@ def public(function: Callable) -> Callable:
         try:
             return function(*arguments, **named)
         except Exception as error:
-            if said := misfit_of_call(function, arguments, named):
+            said = misfit_of_call(function, arguments, named)
+            if said and not str(error).startswith(re.match(r"\w+", said)[0]):
                 raise TypeError(said) from error
-            if type(error) is RuntimeError and transforms.is_any():
-                under = " in ".join(transforms.names())
-                raise NotImplementedError(f"case_fast.ops.{function.__name__} cannot run so under {under}: {error}") from error
+            if refusal := transforms.refusal(f"case_fast.ops.{function.__name__}", error):
+                raise refusal from error
             raise
 
     return op

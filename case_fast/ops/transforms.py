@@ -25,6 +25,7 @@ _NAMES = {
 }
 
 
+@torch.compiler.assume_constant_result  # a compiler guards what it compiles by the transforms that it was compiled under
 def is_any() -> bool:
     """Whether a call is under a transform; asked before every call."""
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -38,6 +39,7 @@ def names() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+@torch.compiler.assume_constant_result
 def beyond_kernels() -> str:
     """Which of them need plain torch, in words: all but functionalize, which takes a registered op as it is. Empty for none."""
     return " in ".join(name for name in names() if name != _NAMES[TransformType.Functionalize]) if is_any() else ""
@@ -59,6 +61,14 @@ def refuse(op: Callable, arguments: Sequence) -> None:
                 f"{op.name()} has no derivative under {under}, since the op that it is the gradient of ran outside; call that "
                 "op inside as well, or set CASE_FAST_BACKEND=reference"
             )
+
+
+def refusal(name: str, error: Exception) -> NotImplementedError | None:
+    """What to raise in place of torch's own error, which tells neither what was called nor under which transform; None for any
+    other error."""
+    if type(error) is not RuntimeError or not is_any():
+        return None
+    return NotImplementedError(f"{name} cannot run so under {' in '.join(names())}: {error}")
 
 
 def _tensors(arguments: Sequence) -> list[Tensor]:

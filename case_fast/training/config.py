@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass, replac
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from case_fast.arguments import settle
 from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
@@ -87,8 +88,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, ModelConfig):
-            raise ConfigError(f"model must be a model's configuration, such as CASEConfig, not {type(self.model).__name__}")
+        settle(self)
         for name in ("seed", "phase1_epochs", "min_steps", "workers"):
             self._whole(name, 0)
         for name in ("batch_size", "warmup", "validate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -98,16 +98,12 @@ class TrainConfig:
                 self._whole(name, least)
         if self.seed >= 1 << 63:
             raise ConfigError(f"seed must be below 2^63, not {self.seed}")
-        if (
-            not isinstance(self.betas, (tuple, list))
-            or len(self.betas) != 2
-            or not all(_number(b) and 0 <= b < 1 for b in self.betas)
-        ):
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"betas must be two numbers in [0, 1), not {self.betas!r}")
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         for name in ("lr_scale", "eps", *(["clip_norm"] if self.clip_norm is not None else [])):
             value = getattr(self, name)
-            if not _number(value) or value <= 0:
+            if not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a number above 0, not {value!r}")
         if self.ablation is not None and self.ablation not in self.model.ablations:
             known = ", ".join(self.model.ablations) or f"none, {self.model.kind} has no ablations"
@@ -116,12 +112,10 @@ class TrainConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError(f"deterministic must be true or false, not {self.deterministic!r}")
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if value < least:
             raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
     def resolved(self, vocab_size: int) -> Self:
@@ -231,7 +225,3 @@ def refuse_changes(run: Path, ran: Mapping[str, Any], ran_on: Mapping[str, Any],
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{f"model.{name}": value for name, value in values["model"].items()},
             **{name: value for name, value in values.items() if name != "model"}}
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
