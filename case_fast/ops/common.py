@@ -357,10 +357,17 @@ def call(op: Callable, implementation: Callable, *arguments):
         return implementation(*arguments)
     except RuntimeError:  # these two have no address; asked only now, since no other call should take the time
         if transforms.holds_legacy_batches(arguments):
-            return transforms.each_alone(implementation, arguments)
+            return transforms.each_alone(functools.partial(_without_graph, op, implementation), arguments)
         if transforms.holds_zeros(arguments):
             return op(*arguments)
         raise
+
+
+def _without_graph(op: Callable, implementation: Callable, *arguments):
+    """A kernel's call for one gradient of a batch; a gradient that is differentiated itself would lose what is sent back to it."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
+        raise NotImplementedError(f"{op.name()} cannot differentiate a batch of gradients again; CASE_FAST_BACKEND=reference can")
+    return implementation(*arguments)
 
 
 def watched(arguments: tuple) -> bool:
@@ -408,6 +415,8 @@ class _NoSecondDerivative(torch.autograd.Function):
 def gradients(family: str, backward: Callable[..., list[Tensor]], tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """``backward(*tensors)``, the gradients of a family's op, which refuse to be differentiated again."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if transforms.holds_legacy_batches(tensors):  # a graph is of what is in such a tensor, not of the tensor
+            return transforms.each_alone(lambda *slices: list(gradients(family, backward, slices)), tensors)
         with torch.no_grad():
             found = backward(*tensors)
         return _NoSecondDerivative.apply(family, len(found), *found, *tensors)
