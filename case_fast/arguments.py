@@ -105,7 +105,7 @@ def _is(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, (tuple, list))  # JSON knows no tuples
     if origin is Sequence:
-        return isinstance(value, Sequence) and not isinstance(value, str)
+        return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     return isinstance(value, origin)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from case_fast.arguments import whole
+from case_fast.arguments import truth, whole
 from case_fast.ops import backend, common, reference
 from case_fast.ops.reference import SCORES
 
@@ -90,6 +90,7 @@ def mim_sides(x: Tensor, y: Tensor, weight: Tensor | None, positive: Tensor | No
         num_negatives = whole("num_negatives", num_negatives, "a whole number or None")
     _check(x, y, weight, positive, num_negatives, score, sizes)
     number, seed_at = common.seed_pair(seed, x.device)
+    deterministic = truth("deterministic", deterministic)
     runs = backend.choose(FAMILY, device)
     if common.reads(validate, runs, device):
         _check_contents(x, y, positive, sizes)

@@ -15,7 +15,7 @@ from torch._C import _get_fp32_precision_getter as _fp32_precision  # torch.back
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._autograd import _profiler_enabled as _profiled
 
-from case_fast.arguments import misfit_of_call, number, whole
+from case_fast.arguments import misfit_of_call, number, truth, whole
 from case_fast.ops import backend, transforms
 from case_fast.ops.device_flag import device_flag, raise_pending
 
@@ -188,7 +188,7 @@ def reads(validate: bool | None, runs: str, device: str) -> bool:
     """Whether an op must check the contents of offsets and indices itself: by default on CPU, where the native kernels do."""
     if validate is None:
         validate = device == "cpu" and not torch.compiler.is_compiling()
-    return validate and not (runs == "native" and device == "cpu")
+    return truth("validate", validate) and not (runs == "native" and device == "cpu")
 
 
 def check_offsets(name: str, offsets: Tensor, end: int, of: str) -> None:
@@ -364,9 +364,9 @@ def call(op: Callable, implementation: Callable, *arguments):
 
 
 def _without_graph(op: Callable, implementation: Callable, *arguments):
-    """A kernel's call for one gradient of a batch; a gradient that is differentiated itself would lose what is sent back to it."""
+    """A kernel's call for one gradient of a batch, which is refused where that is differentiated itself and would lose it."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
-        raise NotImplementedError(f"{op.name()} cannot differentiate a batch of gradients again; CASE_FAST_BACKEND=reference can")
+        raise NotImplementedError(f"{op.name()} cannot differentiate a batch of gradients; CASE_FAST_BACKEND=reference can")
     return implementation(*arguments)
 
 
@@ -415,7 +415,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 def gradients(family: str, backward: Callable[..., list[Tensor]], tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
     """``backward(*tensors)``, the gradients of a family's op, which refuse to be differentiated again."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        if transforms.holds_legacy_batches(tensors):  # a graph is of what is in such a tensor, not of the tensor
+        if transforms.holds_legacy_batches(tensors):  # whose graph is of what it holds
             return transforms.each_alone(lambda *slices: list(gradients(family, backward, slices)), tensors)
         with torch.no_grad():
             found = backward(*tensors)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from case_fast.arguments import truth
 from case_fast.ops import backend, common, reference
 from case_fast.ops.reference import ACTIVATIONS
 
@@ -51,7 +52,7 @@ def linear(x: Tensor, weight: Tensor | Sequence[Tensor], bias: Tensor | None = N
     and gradient do not depend on the other rows. On a GPU what torch's products give. No second derivative but on the reference
     backend.
     """
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    weights, split = [weight] if isinstance(weight, Tensor) else list(weight), truth("split", split)
     if not x.is_cpu:
         _check(x, weights, bias, activation)
         return _parts(reference.linear(x, weights, bias, activation), weights, split)

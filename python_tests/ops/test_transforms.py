@@ -108,7 +108,7 @@ TRANSFORMS: dict[str, Callable[[Call], object]] = {
 }
 
 
-LARGEST = ("hessian", 2)  # of a recipe's place among those for opcheck, of which the third draws, where a family can: left out
+LARGEST = ("hessian", 2)  # left out; a place among the recipes for opcheck, of which the third draws, where a family can
 
 
 def agree(found: object, expected: object) -> None:
@@ -118,7 +118,7 @@ def agree(found: object, expected: object) -> None:
         same(ours.detach(), theirs.detach(), 1e-9)
 
 
-@pytest.mark.parametrize(("name", "place"), [(name, place) for name in TRANSFORMS for place in (0, 2) if (name, place) != LARGEST])
+@pytest.mark.parametrize("name, place", [(name, place) for name in TRANSFORMS for place in (0, 2) if (name, place) != LARGEST])
 @of_family
 def test_a_transform_gives_what_plain_torch_gives(family, name, place):
     transform = TRANSFORMS[name]
