@@ -35,8 +35,10 @@ OPS = {  # a right call of each op
     "take": {"x": X, "index": SEGMENT, "few": 0},
     "segment_mean": {"x": X, "segment": SEGMENT, "size": 4},
     "segment_log_softmax": {"score": X, "segment": SEGMENT, "size": 4},
-    "graph_attention": {"query": HEADS, "key": HEADS, "value": HEADS, "indptr": torch.tensor([0, 2, 2, 3, 5, 5]), "indices": SEGMENT,
-                        "relation": SEGMENT, "relation_query": HEADS, "relation_key": HEADS, "scale": 0.5, "dropout_p": 0.25, "seed": 3},
+    "graph_attention": {"query": HEADS, "key": HEADS, "value": HEADS, "indptr": torch.tensor([0, 2, 2, 3, 5, 5]),
+                        "indices": SEGMENT, "relation": SEGMENT, "relation_query": HEADS, "relation_key": HEADS,
+                        "scale": 0.5, "dropout_p": 0.25,
+                        "seed": 3},
     "packed_attention": {"query": HEADS, "key": HEADS, "value": HEADS, "cu_query": CU, "cu_key": CU, "causal": True,
                          "scale": 0.5, "dropout_p": 0.25, "seed": 3},
     "pooled_attention": {"query": X[:2, None], "rows": X, "cu": CU, "scale": 0.5, "dropout_p": 0.25, "seed": 3},
@@ -78,7 +80,7 @@ def test_a_wrong_type_names_the_argument_and_itself(runs, argument):
     name, argument = argument.split(".")
     results(name)
     for wrong in WRONG:
-        if argument in ("activation", "reduction", "score") and name != "segment_log_softmax":  # one of several words: that it is none of these says more
+        if argument in ("activation", "reduction", "score") and name != "segment_log_softmax":  # one of several words
             with pytest.raises(ValueError, match=rf"^{argument} must be .*, not "):
                 results(name, **{argument: wrong})
             continue

@@ -390,7 +390,8 @@ class DecoderState:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values (hypotheses, H, D) of the newest words into the cache; returns what each hypothesis sees of this
         layer, packed: by cu_seen, of each sequence the first seen_length rows."""
-        past = self.past[layer].index_copy_(0, self.newest, torch.stack((key, value), 1))
+        newest = torch.stack((key, value), 1).to(self.past.dtype)  # under autocast on CPU they come in half precision
+        past = self.past[layer].index_copy_(0, self.newest, newest)
         return past.index_select(0, self.seen).unbind(1)
 
 

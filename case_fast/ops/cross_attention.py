@@ -29,8 +29,17 @@ FEW_ROWS = 64
 _WEIGHTS = ("norm_weight", "norm_bias", "query_weight", "output_weight")
 
 
+class _Normed:
+    """Of a source, in place of a layer norm's weight and bias that are None: ones and zeros."""
+
+    def __post_init__(self) -> None:
+        for name, make in (("norm_weight", torch.ones_like), ("norm_bias", torch.zeros_like)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, make(self.query_weight[0].detach()))
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(_Normed):
     """What a decoder attends to, and the weights it attends by. For many calls with the same ones: `prepare_sources`.
 
     Attributes:
@@ -53,9 +62,6 @@ class Source:
     FLOATS: ClassVar = ("key", "value", *_WEIGHTS)
     TELLS: ClassVar = ("key", "(Tk, H, D)")  # what says heads and dimension
 
-    def __post_init__(self) -> None:
-        _give_norm(self)
-
     def floats(self) -> tuple[Tensor, ...]:
         return self.key, self.value, self.norm_weight, self.norm_bias, self.query_weight, self.output_weight
 
@@ -64,7 +70,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class RowSource:
+class RowSource(_Normed):
     """A source by the rows that keys and values are projections of: for rows of hidden fewer than its own, as in training.
 
     With W_key,h and W_value,h of a head and n_j the rows, its score q . (W_key,h n_j) is (W_key,h^T q) . n_j, and its output
@@ -90,9 +96,6 @@ class RowSource:
     FLOATS: ClassVar = ("rows", "key_weight", "value_weight", *_WEIGHTS)
     TELLS: ClassVar = ("key_weight", "(H, D, d)")
 
-    def __post_init__(self) -> None:
-        _give_norm(self)
-
     def floats(self) -> tuple[Tensor, ...]:
         return tuple([getattr(self, name) for name in self.FLOATS])
 
@@ -114,13 +117,6 @@ class RowSource:
         weights = [self.key_weight.flatten(0, 1), self.value_weight.flatten(0, 1)]
         key, value = (y.unflatten(-1, self.key_weight.shape[:2]) for y in linear(self.rows, weights, split=True))
         return Source(key, value, self.cu_keys, *[getattr(self, name) for name in _WEIGHTS], self.key_of)
-
-
-def _give_norm(source: Source | RowSource) -> None:
-    """Puts ones and zeros in place of a layer norm's weight and bias that are None."""
-    for name, make in (("norm_weight", torch.ones_like), ("norm_bias", torch.zeros_like)):
-        if getattr(source, name) is None:
-            object.__setattr__(source, name, make(source.query_weight[0].detach()))
 
 
 def _weight_shapes(heads: Sequence[int], width: int) -> tuple[Sequence[int], ...]:
@@ -176,7 +172,7 @@ def cross_attention(hidden: Tensor, cu_hidden: Tensor, sources: Sequence[Source]
     compute, differs = common.compute_dtype(hidden)
     if differs:
         (hidden,) = common.cast(compute, hidden)
-        sources = [replace(s, **dict(zip(s.FLOATS, common.cast(compute, *s.floats()), strict=True))) for s in sources]
+        sources = _cast(sources, compute)
     _check(hidden, cu_hidden, sources)
     eps = common.finite("eps", eps)
     dropout_p = common.probability("dropout_p", dropout_p)
@@ -218,6 +214,9 @@ class PreparedSources:
     def __init__(self, sources: Sequence[Source] | Sequence[RowSource]):
         first = sources[0] if sources else None
         width, like = (first.norm_weight.numel(), first.floats()[0]) if isinstance(first, Source | RowSource) else (0, None)
+        if like is not None and torch.is_autocast_enabled(common.device_type(like)):
+            sources = _cast(sources, common.compute_dtype(like)[0])
+            first, like = sources[0], sources[0].floats()[0]
         _check_sources(sources, width, "sources[0]", like)
         common.check_dtype(f"sources[0].{first.FLOATS[0]}", like)
         for place, source in enumerate(sources):
@@ -281,6 +280,10 @@ def prepare_sources(sources: Sequence[Source] | Sequence[RowSource]) -> Prepared
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def _cast(sources: Sequence, compute: torch.dtype) -> Sequence:
+    return [replace(s, **dict(zip(s.FLOATS, common.cast(compute, *s.floats()), strict=True))) for s in sources]
 
 
 def _with_keys(sources: Sequence[Source] | Sequence[RowSource]) -> Sequence[Source]:
