@@ -191,6 +191,7 @@ def reads(validate: bool | None, runs: str, device: str) -> bool:
     return truth("validate", validate) and not (runs == "native" and device == "cpu")
 
 
+@transforms.reading
 def check_offsets(name: str, offsets: Tensor, end: int, of: str) -> None:
     """Raises IndexError at the first offset that is wrong; ``of`` says what the last one counts."""
     first, last = int(offsets[0]), int(offsets[-1])
@@ -204,6 +205,7 @@ def check_offsets(name: str, offsets: Tensor, end: int, of: str) -> None:
         raise IndexError(f"{name} ends at {last}; it must end at the number of {of}, {end}")
 
 
+@transforms.reading
 def check_within(name: str, index: Tensor, size: int) -> None:
     """Raises IndexError at the first entry outside [0, size)."""
     wrong = ((index < 0) | (index >= size)).nonzero()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from case_fast.arguments import truth
-from case_fast.ops import backend, common, reference
+from case_fast.ops import backend, common, reference, transforms
 from case_fast.ops.common import row_stride, rows_apart
 
 FAMILY = "packed_attention"
@@ -111,6 +111,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: 
                              f"{tuple(key_length.shape)}")
 
 
+@transforms.reading
 def _check_contents(query: Tensor, key: Tensor, cu_query: Tensor, cu_key: Tensor, key_of: Tensor | None,
                     key_length: Tensor | None) -> None:
     """Reads all offsets and numbers, and raises IndexError at the first that is wrong."""

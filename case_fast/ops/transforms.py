@@ -8,6 +8,7 @@ chosen). What was computed before can still meet one in its backward pass: there
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,21 @@ def refuse(op: Callable, arguments: Sequence) -> None:
                 f"{op.name()} has no derivative under {under}, since the op that it is the gradient of ran outside; call that "
                 "op inside as well, or set CASE_FAST_BACKEND=reference"
             )
+
+
+def reading(function: Callable) -> Callable:
+    """``function``, which asks what indices hold, where torch.func.linearize traces the call too: a trace is of these indices."""
+
+    @functools.wraps(function)
+    def untraced(*arguments: Any) -> Any:
+        if not is_any():
+            return function(*arguments)
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        with disable_proxy_modes_tracing():
+            return function(*arguments)
+
+    return untraced
 
 
 def refusal(name: str, error: Exception) -> NotImplementedError | None:
