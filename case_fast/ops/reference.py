@@ -188,14 +188,14 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     start_k, size_k = cu_key[:-1].long(), cu_key.long().diff()
-    longest = max(_read(size_k), default=0) if dropout_p > 0 else 0
+    longest = max(transforms.listed(size_k), default=0) if dropout_p > 0 else 0
     if key_length is not None:
         size_k = key_length.long()
     if key_of is not None:
         start_k, size_k = start_k[key_of.long()], size_k[key_of.long()]
     start_q, size_q = cu_query[:-1].long(), cu_query.long().diff()
     buckets: dict[tuple[int, int], list[int]] = {}
-    for s, (n, m) in enumerate(zip(_read(size_q), _read(size_k), strict=True)):
+    for s, (n, m) in enumerate(zip(transforms.listed(size_q), transforms.listed(size_k), strict=True)):
         if n:
             buckets.setdefault(((n - 1).bit_length(), (m - 1).bit_length() if m else -1), []).append(s)
     parts, rows = [query[:0]], [torch.zeros(0, dtype=torch.int64, device=query.device)]
@@ -224,11 +224,6 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     out = take(torch.cat(parts), torch.argsort(torch.cat(rows)))
     # where no one has a key, key and value would drop out of the graph; they stay in it, with zero gradient
     return out if any(log_k >= 0 for _, log_k in buckets) else out + (key[:0].sum() + value[:0].sum())
-
-
-@transforms.reading
-def _read(numbers: Tensor) -> list[int]:
-    return numbers.tolist()
 
 
 def _padded(start: Tensor, size: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,9 @@ def reading(function: Callable) -> Callable:
     return untraced
 
 
+listed = reading(Tensor.tolist)
+
+
 def refusal(name: str, error: Exception) -> NotImplementedError | None:
     """What to raise in place of torch's own error, which tells neither what was called nor under which transform; None for any
     other error."""
