@@ -92,7 +92,7 @@ def test_emotion_is_the_index_of_the_fixed_order():
 def test_source_keeps_the_texts():
     found, _ = example(["My exam.", "Sad!"], response="Oh.", emotion="sad")
     assert found.source == {"id": "x", "situation": "s", "emotion": "sad", "context": ["My exam.", "Sad!"],
-                            "by_speaker": [True, False], "response": "Oh."}
+                            "by_speaker": [True, False], "response": "Oh.", "feedback": ""}
 
 
 # ---- sub-utterances
@@ -288,6 +288,8 @@ DAMAGED = {
     "intensity infinite": changed(intensity=INTENSITY | {"sad": float("inf")}),
     "intensity of 400 digits": changed(intensity=INTENSITY | {"sad": 10**400}),
     "intensity as a list": changed(intensity=[0.9]),
+    "emotion words as text": changed(emotion_words="sad"),
+    "an emotion word that is none": changed(emotion_words=["sad", 3]),
     "nested 200 000 deep": '{"a":' * 200_000,
 }
 
