@@ -23,6 +23,7 @@ MODELS = {
     "kemp": "kemp.KEMP",
     "moel": "moel.MoEL",
     "empdg": "empdg.EmpDG",
+    "empdg-d": "empdg_adversarial.AdversarialEmpDG",
 }
 
 
