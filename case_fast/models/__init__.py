@@ -35,6 +35,11 @@ def model_class(name: str) -> type[DialogueModel]:
     return getattr(importlib.import_module(f"case_fast.models.{module}"), found)
 
 
+def title_of(name: str) -> str:
+    """The name of a model for people."""
+    return model_class(name).title or model_class(name).__name__
+
+
 def build(name: str, saved: bool = False, **settings: Any) -> DialogueModel:
     """A new model with these settings of its configuration; `ConfigError` names an unknown one. ``saved``: as of
     `ModelConfig.from_dict`."""
@@ -57,4 +62,4 @@ def load(folder: str | Path, map_location: str = "cpu") -> DialogueModel:
 
 
 __all__ = ["CASE", "MODELS", "CASEConfig", "CASEOutput", "DialogueModel", "ModelConfig", "Output", "Reading", "Why", "build",
-           "load", "model_class"]
+           "load", "model_class", "title_of"]

@@ -30,6 +30,22 @@ POSITIONS = 1024  # places in a sequence whose embeddings are looked up; those o
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long a phase of training is, in steps.
+
+    Attributes:
+        steps: at most so many; None: until early stopping.
+        validate_every: steps between validations, of which early stopping counts those that are no better; None: there are none,
+            and the phase has just as many ``steps``.
+        min_steps: before early stopping counts.
+    """
+
+    steps: int | None
+    validate_every: int | None = None
+    min_steps: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What decides the shape and the objective of any model; a model's own settings stand on top of these.
 
@@ -85,6 +101,10 @@ class ModelConfig:
         changed = {name: getattr(self, name) for name in touched if getattr(self, name) != defaults[name]}
         return next((name for name, row in {"": {}, **self.ablations}.items() if dict(row) == changed), None)
 
+    def length(self, phase: str) -> Length | None:
+        """How long a phase of the model's training is; None, by default: as long as the training recipe says."""
+        return None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, the model's name first."""
         return {"model": self.kind, **asdict(self)}
@@ -106,22 +126,6 @@ class ModelConfig:
         if unknown := [name for name in values if name not in known]:
             raise ConfigError(f"unknown setting {', '.join(unknown)} of {cls.kind}; there are {', '.join(known)}")
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a phase of training is, in steps.
-
-    Attributes:
-        steps: at most so many; None: until early stopping.
-        validate_every: steps between validations, of which early stopping counts those that are no better; None: there are none,
-            and the phase has just as many steps as that.
-        min_steps: before early stopping counts.
-    """
-
-    steps: int | None
-    validate_every: int | None = None
-    min_steps: int = 0
 
 
 @dataclass(kw_only=True)
@@ -338,10 +342,6 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def set_turn(self, step: int) -> None:
         """Train what step ``step`` of the phase, from 0, has to: where its steps take turns, ``turn`` names whose it is. By
         default they do not."""
-
-    def length(self, phase: str) -> Length | None:
-        """How long a phase is; None, by default: as long as the training recipe says."""
-        return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained in any phase, as groups of an optimizer; one with an "lr" keeps it, the others follow the recipe."""

@@ -56,6 +56,16 @@ class AdversarialEmpDGConfig(EmpDGConfig):
         if self.penalty < 0 or self.critic_lr <= 0:
             raise ConfigError(f"penalty must be 0 or more and critic_lr above 0, not {self.penalty} and {self.critic_lr}")
 
+    @property
+    def steps_of_round(self) -> int:
+        return self.critic_steps + self.generator_steps
+
+    def length(self, phase: str) -> Length | None:
+        return {
+            "discriminators": Length(self.discriminator_steps),
+            "interactive": Length(self.rounds * self.steps_of_round, self.validate_rounds * self.steps_of_round),
+        }.get(phase)
+
 
 class Critic(nn.Module):
     """A discriminator: an LSTM over the words of a reply and over those of the feedback, a convolution of width 2 over the
@@ -162,18 +172,10 @@ class AdversarialEmpDG(EmpDG):
     def set_turn(self, step: int) -> None:
         c = self.config
         if self.phase == "interactive":
-            turn = DISCRIMINATORS if step % (c.critic_steps + c.generator_steps) < c.critic_steps else GENERATOR
+            turn = DISCRIMINATORS if step % c.steps_of_round < c.critic_steps else GENERATOR
             if turn != self.turn:
                 self.turn = turn
                 super().set_phase(self.phase)
-
-    def length(self, phase: str) -> Length | None:
-        c = self.config
-        of_round = c.critic_steps + c.generator_steps
-        return {
-            "discriminators": Length(c.discriminator_steps),
-            "interactive": Length(c.rounds * of_round, c.validate_rounds * of_round),
-        }.get(phase)
 
     def unreached(self, phase: str) -> Iterable[nn.Module | nn.Parameter]:
         return self.critics if self.turn == GENERATOR else self._of_generator()

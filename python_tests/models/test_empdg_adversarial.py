@@ -299,8 +299,8 @@ def test_turns_freeze_what_they_do_not_train():
         names = {id(p): name for name, p in model.named_parameters()}
         assert {names[id(p)] for p in second["params"]} == critics and second["lr"] == 1e-4
         assert {names[id(p)] for p in first["params"]} == everything - critics and first.keys() == {"params"}
-    assert model.length("generator") is None and model.length("discriminators") == Length(1000)
-    assert model.length("interactive") == Length(25_000, 1_000)
+    assert model.config.length("generator") is None and model.config.length("discriminators") == Length(1000)
+    assert model.config.length("interactive") == Length(25_000, 1_000)
 
 
 def test_the_tables_of_words_start_as_the_generators():
