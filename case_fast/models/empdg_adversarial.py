@@ -110,8 +110,8 @@ class Critic(nn.Module):
 def states_in_order(lstm: nn.LSTM, rows: Tensor, cu: Tensor) -> Tensor:
     """(n, h) the outputs of an LSTM at each of packed rows (n, d), cu (s + 1,): step by step over those of the s sequences, empty
     ones among them, that have so many rows. It asks the device for their lengths."""
-    if not len(rows):  # its weights have gradients all the same, of zeros: Adam goes on with their moments
-        return rows.new_zeros(0, lstm.hidden_size) + sum(weight.sum() for weight in lstm.parameters())
+    if not len(rows):  # all has gradients nevertheless, of zeros, as in a batch that is filled up: Adam goes on with its moments
+        return rows.new_zeros(0, lstm.hidden_size) + sum(x.sum() for x in (rows, *lstm.parameters()))
     starts, lengths = cu.cpu()[:-1], cu.diff().cpu()
     order = lengths.argsort(descending=True, stable=True)
     step = torch.arange(int(lengths.max())).unsqueeze(1)
