@@ -260,16 +260,23 @@ class Store:
             DataError: one whose field the store lacks.
         """
         arrays, size = self._split(split), self.size(split)
-        lacking = [name for name in _LATER if name not in arrays.ragged]  # such a field is named as the part that it is for
-        parts = [part for part in PARTS if part not in lacking] if parts is None else list(parts)
-        for part in set(parts) & set(lacking):
-            raise DataError(arrays.path, f"it has no field {part}, of which the part {part} of a batch is made: an earlier "
-                            "version prepared it", f"Prepare the store again: {self._prepare_command()}")
+        parts = [part for part in PARTS if part not in self._lacking(split)] if parts is None else list(parts)
+        self.require(split, parts)
         rows = np.asarray(indices, dtype=np.int64)
         for index in rows[(rows < 0) | (rows >= size)]:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         return pack(_Rows(arrays.ragged, rows), self.emotions(split)[rows], self.texts, parts, seed)
+
+    def require(self, split: str, parts: Iterable[str]) -> None:
+        """`DataError` if a split has no field for one of the parts of a batch."""
+        for part in set(parts) & set(self._lacking(split)):
+            raise DataError(self._split(split).path, f"it has no field {part}, of which the part {part} of a batch is made: an "
+                            "earlier version prepared it", f"Prepare the store again: {self._prepare_command()}")
+
+    def _lacking(self, split: str) -> list[str]:
+        """Fields that a split lacks; such a field has the name of the part that is made of it."""
+        return [name for name in _LATER if name not in self._split(split).ragged]
 
     def _prepare_command(self) -> str:
         """The command that made it, as far as its manifest tells."""

@@ -80,7 +80,7 @@ def train(
         ConfigError: a setting cannot work here, or differs from those of the run that is resumed; so for the store.
         CheckpointError: ``out`` holds a run and ``resume`` is False, or none and it is True; nothing can be written; all
             checkpoints are damaged.
-        DataError: the store lacks the splits train and valid.
+        DataError: the store lacks the splits train and valid, or a field that the model reads.
         Interrupted: stopped by the user, state saved.
         NotFinite: a loss or gradient became NaN or infinite.
     """
@@ -95,6 +95,7 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
+        store.require(split, model_class(config.model.kind).needs)
     device = resolve_device(config.device)
     keep_freed_memory()
     config = config.resolved(len(store.featurizer.vocabulary))

@@ -252,6 +252,9 @@ def test_saved_and_loaded_it_makes_the_same_examples(tmp_path):
     loaded = Featurizer.load(tmp_path / "f")
     assert loaded.vocabulary.words == VOCABULARY.words and loaded.settings == made.settings
     assert loaded.concepts == CONCEPTS and loaded.intensity == INTENSITY
+    assert loaded.emotional.listed is None and loaded.emotional.known.tolist() == made.emotional.known.tolist()
+    Featurizer(VOCABULARY, {}, INTENSITY, emotion_words=["dog", "unheard"]).save(tmp_path / "g")
+    assert Featurizer.load(tmp_path / "g").emotional.listed == ["dog", "unheard"]
     before, _ = example(["my exam was the dog . lost zebra !"], made=made)
     after, _ = example(["my exam was the dog . lost zebra !"], made=loaded)
     for name, value in vars(before).items():

@@ -29,6 +29,7 @@ from case_fast.data.store import FORMAT, SplitWriter, Store, open_store, write_s
 from case_fast.data.vocabulary import SPECIALS, Vocabulary
 from case_fast.errors import ConfigError, DataError
 from case_fast.files import sha256
+from case_fast.training import preset, train
 
 MANIFEST = {"counts": {"examples": {"train": 40, "valid": 3, "test": 0}}, "knowledge": {"spec": "bundled", "cache": None}}
 VECTORS = (np.array([8, 10, 11], dtype=np.int32), np.arange(12, dtype=np.float32).reshape(3, 4))
@@ -111,6 +112,9 @@ def test_a_store_of_before_the_feedback_serves_all_other_parts_and_names_what_it
     with pytest.raises(DataError, match=r"train.safetensors: it has no field feedback, .* Prepare the store again: "
                                         r"case-fast prepare --dialogues 'ed folder' --limit 3\.$"):
         store.batch("train", [3], ["dialogue", "feedback"])
+    with pytest.raises(DataError, match="it has no field feedback"):
+        train(store, tmp_path / "run", preset("demo", "empdg-d"))
+    assert not (tmp_path / "run").exists()
     assert store.example("train", 3).feedback is None and "feedback" not in found
     with pytest.raises(ConfigError, match="the example has no field feedback: .* make it again with case-fast prepare"):
         make_batch([store.example("train", 3)], made[1])
