@@ -25,11 +25,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from case_fast.errors import CheckpointError
 from case_fast.files import sync, whole_folder, write_text
 from case_fast.runs import checkpoint_name, checkpoint_steps, writing
+from case_fast.training.adam import Adam
 
 FORMAT = "case_fast checkpoint 1"
 PARTS = ("model", "optimizer")
@@ -203,36 +204,39 @@ def _read_file(path: Path, max_bytes: int | None) -> bytes:
 # ---- the state of a run as tensors and plain values
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Adam, names: Sequence[str]) -> dict[str, Tensor]:
     """Adam's state as ``<parameter>/<part>``; ``names``: those of the optimizer's parameters, in its order."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[index]}/{part}": value for index, parts in state.items() for part, value in parts.items()}
+    return {f"{name}/{part}": value for name, parameter in zip(names, _parameters(optimizer), strict=True)
+            for part, value in optimizer.state.get(parameter, {}).items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: Adam, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
     """Undo `optimizer_tensors`.
 
     Raises:
         CheckpointError: an unknown parameter, a missing part or a wrong shape.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    place = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(zip(names, _parameters(optimizer), strict=True))
+    state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition("/")
-        if name not in place or part not in ("step", "exp_avg", "exp_avg_sq"):
+        if name not in parameters or part not in ("step", "exp_avg", "exp_avg_sq"):
             raise CheckpointError(f"optimizer state {key!r} belongs to no parameter of this model")
-        index = place[name]
-        expected = torch.Size() if part == "step" else parameters[index].shape
+        expected = torch.Size() if part == "step" else parameters[name].shape
         if value.shape != expected or value.dtype != torch.float32:
             raise CheckpointError(
                 f"optimizer state {key!r} is {value.dtype} {tuple(value.shape)}, expected float32 {tuple(expected)}"
             )
-        state.setdefault(index, {})[part] = value.clone()  # aligned memory of its own, in place of a view of the file
-    for index, parts in state.items():
+        # aligned memory of its own, in place of a view of the file
+        state.setdefault(name, {})[part] = value.clone().to(parameters[name].device)
+    for name, parts in state.items():
         if len(parts) != 3:
-            raise CheckpointError(f"optimizer state of {names[index]!r} holds {', '.join(parts)} only")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            raise CheckpointError(f"optimizer state of {name!r} holds {', '.join(parts)} only")
+    optimizer.state = {parameters[name]: parts for name, parts in state.items()}
+
+
+def _parameters(optimizer: Adam) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

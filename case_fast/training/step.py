@@ -28,6 +28,7 @@ from case_fast.data.store import Store
 from case_fast.errors import ConfigError
 from case_fast.models import DialogueModel, Output
 from case_fast.models.base import POSITIONS, ops_that_ask, raise_pending
+from case_fast.training.adam import Adam
 from case_fast.training.config import TrainConfig
 from case_fast.training.sampler import Sampler, step_seed
 
@@ -74,11 +75,11 @@ class EagerStep:
         self.model, self.config, self.device = model, config, device
         groups = [group | {"keeps_its_rate": "lr" in group} for group in model.parameter_groups()]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimizer = torch.optim.Adam(groups, betas=config.betas, eps=config.eps, fused=True, **self._adam())
+        self.optimizer = Adam(groups, self._rate(), config.betas, config.eps)
         self._taken: list[Taken] = []
 
-    def _adam(self) -> dict[str, Any]:
-        return {"lr": 0.0}
+    def _rate(self) -> float | Tensor:
+        return 0.0
 
     def prepared(self, batch: Batch) -> Prepared:
         return Prepared(batch.pin_memory() if self.device.type == "cuda" else batch, batch.size, _words(batch))
@@ -97,7 +98,7 @@ class EagerStep:
         if self.config.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def take(self, prepared: Prepared, lr: float) -> None:
         output, norm = self._backward(prepared.batch)
@@ -142,8 +143,8 @@ class PaddedStep(EagerStep):
         self.optimizer.found_inf = self._bad
         self._queued: list[Objective] = []  # of the steps that were not collected
 
-    def _adam(self) -> dict[str, Any]:
-        return {"lr": self._lr, "capturable": self.device.type == "cuda"}
+    def _rate(self) -> float | Tensor:
+        return self._lr
 
     def prepared(self, batch: Batch) -> Prepared:
         for place, capacity in enumerate(self.sizes):
@@ -157,7 +158,6 @@ class PaddedStep(EagerStep):
         if len(self._queued) == self.config.log_every:
             raise RuntimeError(f"the numbers of {len(self._queued)} steps were not collected")
         self._lr.fill_(lr)
-        self._follow(self._lr)  # loading a state puts a copy there
         if prepared.block is None:
             self._step(prepared.batch)
         else:
@@ -205,7 +205,7 @@ class PaddedStep(EagerStep):
         return found
 
     def examine(self, prepared: Callable[[], Prepared]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._backward(prepared().batch)
 
 
@@ -218,7 +218,6 @@ class CapturedStep(PaddedStep):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # it is, on purpose: torch would warn of it
         self._stream = torch.cuda.Stream(self.device)  # of what is captured, and of what is launched before it
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, Objective], torch.cuda.CUDAGraph | None] = {}  # None: launched once
@@ -239,7 +238,7 @@ class CapturedStep(PaddedStep):
                     raise ConfigError(said) from error
                 _log.warning("the step cannot be captured in a CUDA graph and is launched op by op (%s)", error)
                 self._gave_up = True
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
                 self._launch(batch)
                 return
         self._graphs[key].replay()

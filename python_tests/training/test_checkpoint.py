@@ -20,6 +20,7 @@ from helpers import tiny_model
 
 from case_fast.errors import CheckpointError
 from case_fast.training import checkpoint as module
+from case_fast.training.adam import Adam
 from case_fast.training.checkpoint import Checkpoints, load_optimizer, optimizer_tensors, rng_state, set_rng_state
 
 STATE = {"rng": {"cpu": "AAAA"}, "stopping": {"best": 1 / 3}, "config": {"words": "é", "none": None}}
@@ -291,9 +292,13 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(two):
 # ---- what goes into a checkpoint
 
 
-def trained(model: torch.nn.Module) -> tuple[torch.optim.Adam, list[str]]:
+def adam(model: torch.nn.Module) -> Adam:
+    return Adam([{"params": list(model.parameters())}], 0.1, (0.9, 0.98), 1e-9)
+
+
+def trained(model: torch.nn.Module) -> tuple[Adam, list[str]]:
     names = [name for name, _ in model.named_parameters()]
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    optimizer = adam(model)
     for parameter in list(model.parameters())[::2]:  # the others have no state
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
@@ -304,7 +309,7 @@ def test_optimizer_state_comes_back_by_name():
     model = tiny_model()
     optimizer, names = trained(model)
     stored = optimizer_tensors(optimizer, names)
-    other = torch.optim.Adam(tiny_model().parameters(), lr=0.1, fused=True)
+    other = adam(tiny_model())
     load_optimizer(other, names, safetensors.torch.load(safetensors.torch.save(stored)))
     again = optimizer_tensors(other, names)
     assert again.keys() == stored.keys() and all(torch.equal(again[name], stored[name]) for name in stored)
