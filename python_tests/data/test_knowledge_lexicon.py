@@ -107,7 +107,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         VADLexicon.read(tmp_path / "missing.txt")
     with pytest.raises(DataError, match="is a folder, not a file"):
         VADLexicon.read(tmp_path)
-    (tmp_path / "lexicon.txt.gz").write_bytes(b"not gzip at all")
+    (tmp_path / "lexicon.txt.gz").write_bytes(b"\x1f\x8bnot gzip at all")
     with pytest.raises(DataError, match=r"lexicon\.txt\.gz:1: damaged file"):
         VADLexicon.read(tmp_path / "lexicon.txt.gz")
 
