@@ -199,7 +199,7 @@ def _row_problem(fields: list[str]) -> str | None:
         return "utterance_idx is not a whole number"
     if fields[2] not in EMOTION_IDS:
         return "unknown emotion"
-    if not fields[5].strip():
+    if not normalize_space(fields[5]):
         return "empty utterance"
     if not _is_number(fields[4].strip()):
         return "speaker_idx is not a whole number"
