@@ -30,7 +30,7 @@ _MARK = re.compile(rf"{_FLAG}|{_KEY}|{_PICTURE}(?:\u200d{_PICTURE})*|[^\w\s\x00-
 # A hyphen within a word stays, and so does the sign of a number; any other dash is a mark.
 _DASH = re.compile(r"-{2,}|(?<!\w)-(?!\.?\d)|(?<=\w)-(?!\w)")
 # A slash parts words, but "24/7", "n/a" and "w/o" are one; an underscore counts as a mark at the edge of a word.
-_GLUE = re.compile(r"[~|\\=^]|(?=[/_])(?:(?<=[^\W\d_]{2})/(?=[^\W\d_])|(?<!\w)/|/(?!\w)|(?<![^\W_])_+|_+(?![^\W_]))")
+_GLUE = re.compile(r"[~|\\=^]|(?=[/_])(?:(?<=[^\W\d_]{2})/(?=[^\W\d_])|(?<!\w)/|/(?!\w)|(?<!\w)_+|(?<!_)_+(?!\w))")
 
 
 def visible(text: str) -> str:
