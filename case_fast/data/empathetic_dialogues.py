@@ -50,13 +50,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class DialogueExample:
-    """One listener turn: all turns before it (oldest first, the first one the speaker's), and the turn itself."""
+    """One listener turn: all turns before it (oldest first, the first one the speaker's), the turn itself, and what the speaker
+    says right after it, "" where nothing follows, or another turn of the listener's."""
 
     id: str
     context: tuple[Turn, ...]
     response: str
     emotion: str
     situation: str
+    feedback: str = ""
 
 
 @contextmanager
@@ -258,5 +260,7 @@ def listener_turns(conversations: list[Conversation]) -> Iterator[DialogueExampl
     for conversation in conversations:
         for position, turn in enumerate(conversation.turns):
             if not turn.by_speaker:  # never turn 1, whose author is the speaker
+                after = next(iter(conversation.turns[position + 1 :]), None)
                 yield DialogueExample(f"{conversation.id}#{position + 1}", conversation.turns[:position], turn.text,
-                                      conversation.emotion, conversation.situation)
+                                      conversation.emotion, conversation.situation,
+                                      after.text if after is not None and after.by_speaker else "")

@@ -1,4 +1,4 @@
-"""Emotion intensity of words from an NRC-VAD lexicon (Mohammad 2018; v2: 2025)."""
+"""Emotion intensity of words from an NRC-VAD lexicon (Mohammad 2018; v2: 2025), and the words of an NRC EmoLex file."""
 
 from __future__ import annotations
 
@@ -97,6 +97,32 @@ def _header(fields: list[str], path: str, line: int) -> tuple[int, ...] | None:
         raise DataError(path, "the header does not name the columns of word, valence and arousal",
                         "Expected word, valence, arousal and dominance, in any order", line)
     return (word, valence, arousal) if dominance is None else (word, valence, arousal, dominance)
+
+
+def read_emotion_words(path: str | Path) -> tuple[list[str], ReadReport]:
+    """The words of a file in NRC EmoLex's text layout (Mohammad and Turney 2013): word TAB category TAB 0 or 1, a row for each
+    word and category. Every word of the file counts, whatever its flags say, as in EmpDG's released code; each once, lower case.
+
+    Raises:
+        DataError: the file is missing or holds no usable row.
+    """
+    report = ReadReport(str(path))
+    words: dict[str, None] = {}
+    for number, line in read_lines(path, report):
+        fields = line.split("\t")
+        if not line.strip():
+            report.ignored["blank line"] += 1
+        elif len(fields) != 3:
+            report.skip("not 3 tab-separated columns", number)
+        elif fields[2].strip() not in ("0", "1"):
+            report.skip("the flag is neither 0 nor 1", number)
+        elif not (word := " ".join(fields[0].lower().split())):
+            report.skip("word is blank", number)
+        else:
+            words[word] = None
+            report.rows += 1
+    report.require_rows("rows 'word TAB category TAB 0 or 1'")
+    return list(words), report
 
 
 def _numbers(fields: list[str]) -> list[float] | None:

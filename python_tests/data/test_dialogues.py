@@ -81,6 +81,7 @@ def test_one_example_a_listener_turn(tmp_path):
     assert [len(e.context) for e in examples] == [1, 3, 1]
     assert [e.response for e in examples] == ["Oh no!", "So sorry.", "Great."]
     assert all(e.context[0].by_speaker for e in examples)
+    assert [e.feedback for e in examples] == ["Yes.", "", ""]
     assert (examples[1].emotion, examples[1].situation) == ("sad", "My cat, old.")
 
 
@@ -89,6 +90,7 @@ def test_all_but_the_first_author_are_the_listener(tmp_path):
     (conversation,), _ = read_conversations(write(tmp_path, lines), "train")
     assert [turn.by_speaker for turn in conversation.turns] == [True, False, False, False, True]
     assert [(e.response, len(e.context)) for e in listener_turns([conversation])] == [("b", 1), ("c", 2), ("d", 3)]
+    assert [e.feedback for e in listener_turns([conversation])] == ["", "", "e"]  # not after another listener turn
 
 
 def test_rows_are_ordered_by_turn_number(tmp_path):

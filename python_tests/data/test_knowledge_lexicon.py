@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from case_fast.errors import DataError
-from case_fast.knowledge import VADLexicon
+from case_fast.knowledge import VADLexicon, read_emotion_words
 
 REAL = Path(os.environ.get("CASE_FAST_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 HEADER = "Word\tValence\tArousal\tDominance\n"
@@ -148,6 +148,19 @@ def test_nothing_usable_is_an_error(tmp_path, content, message):
     with pytest.raises(DataError) as error:
         read(tmp_path, content)
     assert "lexicon.txt: no usable row" in str(error.value) and message in str(error.value)
+
+
+def test_emotion_words_are_all_words_of_the_file_whatever_their_flags(tmp_path):
+    path = tmp_path / "emolex.txt"
+    path.write_text("Joy\tpositive\t1\njoy\tanger\t0\ntable\tjoy\t0\n\nold  man\tfear\t0\nbad\tjoy\tyes\n \tjoy\t1\nshort\t1\n")
+    words, report = read_emotion_words(path)
+    assert words == ["joy", "table", "old man"] and report.rows == 4 and report.ignored == {"blank line": 1}
+    assert report.skipped == {"the flag is neither 0 nor 1": 1, "word is blank": 1, "not 3 tab-separated columns": 1}
+    (tmp_path / "vad.txt").write_text(GOOD)
+    with pytest.raises(DataError, match="no usable row .* Expected rows 'word TAB category TAB 0 or 1'"):
+        read_emotion_words(tmp_path / "vad.txt")
+    with pytest.raises(DataError, match=r"missing\.txt: input file not found"):
+        read_emotion_words(tmp_path / "missing.txt")
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

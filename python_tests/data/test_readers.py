@@ -13,7 +13,7 @@ from case_fast.data.embeddings import read_glove
 from case_fast.data.empathetic_dialogues import COLUMNS, read_conversations
 from case_fast.data.vocabulary import SPECIALS, Vocabulary
 from case_fast.errors import DataError
-from case_fast.knowledge import VADLexicon, read_concepts
+from case_fast.knowledge import VADLexicon, read_concepts, read_emotion_words
 from case_fast.knowledge.atomic import AtomicRetrieval
 from case_fast.text_files import ReadReport
 
@@ -26,6 +26,10 @@ def dialogues(path: Path) -> ReadReport:
 
 def lexicon(path: Path) -> ReadReport:
     return VADLexicon.read(path).report
+
+
+def emotion_words(path: Path) -> ReadReport:
+    return read_emotion_words(path)[1]
 
 
 def concepts(path: Path) -> ReadReport:
@@ -47,6 +51,7 @@ READERS: dict[str, tuple[Callable[[Path], ReadReport], str, list[str]]] = {
     "lexicon": (lexicon, "lexicon.txt", [
         "term\tarousal\tvalence\tdominance", *(f"word{i}\t0.{i}\t-0.{i}\t0.5" for i in range(20)),
     ]),
+    "EmoLex": (emotion_words, "emolex.txt", [f"word{i // 2}\tjoy\t{i % 2}" for i in range(20)]),
     "ConceptNet": (concepts, "assertions.csv", [
         f'/a\t/r/RelatedTo\t/c/{"en" if i % 3 else "de"}/sea\t/c/en/{"joy" if i % 2 else "x"}\t{{"weight": 1.0}}'
         for i in range(24)
