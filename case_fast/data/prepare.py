@@ -45,7 +45,7 @@ class PrepareSettings:
     Attributes:
         dialogues: folder or .tar.gz of the EmpatheticDialogues release, or "bundled".
         knowledge: "atomic:PATH", "comet:DIR" or "bundled".
-        conceptnet: ConceptNet assertions (.csv or .csv.gz), or "bundled".
+        conceptnet: ConceptNet assertions, unpacked or not, or "bundled".
         lexicon: NRC-VAD text file, or "bundled".
         out: folder of the new store.
         embeddings: GloVe text file; None: random word vectors.

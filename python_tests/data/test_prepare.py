@@ -203,6 +203,26 @@ def test_word_vectors_are_stored_and_their_coverage_said(inputs):
     assert prepare(inputs).embeddings() is None
 
 
+ONE_SIDED = {
+    "one turn": ["z,1,sad,p,0,Alone.,,"],
+    "one author": ["z,1,sad,p,5,Alone.,,", "z,2,sad,p,5,Still.,,"],
+    "two such": ["z,1,sad,p,5,Alone.,,", "z,2,sad,p,5,Still.,,", "y,1,sad,p,0,Me too.,,"],
+    "the turns do not start": ["z,3,sad,p,0,Alone.,,", "z,4,sad,p,1,Still.,,"],
+    "every answer has a comma": ["z,1,sad,p,0,Alone.,,", "z,2,sad,p,1,Oh, no.,,"],
+    "every answer is blank": ["z,1,sad,p,0,Alone.,,", "z,2,sad,p,1, ,,"],
+    "no rows": [],
+}
+
+
+@pytest.mark.parametrize("part", SPLITS)
+@pytest.mark.parametrize("case", ONE_SIDED)
+def test_a_part_without_an_example_is_refused_by_name(inputs, part, case):
+    (Path(inputs.dialogues) / f"{part}.csv").write_text("\n".join([HEADER, *ONE_SIDED[case]]) + "\n")
+    with pytest.raises(DataError, match=rf"{part}\.csv: no usable row .*Expected conversations of at least two people"):
+        prepare(inputs)
+    assert not Path(inputs.out).exists()
+
+
 def test_emotion_words_are_those_of_the_list_and_saved_with_the_featurizer(inputs, tmp_path):
     emolex = tmp_path / "emolex.txt"
     emolex.write_text("dog\tjoy\t1\nzebra\tfear\t0\nthe\tjoy\t1\n")  # zebra is no word of the vocabulary, the no content word
@@ -218,12 +238,6 @@ def test_emotion_words_are_those_of_the_list_and_saved_with_the_featurizer(input
         assert store.example("train", 1).source["feedback"] == "Yes." and store.manifest["counts"]["feedback_words"]["train"] == 2
         assert store.featurizer.emotional.listed == (None if given is None else ["dog", "zebra", "the"])
     assert any(source["path"] == str(emolex) and source["rows"] == 3 for source in store.manifest["sources"])
-
-
-def test_a_part_may_have_no_listener_turns(inputs):
-    (Path(inputs.dialogues) / "valid.csv").write_text(f"{HEADER}\nz,1,sad,p,0,Alone.,,\n")
-    store = prepare(inputs)
-    assert store.size("valid") == 0 and store.size("train") == 3
 
 
 # ---- the same inputs give the same store
