@@ -18,7 +18,7 @@ from torch import Tensor
 
 from case_fast.errors import ConfigError
 
-PARTS = ("dialogue", "case", "concept", "relations", "emotional")
+PARTS = ("dialogue", "case", "concept", "relations", "emotional", "feedback")
 
 
 class _Tensors:
@@ -179,7 +179,8 @@ class RelationsPart(_Tensors):
 
 @dataclass
 class EmotionalPart(_Tensors):
-    """The emotional words of the contexts, in order: those of the NRC-VAD lexicon that are no stop words.
+    """The emotional words of the contexts, in order: those of the list that the store was prepared with, or of the NRC-VAD
+    lexicon, that are no stop words.
 
     Attributes:
         word, position, segment: (W,) [SEP] and the emotional words of a dialogue's context; position counts these alone.
@@ -190,6 +191,33 @@ class EmotionalPart(_Tensors):
     position: Tensor
     segment: Tensor
     cu: Tensor
+
+
+@dataclass
+class FeedbackPart(_Tensors):
+    """What the speaker says after the replies, and the replies that are judged by it: of the J dialogues that have it alone.
+
+    Attributes:
+        dialogue: (J,) the dialogues. weight: (J,) float64, each one's share in a mean over them, 1/J.
+        word: (F,) the words of the feedback, end to end; cu (J + 1,). emotional: (F',) those of them that are emotional words;
+            cu_emotional (J + 1,).
+        reply, reply_segment: (R,) the rows of ``target`` that are theirs, EOS among them, and which of the J each belongs to;
+            cu_reply (J + 1,). reply_emotional: (R',) those of these rows that are emotional words; cu_reply_emotional (J + 1,).
+        lexicon: (V,) bool, the emotional words of the vocabulary.
+    """
+
+    dialogue: Tensor
+    weight: Tensor
+    word: Tensor
+    cu: Tensor
+    emotional: Tensor
+    cu_emotional: Tensor
+    reply: Tensor
+    reply_segment: Tensor
+    cu_reply: Tensor
+    reply_emotional: Tensor
+    cu_reply_emotional: Tensor
+    lexicon: Tensor
 
 
 @dataclass
@@ -209,7 +237,7 @@ class Batch(_Tensors):
         emotion: (B,) label, -1 where unknown.
         dialogue_weight (B,), target_weight, bow_weight (M,): float64, each row's share in a mean over dialogues, over target
             words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
-        case, concept, relations, emotional: the other parts, or None.
+        case, concept, relations, emotional, feedback: the other parts, or None.
     """
 
     size: int
@@ -234,6 +262,7 @@ class Batch(_Tensors):
     concept: ConceptPart | None = None
     relations: RelationsPart | None = None
     emotional: EmotionalPart | None = None
+    feedback: FeedbackPart | None = None
 
     def __len__(self) -> int:
         return self.size

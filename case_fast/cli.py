@@ -452,13 +452,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
         if name == "train":
+            from case_fast.models import model_class
             from case_fast.training import TrainConfig, preset_values
 
             kind, preset, rest = _chosen(rest)
             values = preset_values(preset, kind)
             arguments.train(parser, kind)
-            fewest = TrainConfig.from_dict(values).fewest_steps
-            parser.description += f" With this preset the last phase takes {fewest:,} steps at least (early stopping)."
+            config = TrainConfig.from_dict(values)
+            phases = dict(zip(model_class(kind).phases, config.lengths(1), strict=True))
+            which = "the last phase" if config.open_phase == [*phases][-1] else f"the phase {config.open_phase}"
+            fewest = config.fewest(phases[config.open_phase])
+            parser.description += f" With this preset {which} takes {fewest:,} steps at least (early stopping)."
             parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
             add_arguments(parser)

@@ -6,12 +6,13 @@ No parameters, no state, any float dtype: the oracle of the tests and what the m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from case_fast.ops.reference import greatest, key_of, philox4x32
+from case_fast.ops.reference import greatest, key_of, philox4x32, segment_ids
 
 
 def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor, smoothing: float, pad: int
@@ -125,3 +126,60 @@ def interleave(a: Tensor, cu_a: Tensor, segment_a: Tensor, b: Tensor, cu_b: Tens
     place_b = torch.arange(len(b), device=b.device) + cu_a[segment_b + 1]
     rows = torch.cat([a, b])
     return torch.empty_like(rows).index_copy(0, torch.cat([place_a, place_b]), rows), cu_a + cu_b
+
+
+def uniform(count: int, seed: int | Tensor, device: torch.device | None = None) -> Tensor:
+    """(count,) float64 draws from U(0, 1), a function of (seed, place) alone: (u + 1/2) 2^-32 of word 0 of
+    Philox(counter = (place, 0, 0, 8), key = seed). The counter's 8 keeps them apart from what else is drawn by the seed."""
+    place = torch.arange(count, device=device)
+    zero = torch.zeros_like(place)
+    word = philox4x32(torch.stack([place & 0xFFFFFFFF, zero, zero, torch.full_like(place, 8)], dim=1), key_of(seed))[:, 0]
+    return (word.double() + 0.5) * 2**-32
+
+
+Packed = tuple[Tensor, Tensor]
+"""Rows (n, d) of sequences that lie end to end, and their offsets (s + 1,)."""
+
+
+def largest_of_pairs(rows: Tensor, cu: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(s, h): max over t of ReLU(W [o_t ; o_{t+1}] + b) for each sequence, 0 where it has no two rows.
+
+    Args:
+        rows (n, d), cu (s + 1,): packed; weight (h, 2d), bias (h,): a convolution of width 2.
+    """
+    segment = segment_ids(cu, rows.shape[0])
+    pairs = F.relu(F.linear(torch.cat([rows[:-1], rows[1:]], dim=-1), weight, bias))
+    pairs = pairs * (segment[:-1] == segment[1:]).unsqueeze(-1)  # 0, the least of all, across two sequences
+    place = segment[:-1].unsqueeze(-1).expand_as(pairs)
+    return pairs.new_zeros(cu.shape[0] - 1, pairs.shape[1]).scatter_reduce(0, place, pairs, "amax")
+
+
+def critic_losses(score: Callable[[Tensor, Tensor], Tensor], generated: Packed, real: Packed, share: Tensor, weight: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+    """The two parts of L_D (Gulrajani et al., 2017), () each: the mean over sequences of score(generated) - score(real), and of
+    (|| d score(o^) / d o^ || - 1)^2 with o^ = a o_generated + (1 - a) o_real over as many rows as both have.
+
+    Only ``score`` is differentiated twice: o^ has no past.
+
+    Args:
+        score: (s,) of packed rows and their offsets. generated, real: of the same s sequences, of any lengths.
+        share: (s,) a; weight: (s,) each one's share in the means.
+    """
+    weight = weight.to(generated[0].dtype)
+    difference = (weight * (score(*generated) - score(*real))).sum()
+    cu = F.pad(torch.minimum(generated[1].diff(), real[1].diff()).cumsum(0), (1, 0))
+    segment = segment_ids(cu, int(cu[-1]))
+    place = torch.arange(len(segment), device=cu.device) - cu[segment]
+    first, second = (rows.detach()[own[segment] + place] for rows, own in (generated, real))
+    part = share.to(first.dtype)[segment].unsqueeze(-1)
+    mixed = (part * first + (1 - part) * second).requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(score(mixed, cu).sum(), mixed, create_graph=True)
+    penalty = (weight * (_norms(slope, segment, len(weight)) - 1).square()).sum()
+    return difference, penalty
+
+
+def _norms(rows: Tensor, segment: Tensor, count: int) -> Tensor:
+    """(count,) Euclidean norm of all rows (n, d) of each sequence together; its gradient at 0 is 0."""
+    squares = rows.new_zeros(count).index_add(0, segment, rows.square().sum(-1))
+    return torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)

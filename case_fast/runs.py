@@ -70,6 +70,10 @@ class Run:
         """Where an evaluation belongs; replies that were not decoded greedily have a folder of their own."""
         return self.evaluations / (split if strategy == "greedy" else f"{split}-{strategy}")
 
+    def best_of(self, phase: str) -> Path:
+        """Where the best weights of a phase before the last are, from which the next one begins."""
+        return self.path / f"{self.best.name}-{phase}"
+
     def diagnosis(self, split: str) -> Path:
         return self.path / "diagnosis" / split
 
@@ -155,10 +159,12 @@ class Run:
         with writing("the manifest", self.manifest):
             write_json(self.manifest, self.read_manifest() | {"finished": _now(), **plain(facts)})
 
-    def save_best(self, model: DialogueModel) -> None:
-        """Replace RUN/best. Of its files only the weights differ within a run, so replacing each replaces all at once."""
+    def save_best(self, model: DialogueModel, phase: str = "") -> None:
+        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights differ within a run, so replacing each
+        replaces all at once."""
+        best = self.best_of(phase) if phase else self.best
         with (
-            writing("the best weights", self.best),
+            writing("the best weights", best),
             tempfile.TemporaryDirectory(dir=self.path, prefix=f".{self.best.name}.") as temporary,
         ):
             folder = Path(temporary) / self.best.name
@@ -167,12 +173,12 @@ class Run:
                 file.chmod(0o644)
                 sync(file)
             sync(folder)
-            if self.best.is_dir():
+            if best.is_dir():
                 for file in folder.iterdir():
-                    os.replace(file, self.best / file.name)
-                sync(self.best)
+                    os.replace(file, best / file.name)
+                sync(best)
             else:
-                folder.rename(self.best)
+                folder.rename(best)
             sync(self.path)
 
     def dump(self, step: int, facts: Mapping[str, Any]) -> Path:

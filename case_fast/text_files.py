@@ -7,6 +7,7 @@ thing everywhere: a counted, line-numbered skip, never a silent loss and never a
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tarfile
 import zlib
@@ -21,17 +22,20 @@ from case_fast.errors import DataError
 MAX_LINE_BYTES = 1 << 20  # no real row of any supported format comes near 1 MiB
 _HOPELESS_LINE_BYTES = 1 << 28  # no text at all, such as a few kilobytes that unpack to terabytes of zeros
 _SHOWN_PER_REASON = 5
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass
 class ReadReport:
     """What a reader took and what it left out.
 
-    ``rows`` kept; ``skipped``: malformed rows by reason, with their first line numbers in ``lines``; ``ignored``: sound
-    rows that were not asked for (another language, another relation, ...); ``notes``: anything done to the values.
+    ``read``: lines of the file, each of which is a row kept, skipped or ignored. ``rows`` kept; ``skipped``: malformed rows by
+    reason, with their first line numbers in ``lines``; ``ignored``: sound rows that were not asked for (another language,
+    another relation, ...); ``notes``: anything done to the values.
     """
 
     path: str
+    read: int = 0
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     lines: dict[str, list[int]] = field(default_factory=dict)
@@ -52,7 +56,7 @@ class ReadReport:
             raise DataError(self.path, f"no usable row ({why})", f"Expected {expected}")
 
     def summary(self) -> str:
-        text = f"{self.path}: {self.rows:,} rows"
+        text = f"{self.path}: {self.read:,} lines, {self.rows:,} rows"
         for reason, count in self.skipped.most_common():
             numbers = ", ".join(map(str, self.lines[reason])) + (", …" if count > _SHOWN_PER_REASON else "")
             text += f"; skipped {count:,} ({reason}; line{'s' if count > 1 else ''} {numbers})"
@@ -63,6 +67,7 @@ class ReadReport:
     def as_dict(self) -> dict:
         return {
             "path": self.path,
+            "read": self.read,
             "rows": self.rows,
             "skipped": dict(self.skipped),
             "lines": dict(self.lines),
@@ -98,11 +103,22 @@ def read_json(path: str | Path, what: str, remedy: str) -> Any:
         raise DataError(path, f"{what} is damaged ({error})", remedy) from error
 
 
-def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = None) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text without line end) in bounded memory; ``.gz`` is unpacked on the way.
+def unpacked(stream: BinaryIO) -> BinaryIO:
+    """The stream, or where its first bytes are gzip's what they unpack to; the name of a file says nothing about that.
 
-    Lines that are not UTF-8, hold a NUL byte or are longer than `MAX_LINE_BYTES` are counted in ``report`` and passed
-    over. ``stream`` reads from an open binary stream (an archive's member) in place of the file.
+    Raises:
+        OSError: the first bytes cannot be read.
+    """
+    whole = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
+    return gzip.GzipFile(fileobj=whole) if whole.peek(2)[:2] == _GZIP else whole
+
+
+def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = None) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without line end) in bounded memory; what is gzip, whatever its name, is unpacked.
+
+    Every line is counted in ``report.read``. Lines that are not UTF-8, hold a NUL byte or are longer than `MAX_LINE_BYTES`
+    are counted as skipped and passed over. ``stream`` reads from an open binary stream (an archive's member) in place of
+    the file.
 
     Raises:
         DataError: the file is missing, its compression is damaged, or a line does not end within 256 MiB.
@@ -110,7 +126,7 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
     if stream is None:
         path = require_file(path, "input file")
         try:
-            stream = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+            stream = open(path, "rb")
         except OSError as error:
             raise DataError(path, f"cannot be opened ({error.strerror or error})", "Check its permissions") from error
     number = 0
@@ -118,9 +134,12 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
         while True:
             number += 1
             try:
+                if number == 1:
+                    stream = unpacked(stream)
                 raw = stream.readline(MAX_LINE_BYTES)
                 if not raw:
                     return
+                report.read += 1
                 if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
                     length = len(raw)
                     while raw and not raw.endswith(b"\n"):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart
+from case_fast.batch import Batch, CasePart, ConceptPart, EmotionalPart, FeedbackPart, Graphs, RelationsPart
 
 SHARES = (0.5, 0.97)  # of batches that the first capacities hold; the last one holds every batch seen, and MARGIN more
 MARGIN = 1.1
@@ -32,7 +32,7 @@ class Capacity:
         context, target, text, texts, distinct: T, M, S, knowledge texts, distinct pairs of a word and its place.
         cognition_vertices, cognition_edges, concept_vertices, concept_edges: of both graphs.
         knowledge: K, and as many pairs of L_fine. reactions, reaction, reaction_context: R, r, C.
-        strung, felt: L and F of the strings of inferences and of reactions. emotional: W.
+        strung, felt: L and F of the strings of inferences and of reactions. emotional: W. feedback: F.
     """
 
     longest: int
@@ -53,6 +53,7 @@ class Capacity:
     strung: int = 0
     felt: int = 0
     emotional: int = 0
+    feedback: int = 0
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch fits, with a row and a sequence left over where something must lie in them."""
@@ -80,6 +81,8 @@ def measured(batch: Batch) -> dict[str, int]:
         found |= {"strung": len(relations.cognition), "felt": len(relations.reaction)}
     if batch.emotional is not None:
         found |= {"emotional": len(batch.emotional.word)}
+    if batch.feedback is not None:
+        found |= {"feedback": len(batch.feedback.word)}
     return found
 
 
@@ -137,21 +140,18 @@ def fitted(batch: Batch, capacity: Capacity) -> Batch | None:
         concept=None if batch.concept is None else _concept(batch.concept, capacity),
         relations=None if batch.relations is None else _relations(batch.relations, capacity),
         emotional=None if batch.emotional is None else _emotional(batch.emotional, capacity),
+        feedback=None if batch.feedback is None else _feedback(batch.feedback, capacity, size, len(batch.target)),
     )
 
 
 def _case(case: CasePart, capacity: Capacity, size: int, target: _Rows, context: int) -> CasePart:
     """size: the real dialogues; context: their rows."""
-    c, last = capacity, capacity.longest - 1
+    c, last, spread = capacity, capacity.longest - 1, _spread
     text = _Rows(case.cu_text, c.text, c.texts)
     knowledge = _Rows(case.cu_knowledge, c.knowledge, c.dialogues)
     reaction = _Rows(case.cu_reaction, c.reaction, c.reactions)
     fused = _Rows(case.cu_reaction_context, c.reaction_context, c.reactions)
     texts, vertices, reactions = len(case.cu_text) - 1, len(case.cognition_text), len(case.reaction_dialogue)
-
-    def spread(x: Tensor, total: int, first: int, end: int) -> Tensor:
-        """Filled up with what fills up elsewhere, [first, end), in turn."""
-        return _filled(x, total, np.minimum(first + np.arange(total - len(x)) % max(end - first, 1), end - 1))
 
     return CasePart(
         response=target.filled(case.response), response_role=target.filled(case.response_role),
@@ -214,6 +214,20 @@ def _emotional(emotional: EmotionalPart, c: Capacity) -> EmotionalPart:
     )
 
 
+def _feedback(feedback: FeedbackPart, c: Capacity, size: int, target: int) -> FeedbackPart:
+    """size, target: the real dialogues, and rows of their replies. Spare dialogues are judged too, for nothing."""
+    reply, reply_emotional = (_Rows(cu, c.target, c.dialogues) for cu in (feedback.cu_reply, feedback.cu_reply_emotional))
+    word, emotional = (_Rows(cu, c.feedback, c.dialogues) for cu in (feedback.cu, feedback.cu_emotional))
+    return FeedbackPart(
+        dialogue=_spread(feedback.dialogue, c.dialogues, size, c.dialogues), weight=_filled(feedback.weight, c.dialogues),
+        word=word.filled(feedback.word), cu=word.cu, emotional=emotional.filled(feedback.emotional), cu_emotional=emotional.cu,
+        reply=_spread(feedback.reply, c.target, target, c.target),
+        reply_segment=reply.filled(feedback.reply_segment, reply.segment), cu_reply=reply.cu,
+        reply_emotional=_spread(feedback.reply_emotional, c.target, target, c.target), cu_reply_emotional=reply_emotional.cu,
+        lexicon=feedback.lexicon,
+    )
+
+
 def _graphs(graph: Graphs, vertices: int, edges: int, dialogues: int) -> Graphs:
     """Edges that fill up join vertices that do to themselves, as many to each."""
     real, left = len(graph.dialogue), edges - len(graph.indices)
@@ -251,6 +265,11 @@ class _Rows:
 
     def filled(self, x: Tensor, rest: np.ndarray | int = 0) -> Tensor:
         return _filled(x, self.total, rest)
+
+
+def _spread(x: Tensor, total: int, first: int, end: int) -> Tensor:
+    """Filled up with what fills up elsewhere, [first, end), in turn."""
+    return _filled(x, total, np.minimum(first + np.arange(total - len(x)) % max(end - first, 1), end - 1))
 
 
 def _filled(x: Tensor, total: int, rest: np.ndarray | int = 0) -> Tensor:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from case_fast.data.empathetic_dialogues import EMOTION_IDS, Turn
 from case_fast.data.graphs import CONCEPT, CSR, cognition_graph, concept_graph
 from case_fast.data.ragged import Ragged
 from case_fast.data.text import is_word, normalize_space, split_sentences, tokenize
-from case_fast.data.vocabulary import LISTENER, SPEAKER, Vocabulary
+from case_fast.data.vocabulary import LISTENER, SPEAKER, UNK, Vocabulary
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION
 from case_fast.text_files import read_json
@@ -51,11 +52,33 @@ class FeatureSettings:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+class EmotionWords:
+    """Which words are emotional: no stop words, and of a list; where there is none, those that have an intensity."""
+
+    def __init__(self, vocabulary: Vocabulary, intensity: Mapping[str, float], listed: Collection[str] | None = None):
+        self.vocabulary, self.intensity, self.listed = vocabulary, intensity, listed
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """(V,) bool, of each word of the vocabulary. Looked up when it is first asked for, as the stop words are."""
+        words = {word for word, value in self.intensity.items() if value} if self.listed is None else set(self.listed)
+        return np.array([word in words for word in self.vocabulary.words]) & ~self.vocabulary.is_stop_word
+
+    def of_context(self, words: np.ndarray, intensity: np.ndarray) -> np.ndarray:
+        """(n,) bool, of the words (n,) of contexts, whose intensities say which unknown ones among them are of the lexicon."""
+        found = self.known[words]
+        return found if self.listed is not None else found | ((words == UNK) & (intensity != 0))
+
+
 @dataclass
 class TextTable:
-    """Distinct knowledge texts (sub-utterances and inferences) as word ids; a text's id is its place of first use."""
+    """Distinct knowledge texts (sub-utterances and inferences) as word ids; a text's id is its place of first use.
+
+    `Featurizer.text_table` makes one that can say which words are ``emotional``.
+    """
 
     vocabulary: Vocabulary
+    emotional: EmotionWords | None = None
     texts: list[str] = field(default_factory=list)
     words: list[np.ndarray] = field(default_factory=list)
     ids: dict[str, int] = field(default_factory=dict)
@@ -88,6 +111,7 @@ class Example:
     Attributes:
         context, context_role, context_intensity: (n,) words, role tokens, emotion intensities (float32); [CLS] not included.
         response: (m,) words, without BOS and EOS.
+        feedback: (f,) words of what the speaker says after it, none where nothing follows; None in a store without that field.
         sub_utterance: (t + 1,) texts u_0 .. u_t.
         knowledge, knowledge_sub, knowledge_relation: (k,) inferred text, its sub-utterance, its relation (0..3).
         reaction, reaction_sub: (r,) inferred reaction text and its sub-utterance.
@@ -115,13 +139,17 @@ class Example:
     concept_graph: CSR
     truncated: int
     source: dict
+    feedback: np.ndarray | None = None
 
     def column(self, name: str) -> np.ndarray:
         """A field as it is stored and packed; of a graph its degrees (vertices), neighbours or relations (edges):
         cognition_degree, cognition_indices, cognition_relation, and the same of concept."""
         graph, _, part = name.partition("_")
         if graph not in ("cognition", "concept") or part not in ("degree", "indices", "relation"):
-            return getattr(self, name)
+            if (values := getattr(self, name)) is None:
+                raise ConfigError(f"the example has no field {name}: its store was made by a version without that; make it again "
+                                  "with case-fast prepare")
+            return values
         csr = getattr(self, f"{graph}_graph")
         return np.diff(csr.indptr) if part == "degree" else getattr(csr, part)
 
@@ -155,16 +183,23 @@ class Featurizer:
         vocabulary: the words.
         concepts: head word -> its best concepts (as `read_concepts` gives them).
         intensity: word -> emotion intensity w; a word not in it has 0.
+        emotion_words: those that count as emotional, stop words aside; None: those that have an intensity.
     """
 
     def __init__(self, vocabulary: Vocabulary, concepts: Mapping[str, Sequence[str]], intensity: Mapping[str, float],
-                 settings: FeatureSettings | None = None):
+                 settings: FeatureSettings | None = None, emotion_words: Collection[str] | None = None):
         self.vocabulary, self.concepts, self.intensity = vocabulary, concepts, intensity
         self.settings = settings or FeatureSettings()
+        self.emotional = EmotionWords(vocabulary, intensity, emotion_words)
+
+    def text_table(self) -> TextTable:
+        """An empty table for the texts of its examples."""
+        return TextTable(self.vocabulary, self.emotional)
 
     def example(self, context: Sequence[Turn], inferences: Inferences, texts: TextTable, response: str = "",
-                emotion: str | None = None, **source: str) -> Example:
-        """The example of a dialogue; ``inferences`` are those of its `prompts`.
+                emotion: str | None = None, feedback: str = "", **source: str) -> Example:
+        """The example of a dialogue; ``inferences`` are those of its `prompts`, ``feedback`` what the speaker says after the
+        response.
 
         Raises:
             ValueError: the context holds no turn of the speaker's.
@@ -202,7 +237,8 @@ class Featurizer:
             concept_graph=concept_graph(len(words), edges, len(concepts)),
             truncated=truncated,
             source={**source, "emotion": emotion, "context": [turn.text for turn in context],
-                    "by_speaker": [turn.by_speaker for turn in context], "response": response},
+                    "by_speaker": [turn.by_speaker for turn in context], "response": response, "feedback": feedback},
+            feedback=np.array(self.vocabulary.encode(tokenize(feedback)), dtype=np.int32),
         )
 
     def _knowledge(self, subs: list[str], inferences: Inferences, texts: TextTable) -> tuple[np.ndarray, np.ndarray]:
@@ -240,7 +276,9 @@ class Featurizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.vocabulary.save(folder / "vocabulary.json")
-        features = {"settings": asdict(self.settings), "concepts": dict(self.concepts), "intensity": dict(self.intensity)}
+        listed = self.emotional.listed
+        features = {"settings": asdict(self.settings), "concepts": dict(self.concepts), "intensity": dict(self.intensity),
+                    "emotion_words": None if listed is None else list(listed)}
         (folder / "features.json").write_text(json.dumps(features, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -252,6 +290,9 @@ class Featurizer:
         found = read_json(path, "feature file", "Prepare the store again")
         try:
             concepts, intensity, settings = found["concepts"], found["intensity"], FeatureSettings(**found["settings"])
+            listed = found.get("emotion_words")  # of a version without them: None
+            if listed is not None and not (isinstance(listed, list) and all(isinstance(word, str) for word in listed)):
+                raise ValueError("emotion_words is no list of words")
             if not all(isinstance(value, int | float) and math.isfinite(value) for value in intensity.values()):
                 raise ValueError("an intensity is no finite number")
             for head, words in concepts.items():
@@ -259,4 +300,4 @@ class Featurizer:
                     raise ValueError(f"a concept of {head!r} is not in the vocabulary or has no intensity")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(path, f"not a feature file ({error!r})", "Prepare the store again") from error
-        return cls(vocabulary, concepts, intensity, settings)
+        return cls(vocabulary, concepts, intensity, settings, listed)

@@ -21,6 +21,7 @@ def describe(store: Store, split: str, index: int) -> dict[str, Any]:
     text = store.texts.text
     words = store.featurizer.vocabulary.decode(example.context)
     concepts = store.featurizer.vocabulary.decode(example.concept)
+    emotional = store.featurizer.emotional.of_context(example.context, example.context_intensity)
     subs = [text(int(i)) for i in example.sub_utterance]
     inferences: list[dict[str, list[str]]] = [{r: [] for r in (*COGNITION_RELATIONS, REACTION_RELATION)} for _ in subs]
     for t, sub, relation in zip(example.knowledge, example.knowledge_sub, example.knowledge_relation, strict=True):
@@ -34,6 +35,7 @@ def describe(store: Store, split: str, index: int) -> dict[str, Any]:
         "truncated_words": example.truncated,
         "words": words,
         "unknown_words": int((example.context == UNK).sum()),
+        "emotional_words": [word for word, chosen in zip(words, emotional, strict=True) if chosen],
         "sub_utterances": [{"name": f"u{i}", "text": sub, "inferences": inferences[i]} for i, sub in enumerate(subs)],
         "concepts": [
             {"word": word, "intensity": round(float(w), 3), "of": list(tokens)}
@@ -64,6 +66,9 @@ def show(store: Store, split: str, index: int, console: Console) -> None:
         dialogue.append(said + "\n")
     dialogue.append("reply     ", style="bold green")
     dialogue.append(found["response"])
+    if found.get("feedback"):  # not in the stores of earlier versions
+        dialogue.append("\nspeaker   ", style="cyan")
+        dialogue.append(found["feedback"], style="dim")
     title = Text(f"{split} {index} of {store.size(split):,} · {found['id']} · {found['emotion']}")
     console.print(Panel(dialogue, title=title, title_align="left"))
     if found["truncated_words"] or found["unknown_words"]:
@@ -84,6 +89,7 @@ def show(store: Store, split: str, index: int, console: Console) -> None:
     for concept in found["concepts"]:
         table.add_row(*map(Text, (concept["word"], f"{concept['intensity']:.3f}", ", ".join(concept["of"]))))
     console.print(table if found["concepts"] else "No emotional concepts.")
+    console.print(Text("Emotional words: " + (", ".join(found["emotional_words"]) or "none")))
 
     for title, graph, first in (
         ("G_CS, commonsense cognition graph", found["cognition_graph"], FIRST_COMMONSENSE),

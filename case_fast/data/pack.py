@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from case_fast.arguments import whole
-from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart
-from case_fast.data.featurizer import Example
+from case_fast.batch import PARTS, Batch, CasePart, ConceptPart, EmotionalPart, FeedbackPart, Graphs, RelationsPart
+from case_fast.data.featurizer import EmotionWords, Example
 from case_fast.data.ragged import Beside, Ragged, offsets_of, spans
 from case_fast.data.vocabulary import BOS, CLS, EOS, LISTENER, SEP, SPEAKER, Vocabulary
 from case_fast.errors import ConfigError
@@ -25,9 +25,11 @@ Read = Callable[[str], Ragged]
 
 
 class Texts(Protocol):
-    """A table of knowledge texts; `TextTable` and a store's own table are two."""
+    """A table of knowledge texts; `TextTable` and a store's own table are two. ``emotional``: asked for by those parts alone that
+    are about emotional words."""
 
     vocabulary: Vocabulary
+    emotional: EmotionWords | None
 
     def rows(self, ids: np.ndarray) -> Ragged: ...
 
@@ -40,7 +42,7 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
         seed: the number in `Batch.seed`.
 
     Raises:
-        ValueError: no examples; ConfigError: a part that does not exist.
+        ValueError: no examples; ConfigError: a part that does not exist, or that the examples or texts have nothing for.
     """
     emotion = np.array([e.emotion for e in examples], dtype=np.int64)
     return pack(lambda name: Ragged.of([e.column(name) for e in examples]), emotion, texts, parts, seed)
@@ -59,7 +61,8 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
     case = _pack_case(read, texts, heard, said) if "case" in parts else None
     concept = _pack_concept(read, context) if "concept" in parts else None
     relations = _pack_relations(read, texts) if "relations" in parts else None
-    emotional = _pack_emotional(read, context, texts.vocabulary) if "emotional" in parts else None
+    emotional = _pack_emotional(read, context, _emotion_words(texts)) if "emotional" in parts else None
+    feedback = _pack_feedback(read("feedback"), response, said, _emotion_words(texts)) if "feedback" in parts else None
     context_position, target_position = positions = [_positions(heard.offsets), _positions(said.offsets)]
     positions += [] if case is None else [case.response_position, case.text_position, case.reaction_position]
     positions += [] if concept is None else [concept.position]
@@ -88,6 +91,7 @@ def pack(read: Read, emotion: np.ndarray, texts: Texts, parts: Iterable[str], se
         concept=concept,
         relations=relations,
         emotional=emotional,
+        feedback=feedback,
     )
 
 
@@ -205,14 +209,47 @@ def _strung(texts: Texts, ids: np.ndarray, sequence: np.ndarray, count: int) -> 
     return Ragged(words.values[said], offsets_of(sizes))
 
 
-def _pack_emotional(read: Read, context: Ragged, vocabulary: Vocabulary) -> EmotionalPart:
-    chosen = (read("context_intensity").values != 0) & ~vocabulary.is_stop_word[context.values]
+def _emotion_words(texts: Texts) -> EmotionWords:
+    if texts.emotional is None:
+        raise ConfigError("the table of texts does not know which words are emotional; make it with featurizer.text_table()")
+    return texts.emotional
+
+
+def _pack_emotional(read: Read, context: Ragged, emotion_words: EmotionWords) -> EmotionalPart:
+    chosen = emotion_words.of_context(context.values, read("context_intensity").values)
     dialogue = np.arange(len(context)).repeat(context.sizes)
     rows = Beside(1, np.bincount(dialogue[chosen], minlength=len(context)))
     return EmotionalPart(
         word=_tensor(rows(SEP, context.values[chosen])), position=_positions(rows.offsets), segment=_segments(rows.sizes),
         cu=_tensor(rows.offsets),
     )
+
+
+def _pack_feedback(feedback: Ragged, response: Ragged, said: Beside, emotion_words: EmotionWords) -> FeedbackPart:
+    """``said``: the words of the replies and EOS."""
+    judged = np.flatnonzero(feedback.sizes)
+    rows, words, emotional = feedback.take(judged), response.take(judged), emotion_words.known
+    cu_reply = offsets_of(said.sizes[judged])
+    felt, answered = emotional[rows.values], emotional[words.values]
+    return FeedbackPart(
+        dialogue=_tensor(judged),
+        weight=torch.from_numpy(np.full(len(judged), 1 / max(len(judged), 1))),
+        word=_tensor(rows.values),
+        cu=_tensor(rows.offsets),
+        emotional=_tensor(rows.values[felt]),
+        cu_emotional=_tensor(_offsets_of_chosen(rows, felt)),
+        reply=_tensor(spans(said.offsets[judged], cu_reply)),
+        reply_segment=_segments(said.sizes[judged]),
+        cu_reply=_tensor(cu_reply),
+        reply_emotional=_tensor(spans(said.offsets[judged], words.offsets)[answered]),
+        cu_reply_emotional=_tensor(_offsets_of_chosen(words, answered)),
+        lexicon=torch.from_numpy(emotional.copy()),
+    )
+
+
+def _offsets_of_chosen(rows: Ragged, chosen: np.ndarray) -> np.ndarray:
+    """(n + 1,) offsets of what is chosen, (values,) bool, of each row."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), chosen.cumsum()])[rows.offsets]
 
 
 def _graphs(read: Read, name: str) -> Graphs:

@@ -24,7 +24,15 @@ from case_fast.data.vocabulary import UNK, Vocabulary
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError, Interrupted
 from case_fast.files import whole_folder
-from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache, VADLexicon, open_source, read_concepts
+from case_fast.knowledge import (
+    RELATIONS,
+    CachedSource,
+    InferenceCache,
+    VADLexicon,
+    open_source,
+    read_concepts,
+    read_emotion_words,
+)
 from case_fast.text_files import ReadReport, read_json, require_file
 
 Progress = Callable[[int, int], None]  # done, total
@@ -37,10 +45,12 @@ class PrepareSettings:
     Attributes:
         dialogues: folder or .tar.gz of the EmpatheticDialogues release, or "bundled".
         knowledge: "atomic:PATH", "comet:DIR" or "bundled".
-        conceptnet: ConceptNet assertions (.csv or .csv.gz), or "bundled".
+        conceptnet: ConceptNet assertions, unpacked or not, or "bundled".
         lexicon: NRC-VAD text file, or "bundled".
         out: folder of the new store.
         embeddings: GloVe text file; None: random word vectors.
+        emotion_words: NRC EmoLex text file (word, category, 0 or 1): its words count as emotional, stop words aside; None: those
+            of the NRC-VAD lexicon do.
         limit: take only the first so many conversations of each split.
         min_count: least number of occurrences of a word in the vocabulary.
         cache: SQLite file of inferences; default OUT.knowledge.sqlite beside the store.
@@ -54,6 +64,7 @@ class PrepareSettings:
     lexicon: str
     out: str
     embeddings: str | None = None
+    emotion_words: str | None = None
     limit: int | None = None
     min_count: int = 1
     cache: str | None = None
@@ -122,6 +133,10 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         lexicon = VADLexicon.read(paths["lexicon"])
         if lexicon.report:
             noted(lexicon.report)
+        emotion_words = None
+        if settings.emotion_words:
+            emotion_words, report = read_emotion_words(settings.emotion_words)
+            noted(report)
 
     with stages.stage("Opening knowledge"):
         source = open_source(settings.knowledge, settings.device)
@@ -147,7 +162,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
             settings.features.minimum_intensity, progress=progress,
         )
         noted(report)
-    featurizer = Featurizer(vocabulary, concepts, intensity, settings.features)
+    featurizer = Featurizer(vocabulary, concepts, intensity, settings.features, emotion_words)
     vectors = None
     if settings.embeddings:
         with stages.stage("Reading word vectors"):
@@ -157,7 +172,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
             stages.report(f"word vectors cover {len(ids):,} of {len(vocabulary):,} words ({share:.1f} %)")
             vectors = (ids, matrix)
 
-    texts = TextTable(vocabulary)
+    texts = featurizer.text_table()
     writers: dict[str, SplitWriter] = {}
     counts: dict[str, Any] = {"conversations": {}, "examples": {}}
     total = sum(1 for split in SPLITS for _ in listener_turns(dialogues[split]))
@@ -166,7 +181,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         for split in SPLITS:
             writer = writers[split] = SplitWriter()
             for item in listener_turns(dialogues[split]):
-                writer.add(featurizer.example(item.context, inferences, texts, item.response, item.emotion,
+                writer.add(featurizer.example(item.context, inferences, texts, item.response, item.emotion, item.feedback,
                                               id=item.id, situation=item.situation))
                 done += 1
                 if progress and done % 200 == 0:
@@ -252,6 +267,7 @@ def _statistics(writers: dict[str, SplitWriter], texts: TextTable, vocabulary: V
         "distinct_texts": len(texts),
         "context_words": size("context"),
         "response_words": size("response"),
+        "feedback_words": size("feedback"),
         "unknown_response_words": unknown,
         "knowledge_vertices": size("knowledge"),
         "concept_vertices": size("concept"),

@@ -3,7 +3,8 @@
     STORE/manifest.json                     format, sources with hashes, settings, counts, reports of skipped rows
     STORE/vocabulary.json, features.json    the `Featurizer` that made it
     STORE/texts.safetensors                 distinct knowledge texts: words, and the text itself (UTF-8)
-    STORE/{train,valid,test}.safetensors    the examples: each ragged field as `<field>` end to end and `<field>.offsets`
+    STORE/{train,valid,test}.safetensors    the examples: each ragged field as `<field>` end to end and `<field>.offsets`;
+                                            earlier versions wrote none of the `_LATER` ones
     STORE/embeddings.safetensors            vectors of the words that the embedding file covers (when one was given)
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -30,7 +32,6 @@ from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
 from case_fast.data.pack import pack
 from case_fast.data.ragged import Ragged, offsets_of, places_of
-from case_fast.data.vocabulary import Vocabulary
 from case_fast.errors import DataError
 from case_fast.files import sha256, write_json
 from case_fast.text_files import read_json, require_file, require_folder
@@ -49,6 +50,7 @@ _FIELDS: dict[str, tuple[str, type]] = {
     "concept_degree": _INT, "concept_indices": _INT, "concept_relation": _BYTE,
     "source": _BYTE,
 }
+_LATER: dict[str, tuple[str, type]] = {"feedback": _INT}  # fields that a store may lack; the part that needs one says so
 _SCALARS = ("emotion", "truncated")
 _GRAPHS = ("cognition", "concept")
 
@@ -78,11 +80,11 @@ class SplitWriter:
     """Collects the examples of one split and writes them as one file."""
 
     def __init__(self) -> None:
-        self.ragged = RaggedWriter(_FIELDS)
+        self.ragged = RaggedWriter(_FIELDS | _LATER)
         self.scalars = {name: array("i") for name in _SCALARS}
 
     def add(self, example: Example) -> None:
-        for name in _FIELDS:
+        for name in self.ragged.kinds:
             source = name == "source"
             self.ragged.append(name, json.dumps(example.source, ensure_ascii=False).encode() if source else example.column(name))
         for name in _SCALARS:
@@ -109,20 +111,21 @@ class _Arrays:
     """Named arrays of a safetensors file as views of the mapped file: opening costs nothing, rows are read on use.
 
     Args:
-        ragged, scalars: the arrays that the file must hold; all have the same number of items.
+        ragged, scalars: the arrays that the file must hold; all have the same number of items. later: those that it may hold.
 
     Raises:
         DataError: the file is missing or damaged.
     """
 
-    def __init__(self, path: Path, ragged: Iterable[str], scalars: Iterable[str] = ()):
+    def __init__(self, path: Path, ragged: Iterable[str], scalars: Iterable[str] = (), later: Iterable[str] = ()):
         self.path = require_file(path, "part of the store", _REMEDY)
         try:
             with safe_open(path, framework="numpy"):  # checks lengths, types and places of all arrays
                 pass
             arrays = self._map()
             self.scalars = {name: arrays[name] for name in scalars}
-            self.ragged = {name: Ragged(arrays[name], arrays[f"{name}.offsets"]) for name in ragged}
+            names = [*ragged, *(name for name in later if name in arrays)]
+            self.ragged = {name: Ragged(arrays[name], arrays[f"{name}.offsets"]) for name in names}
             sizes = {len(values) for values in self.scalars.values()}
             for name, found in self.ragged.items():
                 if found.offsets[0] != 0 or found.offsets[-1] != len(found.values) or (found.sizes < 0).any():
@@ -172,8 +175,8 @@ class _Rows:
 
 
 class _StoredTexts:
-    def __init__(self, path: Path, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
+    def __init__(self, path: Path, featurizer: Featurizer):
+        self.vocabulary, self.emotional = featurizer.vocabulary, featurizer.emotional
         found = _Arrays(path, ("words", "text")).ragged
         self._words, self._text = found["words"], found["text"]
 
@@ -206,8 +209,8 @@ class Store:
         self.fingerprint: str = self.manifest["fingerprint"]
         self.knowledge: dict[str, str | None] = self.manifest["knowledge"]
         self.featurizer = Featurizer.load(self.path)
-        self.texts = _StoredTexts(self.path / "texts.safetensors", self.featurizer.vocabulary)
-        self._splits = {split: _Arrays(self.path / f"{split}.safetensors", _FIELDS, _SCALARS) for split in self.splits}
+        self.texts = _StoredTexts(self.path / "texts.safetensors", self.featurizer)
+        self._splits = {split: _Arrays(self.path / f"{split}.safetensors", _FIELDS, _SCALARS, _LATER) for split in self.splits}
         for split in self.splits:
             if self.size(split) != counts[split]:
                 problem = f"{self.size(split)} examples, {counts[split]} in the manifest"
@@ -244,23 +247,43 @@ class Store:
         scalars = {name: int(values[index]) for name, values in arrays.scalars.items()}
         return Example(**fields | scalars | graphs | {"source": json.loads(row["source"].tobytes())})
 
-    def batch(self, split: str, indices: Sequence[int], parts: Iterable[str] = PARTS, seed: int | None = None) -> Batch:
+    def batch(self, split: str, indices: Sequence[int], parts: Iterable[str] | None = None, seed: int | None = None) -> Batch:
         """The packed batch of these examples, on the CPU.
 
         Args:
-            parts: those that a model reads, `DialogueModel.needs`; default all.
+            parts: those that a model reads, `DialogueModel.needs`; default all that the store has fields for.
             seed: the number in `Batch.seed`; None draws one from torch's generator, so that every batch of a training loop has
                 another.
 
         Raises:
-            ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part.
+            ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part;
+            DataError: one whose field the store lacks.
         """
         arrays, size = self._split(split), self.size(split)
+        parts = [part for part in PARTS if part not in self._lacking(split)] if parts is None else list(parts)
+        self.require(split, parts)
         rows = np.asarray(indices, dtype=np.int64)
         for index in rows[(rows < 0) | (rows >= size)]:
             raise IndexError(f"index {index} is outside the split {split!r} of {size} examples")
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         return pack(_Rows(arrays.ragged, rows), self.emotions(split)[rows], self.texts, parts, seed)
+
+    def require(self, split: str, parts: Iterable[str]) -> None:
+        """`DataError` if a split has no field for one of the parts of a batch."""
+        for part in set(parts) & set(self._lacking(split)):
+            raise DataError(self._split(split).path, f"it has no field {part}, of which the part {part} of a batch is made: an "
+                            "earlier version prepared it", f"Prepare the store again: {self._prepare_command()}")
+
+    def _lacking(self, split: str) -> list[str]:
+        """Fields that a split lacks; such a field has the name of the part that is made of it."""
+        return [name for name in _LATER if name not in self._split(split).ragged]
+
+    def _prepare_command(self) -> str:
+        """The command that made it, as far as its manifest tells."""
+        settings = self.manifest.get("settings", {})
+        given = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
+                 if value is not None and not isinstance(value, dict)]
+        return " ".join(["case-fast prepare", *given])
 
     def costs(self, split: str) -> np.ndarray:
         """(size,) about what each example adds to a step, in rows that a layer of an encoder reads: those of its texts, those

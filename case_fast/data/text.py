@@ -7,6 +7,7 @@ from functools import cache
 from itertools import cycle
 from typing import Any
 
+from case_fast.data.characters import plain, visible
 from case_fast.optional import needed
 
 # Irregular forms first; the regular endings below cover the rest. "'s" is expanded only after words where it can hardly be
@@ -20,11 +21,10 @@ CONTRACTIONS: dict[str, str] = {
     "nothing's": "nothing is", "everyone's": "everyone is",
 }
 _ENDINGS = {"n't": " not", "'re": " are", "'ll": " will", "'ve": " have", "'m": " am", "'d": " would"}
-_QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u00b4": "'", "`": "'", "\u201c": '"', "\u201d": '"', "\u2026": "..."})
 _IRREGULAR = re.compile(r"(?<![\w'])(" + "|".join(map(re.escape, sorted(CONTRACTIONS, key=len, reverse=True))) + r")(?!\w)")
 _ENDING = re.compile(r"(?<=\w)(" + "|".join(map(re.escape, _ENDINGS)) + r")(?!\w)")
 # A sentence ends at a run of . ! ? before white space or the text's end, or where the next sentence was glued on ("well.I").
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*(?:\s+|(?=[A-Z][a-z' ]))")
+_SENTENCE_END = re.compile(r"(?<=[.!?…。．！？])[\"'”’»)\]）]*(?:\s+|(?=[A-Z][a-z' ]))")
 # ... but not at the full stop of an abbreviation or initial, unless what follows opens a sentence: a capitalised word of
 # `_OPENING`; in a text without capitals one of those that name who; after `_CLOSING` any capitalised word. "I" is no initial,
 # and "no." is an abbreviation before a number alone.
@@ -38,8 +38,9 @@ _OPENING = re.compile(
     r"(?P<who>(?:i|im|ive|he|she|it|its|we|they|you|there|then)\b)|(?P<mark>[^\w\s]+(?!\S))|"
     r"(?:this|that|these|those|and|but|so|my|our|his|her|their|what|when|where|why|how|now|not|no|yes|yeah|oh|just|if|after|"
     r"before|even|also|although|because|since|while|luckily|thanks?)\b", re.IGNORECASE)
-_GLUED = re.compile(r"(?<=[a-z]{2})([.!?,]+)(?=[A-Za-z])")
-_PERIOD = re.compile(r"(?<=[^\s.])\.(?=\s)")  # the tokenizer parts a full stop only at the end of the text
+# the look ahead in front is for speed alone
+_GLUED = re.compile(r"(?=[.!?,])(?:(?:(?<=[^\W\d_]{2})|(?<=\s))[.!?,]+(?=[^\W\d_])|(?<=[^\W\d_]{2}),(?=\d))")
+_PERIOD = re.compile(r"(?<=[^\s.])\.(?=[\"')\]}]*(?:\s|$)|[\")\]}])")  # the tokenizer parts only the last one
 
 # scikit-learn's list holds a few words that carry feeling or situation; a concept graph needs them.
 _CONTENT_WORDS = {"alone", "cry", "fire", "interest", "serious", "sincere", "bill", "empty", "found", "system"}
@@ -65,16 +66,16 @@ def _detokenizer() -> Any:
 
 
 def normalize_space(text: str) -> str:
-    """The text with every run of white space as one blank, ends trimmed."""
-    return " ".join(text.split())
+    """The text with every run of white space as one blank, ends trimmed, without characters that nobody sees."""
+    return " ".join(visible(text).split())
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased words and punctuation, contractions written out (docs/paper.md)."""
-    text = text.translate(_QUOTES).lower()
+    """Lower-cased words and punctuation, contractions written out, emoji and dashes apart (docs/paper.md)."""
+    text = plain(text).lower()
     text = _IRREGULAR.sub(lambda match: CONTRACTIONS[match[0]], text)
     text = _ENDING.sub(lambda match: _ENDINGS[match[0]], text)
-    text = _PERIOD.sub(" .", _GLUED.sub(r"\1 ", text))
+    text = _PERIOD.sub(" .", _GLUED.sub(r"\g<0> ", text))
     # The tokenizer writes double quotes as `` and ''; one spelling is enough for a vocabulary.
     return ['"' if token in ("``", "''") else token for token in _tokenizer().tokenize(text)]
 
@@ -85,6 +86,7 @@ def detokenize(words: list[str]) -> str:
     text = _detokenizer().detokenize([next(marks) if word == '"' else word for word in words])
     text = re.sub(r"\s+([.,!?;:%)])", r"\1", text)
     text = re.sub(r"(?<=\.\.\.)(?=\w)", " ", text)
+    text = re.sub(r"(?<=\w) (/) (?=\w)|(?<=[£€¥₹¿¡])( )(?=\w)", lambda match: match[1] or "", text)
     text = re.sub(r"\bi\b(?!\.\w)", "I", text)
     return re.sub(r"(^\W*|(?<!\.\.)[.!?]\s+)([a-z])", lambda match: match[1] + match[2].upper(), text)
 

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.batch import Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart
+from case_fast.batch import Batch, CasePart, ConceptPart, EmotionalPart, FeedbackPart, Graphs, RelationsPart
 from case_fast.data.store import Store, open_store
 from case_fast.errors import CaseFastError, DataError
 
 _LENGTHS = struct.Struct("<qq")  # of the header and of the tensors, in bytes
-_KINDS = {kind.__name__: kind for kind in (Batch, CasePart, ConceptPart, EmotionalPart, Graphs, RelationsPart)}
+_KINDS = {kind.__name__: kind for kind in (Batch, CasePart, ConceptPart, EmotionalPart, FeedbackPart, Graphs, RelationsPart)}
 _PIPE_BYTES = 1 << 20  # a batch of 16 is 250 kB: one fits, so that the next is begun before it is fetched
 _PATIENCE = 5.0  # seconds that a worker has to end
 

@@ -19,7 +19,7 @@ from case_fast.evaluation.figures import Curve, curve_svg
 from case_fast.evaluation.metrics import format_value
 from case_fast.files import write_text
 from case_fast.html import Html, Node, facts, page, section, tag
-from case_fast.models import MODELS, model_class
+from case_fast.models import MODELS, title_of
 from case_fast.optional import needed
 from case_fast.runs import Record, lookup
 
@@ -29,6 +29,7 @@ _LOSSES = {
     "loss": "Total loss", "generation": "Generation, L_gen", "diversity": "Diversity, L_div", "emotion": "Emotion, L_emo",
     "bow": "Bag of words, L_BOW", "kl": "Prior and posterior, L_KL", "coarse": "Coarse alignment, L_coarse",
     "fine": "Fine alignment, L_fine", "smoothed": "Generation, label smoothed",
+    "critic": "Generated less real, of L_D", "penalty": "Penalty of gradients, of L_D", "adversarial": "Judgement, of L_G",
 }
 _OTHER = {
     "lr": "Learning rate", "grad_norm": "Gradient norm", "examples_per_second": "Dialogues a second",
@@ -106,9 +107,9 @@ def _page(run: Reported) -> str:
 
 
 def _model(run: Reported) -> str:
-    """Its name for people: that of its class."""
+    """Its name for people."""
     kind = lookup(run.config, "kind") or "case"
-    return model_class(kind).__name__ if isinstance(kind, str) and kind in MODELS else str(kind)
+    return title_of(kind) if isinstance(kind, str) and kind in MODELS else str(kind)
 
 
 def _bundled(run: Reported) -> bool:
@@ -145,8 +146,9 @@ def _tiles(run: Reported) -> Node:
 
 
 def _best(run: Reported) -> tuple[int, float] | None:
-    """(step, value) of the best validation perplexity, whose weights a run keeps."""
-    points = [(value, step) for step, value in zip(*run.series("validation", "ppl"), strict=True) if value == value]
+    """(step, value) of the best validation perplexity of the newest phase that has any, whose weights a run keeps."""
+    phase = run.newest("validation").get("phase")
+    points = [(value, step) for step, value in zip(*run.series("validation", "ppl", phase), strict=True) if value == value]
     value, step = min(points, default=(0.0, 0))
     return (step, value) if points else None
 
@@ -168,7 +170,7 @@ def _missing(run: Reported) -> Node:
         where = f"phase {last.get('phase')} at step {last.get('step')}"
         items.append((f"Training has not ended: the log stops in {where}. To go on:", again))
     if run.records and _best(run) is None:
-        items.append(("There is no validation yet; validations come in the last phase.", None))
+        items.append(("There is no validation yet.", None))
     if not run.evaluations:
         items.append(("The run has not been evaluated.", f"case-fast evaluate {folder} --data {store} --split test"))
     if not run.manifest and not any("manifest.json" in problem for problem in run.problems):
@@ -329,7 +331,8 @@ def _training(run: Reported) -> Node:
     return section("Training", tag("p", note, class_="muted"), parts)
 
 
-_PHASES = {"bow": "L_BOW alone", "all": "the whole objective"}
+_PHASES = {"bow": "L_BOW alone", "all": "the whole objective", "generator": "the generator alone",
+           "discriminators": "the discriminators alone", "interactive": "both in turns"}
 
 
 def _of_phases(run: Reported, event: str) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from case_fast.knowledge.cache import CachedSource, InferenceCache
 from case_fast.knowledge.conceptnet import EXCLUDED_RELATIONS, read_concepts
-from case_fast.knowledge.lexicon import VADLexicon
+from case_fast.knowledge.lexicon import VADLexicon, read_emotion_words
 from case_fast.knowledge.opening import open_source
 from case_fast.knowledge.source import (
     COGNITION_RELATIONS,
@@ -24,4 +24,5 @@ __all__ = [
     "clean_inferences",
     "open_source",
     "read_concepts",
+    "read_emotion_words",
 ]

@@ -6,7 +6,9 @@ similarity, and the inferences that people wrote for the nearest ones (Sap et al
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +22,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from case_fast.errors import ConfigError, DataError
 from case_fast.knowledge.events import NORMALISATION, event_terms
-from case_fast.knowledge.source import RELATIONS, check_request, clean_inferences
+from case_fast.knowledge.source import RELATIONS, check_request, clean_inferences, is_blank
 from case_fast.text_files import ReadReport, read_lines, require_file
 
 _CHUNK = 1024  # queries a sparse product: bounds its memory to some 50 MB at 24 k events
@@ -35,7 +37,9 @@ _KNOWN_RELATIONS = frozenset(RELATIONS) | frozenset(
     """.split()
 )
 _HEADER_WORDS = frozenset("head head_event event relation tail tail_event target_event inference".split())
-_EXPECTED = "rows 'event TAB relation TAB inference' with relations " + ", ".join(RELATIONS)
+_EXPECTED = (f"rows 'event TAB relation TAB inference' with relations {', '.join(RELATIONS)}, or ATOMIC's CSV of an event a line "
+             "with those relations as columns")
+_WHOLE = ("v4_atomic_all_agg.csv", "v4_atomic_all.csv")  # of ATOMIC's release, either repeats all that its other files hold
 
 # X tells it, so X as the subject goes ("PersonX gets wet" -> "gets wet", as most inferences are written).
 _SUBJECT_X = re.compile(r"^(?:person\s?x|john|x)\s+(?!and\b|or\b)", re.IGNORECASE)
@@ -62,7 +66,10 @@ def neutral_wording(inference: str) -> str:
 
 
 class AtomicRetrieval:
-    """A `KnowledgeSource` over ATOMIC or ATOMIC-2020 TSV files (a file, or all ``*.tsv`` of a folder, sorted by name).
+    """A `KnowledgeSource` over files of ATOMIC-2020 (event TAB relation TAB inference) or ATOMIC (CSV, an event a line).
+
+    ``path`` is a file or a folder: of that all ``*.tsv``, sorted by name; where there are none, ATOMIC's
+    ``v4_atomic_all_agg.csv``, or else ``v4_atomic_all.csv``, or else all ``*.csv``; each also with ``.gz``.
 
     An event and a query are compared by the cosine of their TF-IDF vectors (sublinear tf) over `event_terms`. For each
     relation the events are walked from the nearest on, the inferences of one event from the most frequent on (ties: as
@@ -92,9 +99,10 @@ class AtomicRetrieval:
         for file in files:
             report = ReadReport(str(file))
             self.reports.append(report)
-            for head, relation, tail in _read_rows(file, report, digest):
+            for head, inferences in _read_rows(file, report, digest):
                 if terms := event_terms(head):
-                    gathered[tuple(terms)][relation][tail] += 1
+                    for relation, tail in inferences:
+                        gathered[tuple(terms)][relation][tail] += 1
                     report.rows += 1
                 else:
                     report.ignored["event without content words"] += 1
@@ -160,42 +168,99 @@ class AtomicRetrieval:
 
 def _event_files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return [require_file(path, "ATOMIC file", f"Give a file with {_EXPECTED}, or a folder of such *.tsv files")]
-    files = sorted(file for file in path.glob("*.tsv") if file.is_file())
-    if not files:
-        raise DataError(path, "no *.tsv file in this folder", f"Put files with {_EXPECTED} there")
-    return files
+        return [require_file(path, "ATOMIC file", f"Give a file with {_EXPECTED}, or a folder of such files")]
+    found = {file.name.removesuffix(".gz"): file for file in sorted(path.iterdir()) if file.is_file()}
+    whole = [found[name] for name in _WHOLE if name in found][:1]
+    for files in ([found[name] for name in sorted(found) if name.endswith(".tsv")], whole,
+                  [found[name] for name in sorted(found) if name.endswith(".csv")]):
+        if files:
+            return files
+    raise DataError(path, "no *.tsv or *.csv file in this folder", f"Put files with {_EXPECTED} there")
 
 
-def _read_rows(path: Path, report: ReadReport, digest: hashlib._Hash) -> Iterator[tuple[str, str, str]]:
-    """Yield (event, one of `RELATIONS`, inference); ``digest`` sees every line that is read."""
+def _read_rows(path: Path, report: ReadReport, digest: hashlib._Hash) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield (event, its (relation, inference)s) of each line that holds some of `RELATIONS`; ``digest`` sees every line."""
+    columns: dict[str, int] | None = None  # of a file with an event a line
+    delimiter = ","
     for number, line in read_lines(path, report):
         digest.update(line.encode() + b"\n")
         if not line.strip():
             report.ignored["blank line"] += 1
             continue
-        fields = [field.strip() for field in line.split("\t")]
-        if len(fields) != 3:
-            report.skip("not 3 tab-separated columns", number)
-            continue
-        # ATOMIC's order is event, relation, inference; some releases order otherwise, and the relation tells
-        column = next((i for i in (1, 0, 2) if fields[i] in _KNOWN_RELATIONS), None)
-        if column is None:
-            if number == 1 and not _HEADER_WORDS.isdisjoint(field.lower() for field in fields):
+        if number == 1:
+            delimiter = "\t" if "\t" in line else ","
+            columns = _event_columns(_cells(line, delimiter))
+            if columns:
                 report.ignored["header"] += 1
-            else:
-                report.skip("unknown relation", number)
-            continue
-        relation = fields.pop(column)
-        head, tail = fields
-        if not head:
+                continue
+        found = _event_row(line, delimiter, columns, number, report) if columns else _triple(line, number, report)
+        if found is None:
+            continue  # and is counted
+        head, inferences = found
+        inferences = [(relation, tail) for relation, tail in inferences if not is_blank(tail)]
+        if is_blank(head):
             report.skip("event is blank", number)
-        elif relation not in RELATIONS:
-            report.ignored["other relation"] += 1
-        elif not clean_inferences([tail], 1):
+        elif not inferences:
             report.ignored["no inference (blank or none)"] += 1
         else:
-            yield head, relation, tail
+            yield head, inferences
+
+
+def _triple(line: str, number: int, report: ReadReport) -> tuple[str, list[tuple[str, str]]] | None:
+    """Event and inference of a row of three columns, or None where there is none of `RELATIONS`, which is counted."""
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) != 3:
+        report.skip("not 3 tab-separated columns", number)
+        return None
+    # ATOMIC's order is event, relation, inference; some releases order otherwise, and the relation tells
+    column = next((i for i in (1, 0, 2) if fields[i] in _KNOWN_RELATIONS), None)
+    if column is None:
+        if number == 1 and not _HEADER_WORDS.isdisjoint(field.lower() for field in fields):
+            report.ignored["header"] += 1
+        else:
+            report.skip("unknown relation", number)
+        return None
+    relation = fields.pop(column)
+    if relation not in RELATIONS:
+        report.ignored["other relation"] += 1
+        return None
+    return fields[0], [(relation, fields[1])]
+
+
+def _event_columns(header: list[str]) -> dict[str, int] | None:
+    """Where the event and each of `RELATIONS` stands in the lines of ATOMIC's CSV; None where this is no header of it."""
+    names = {name.strip(): column for column, name in enumerate(header)}
+    columns = {name: names[name] for name in ("event", *RELATIONS) if name in names}
+    return columns if "event" in columns and len(columns) > 1 else None
+
+
+def _event_row(line: str, delimiter: str, columns: dict[str, int], number: int,
+               report: ReadReport) -> tuple[str, list[tuple[str, str]]] | None:
+    """Event and inferences of a line of ATOMIC's CSV, whose cells are lists in JSON, or None where it is malformed."""
+    cells = _cells(line, delimiter)
+    if len(cells) <= max(columns.values()):
+        report.skip("fewer columns than the header, or quotes that do not close", number)
+        return None
+    inferences = []
+    for relation in RELATIONS:
+        if relation in columns:
+            try:
+                tails = json.loads(cells[columns[relation]].strip() or "[]")
+            except (ValueError, RecursionError):
+                tails = None
+            if not isinstance(tails, list) or not all(isinstance(tail, str) for tail in tails):
+                report.skip(f"{relation} is no list of texts in JSON", number)
+                return None
+            inferences += [(relation, tail) for tail in tails]
+    return cells[columns["event"]].strip(), inferences
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    """The cells of a line of quoted CSV; none where it is no such line."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return []
 
 
 def _raise_unusable(path: str | Path, reports: list[ReadReport]) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from bisect import insort
@@ -33,7 +32,7 @@ def read_concepts(
 ) -> tuple[dict[str, list[str]], ReadReport]:
     """The best neighbours of English words: head -> up to ``per_token`` words by (-intensity, word).
 
-    ``path`` is an assertions file (``.csv`` or ``.csv.gz``): URI, /r/relation, /c/en/start, /c/en/end, JSON with a
+    ``path`` is an assertions file, gzip or not: URI, /r/relation, /c/en/start, /c/en/end, JSON with a
     "weight", tab-separated; the URI is not looked at. An assertion counts in both directions. A neighbour is in
     ``vocabulary``, no stop word, and of at least ``minimum_intensity``; a head is no stop word; both are single words.
     ``progress(done, total)`` is told bytes of the file.
@@ -129,7 +128,7 @@ def _lines(path: str | Path, report: ReadReport, progress: Callable[[int, int], 
     except OSError as error:
         raise DataError(path, f"cannot be opened ({error.strerror or error})", "Check its permissions") from error
     with raw:
-        lines = read_lines(path, report, gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw)
+        lines = read_lines(path, report, raw)
         for count, numbered in enumerate(lines):
             if progress and count % _LINES_PER_CALL == 0:
                 progress(raw.tell(), total)

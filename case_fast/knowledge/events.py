@@ -9,8 +9,9 @@ from itertools import pairwise
 from nltk.stem.snowball import SnowballStemmer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-# Raise when a change here changes any result: cached inferences of the older rules are then no longer used.
-NORMALISATION = 1
+# Raise when a change here, or of what counts as an inference, changes any result: cached inferences of the older rules are
+# then no longer used.
+NORMALISATION = 2
 
 # scikit-learn lists these as stop words, but they are what many events are about.
 _CONTENT = frozenset("alone bill call cry describe empty fill fire interest move serious sincere system together".split())

@@ -8,7 +8,7 @@ from case_fast.errors import ConfigError
 from case_fast.knowledge.source import KnowledgeSource
 from case_fast.optional import needed
 
-_SPEC_FORMS = "'bundled', 'atomic:PATH' (a TSV file or a folder of them) or 'comet:DIR' (a COMET-BART folder)"
+_SPEC_FORMS = "'bundled', 'atomic:PATH' (a file of ATOMIC or ATOMIC-2020, or the folder) or 'comet:DIR' (a COMET-BART folder)"
 
 
 def open_source(spec: str, device: str = "auto", **settings: Any) -> KnowledgeSource:

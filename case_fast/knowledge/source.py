@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ COGNITION_RELATIONS = ("xIntent", "xNeed", "xWant", "xEffect")
 REACTION_RELATION = "xReact"
 RELATIONS = (*COGNITION_RELATIONS, REACTION_RELATION)
 
-_NO_INFERENCE = frozenset({"", "none", "no effect", "n/a"})
+_BLANK = frozenset({"", "none", "no effect", "n a", "na", "nan", "null"})
 
 
 class KnowledgeSource(Protocol):
@@ -32,8 +33,13 @@ class KnowledgeSource(Protocol):
         ...
 
 
+def is_blank(text: str) -> bool:
+    """Whether a field of a knowledge file says nothing: no letter or digit (``___``, ``[]``), or a word for that (``none``)."""
+    return " ".join(re.findall(r"[^\W_]+", text)).casefold() in _BLANK
+
+
 def clean_inferences(texts: Iterable[str], k: int) -> list[str]:
-    """The first ``k`` distinct inferences: "none" and empties dropped, white space normalised.
+    """The first ``k`` distinct inferences: those that say nothing dropped, white space normalised.
 
     Two texts that differ only in case or in closing punctuation are one; the first form stays. Reads no further than
     needed.
@@ -43,9 +49,8 @@ def clean_inferences(texts: Iterable[str], k: int) -> list[str]:
         if len(kept) == k:
             break
         text = " ".join(text.split())
-        key = text.casefold().strip(" .,;:!?")
-        if key not in _NO_INFERENCE:
-            kept.setdefault(key, text)
+        if not is_blank(text):
+            kept.setdefault(text.casefold().strip(" .,;:!?"), text)
     return list(kept.values())
 
 

@@ -23,6 +23,7 @@ MODELS = {
     "kemp": "kemp.KEMP",
     "moel": "moel.MoEL",
     "empdg": "empdg.EmpDG",
+    "empdg-d": "empdg_adversarial.AdversarialEmpDG",
 }
 
 
@@ -32,6 +33,11 @@ def model_class(name: str) -> type[DialogueModel]:
         raise ConfigError(f"there is no model {name!r}; one of {', '.join(MODELS)}")
     module, _, found = MODELS[name].rpartition(".")
     return getattr(importlib.import_module(f"case_fast.models.{module}"), found)
+
+
+def title_of(name: str) -> str:
+    """The name of a model for people."""
+    return model_class(name).title or model_class(name).__name__
 
 
 def build(name: str, saved: bool = False, **settings: Any) -> DialogueModel:
@@ -56,4 +62,4 @@ def load(folder: str | Path, map_location: str = "cpu") -> DialogueModel:
 
 
 __all__ = ["CASE", "MODELS", "CASEConfig", "CASEOutput", "DialogueModel", "ModelConfig", "Output", "Reading", "Why", "build",
-           "load", "model_class"]
+           "load", "model_class", "title_of"]

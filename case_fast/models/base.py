@@ -33,6 +33,22 @@ POSITIONS = 1024  # places in a sequence whose embeddings are looked up; those o
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long a phase of training is, in steps.
+
+    Attributes:
+        steps: at most so many; None: until early stopping.
+        validate_every: steps between validations, of which early stopping counts those that are no better; None: there are none,
+            and the phase has just as many ``steps``.
+        min_steps: before early stopping counts.
+    """
+
+    steps: int | None
+    validate_every: int | None = None
+    min_steps: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What decides the shape and the objective of any model; a model's own settings stand on top of these.
 
@@ -88,6 +104,10 @@ class ModelConfig:
         defaults = {item.name: item.default for item in fields(self)}
         changed = {name: getattr(self, name) for name in touched if getattr(self, name) != defaults[name]}
         return next((name for name, row in {"": {}, **self.ablations}.items() if dict(row) == changed), None)
+
+    def length(self, phase: str) -> Length | None:
+        """How long a phase of the model's training is; None, by default: as long as the training recipe says."""
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, the model's name first."""
@@ -233,6 +253,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     Attributes:
         needs: parts of the `Batch` that it reads.
+        title: its name for people; empty: that of the class.
         phases: of training, in order; the last one trains the whole objective.
         presets: named changes to the training recipe, the first one the default.
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
@@ -244,6 +265,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     Config: ClassVar[type[ModelConfig]]
     needs: ClassVar[tuple[str, ...]] = ("dialogue",)
+    title: ClassVar[str] = ""
     phases: ClassVar[tuple[str, ...]] = ("all",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -263,7 +285,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         position = eq.sinusoidal_position(torch.arange(POSITIONS), config.d_model)
         self.register_buffer("position_table", position, persistent=False)
         self.position_table: Tensor
-        self.phase = self.phases[-1]
+        self.phase, self.turn = self.phases[-1], ""
         self._frozen: list[nn.Parameter] = []
 
     def finish(self) -> None:
@@ -331,6 +353,15 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
             for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
                 if parameter.requires_grad:
                     self._frozen.append(parameter.requires_grad_(False))
+
+    def set_turn(self, step: int) -> None:
+        """Train what step ``step`` of the phase, from 0, has to: where its steps take turns, ``turn`` names whose it is. By
+        default they do not."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained in any phase, as groups of an optimizer; one with an "lr" keeps it, the others follow the recipe."""
+        now_frozen = set(map(id, self._frozen))
+        return [{"params": [p for p in self.parameters() if p.requires_grad or id(p) in now_frozen]}]
 
     # ---- words
 

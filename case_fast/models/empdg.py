@@ -30,7 +30,7 @@ class EmpDGConfig(MultiTRSConfig):
 class EmpDG(MultiTRS, paper_url="https://aclanthology.org/2020.coling-main.394"):
     """H = Enc(X), Z = Enc_e of [SEP] and the context's emotional words; l = W [z; c] with z and c their first rows. The decoder
     starts from W_l l + b instead of BOS and reads H and Z as one memory. The discriminators, which need the turn after the reply,
-    are left out.
+    are a model of their own: `case_fast.models.empdg_adversarial`.
     """
 
     Config = EmpDGConfig

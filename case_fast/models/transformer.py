@@ -95,10 +95,14 @@ class Transformer(DialogueModel, paper_url="https://arxiv.org/abs/1706.03762"):
         """Log-probabilities of the emotions from the [CLS] rows (B, d)."""
         return None
 
-    def forward(self, batch: Batch) -> Output:
+    def _decoded(self, batch: Batch) -> tuple[Reading, Tensor]:
+        """What is read of the contexts, and the decoder's hidden states (M, d) of the replies."""
         words = self.look_up(self._words(batch.require(self.needs)) | {"decoder_input": batch.decoder_input})
         reading = self._read(batch, words)
-        hidden = self.decode_replies(batch, words["decoder_input"], reading)
+        return reading, self.decode_replies(batch, words["decoder_input"], reading)
+
+    def forward(self, batch: Batch) -> Output:
+        reading, hidden = self._decoded(batch)
         nll, prediction = self.word_losses(hidden, batch.target)
         losses = {"generation": eq.generation_loss(nll, batch.target_weight)}
         loss = losses["generation"]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from case_fast.data.text import normalize_space
 from case_fast.generation import GenerationConfig
 from case_fast.knowledge import REACTION_RELATION
 from case_fast.serving.responder import Inference, Reply, Responder
@@ -36,7 +37,7 @@ def chat(responder: Responder, console: Console, config: GenerationConfig | None
     last: Reply | None = None
     try:
         while True:
-            line = read("you  › " if interactive else "").strip()
+            line = normalize_space(read("you  › " if interactive else ""))
             if not line:
                 continue
             if line.startswith("/"):

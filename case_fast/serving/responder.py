@@ -144,7 +144,7 @@ class Responder:
             asked = list(dict.fromkeys(text for turns in dialogues for text in prompts(turns)))
             answers = self.knowledge.infer(asked, RELATIONS, self.featurizer.settings.inferences_per_relation)
             inferences = dict(zip(asked, answers, strict=True))
-        texts = TextTable(self.featurizer.vocabulary)
+        texts = self.featurizer.text_table()
         examples = [self.featurizer.example(turns, inferences, texts) for turns in dialogues]
         batch = make_batch(examples, texts, self.model.needs).to(next(self.model.parameters()).device)
         with evaluating(self.model):

@@ -21,7 +21,7 @@ from case_fast.data import Store
 from case_fast.errors import CheckpointError, ConfigError, Interrupted
 from case_fast.evaluation import Evaluation
 from case_fast.files import write_json
-from case_fast.models import MODELS, model_class
+from case_fast.models import MODELS, model_class, title_of
 from case_fast.runs import Record, Run, lookup
 from case_fast.training import TrainConfig, preset
 from case_fast.training.config import ADJUSTABLE
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return self.ablation or model_class(self.kind).__name__
+        return self.ablation or title_of(self.kind)
 
 
 def rows_of(table: int, recipes: Sequence[str] = (), models: Sequence[str] = ()) -> list[Row]:
@@ -188,7 +188,7 @@ def _estimate(planned: Sequence[Planned], store: Store) -> None:
             done[item.folder] = steps[-1] if steps else 0
     for item in planned:
         if item.state in ("new", "begun") and (found := sorted(speeds.get(item.row.kind, []))):
-            total = item.config.steps_of_phase_1(store.size("train")) + item.config.fewest_steps
+            total = item.config.fewest_steps(store.size("train"))
             left = max(total - done.get(item.folder, 0), 0)
             item.seconds = left * item.config.batch_size / max(found[len(found) // 2], 1e-9)
 

@@ -17,19 +17,21 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from case_fast.errors import CheckpointError
-from case_fast.files import sync, whole_folder, write_text
+from case_fast.files import sha256, sync, whole_folder, write_text
 from case_fast.runs import checkpoint_name, checkpoint_steps, writing
+from case_fast.training.adam import Adam
 
 FORMAT = "case_fast checkpoint 1"
 PARTS = ("model", "optimizer")
@@ -75,16 +77,15 @@ class Checkpoints:
                 with whole_folder(path) as temporary:
                     files = {}
                     for part in PARTS:
-                        data = safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors[part].items()})
-                        (temporary / f"{part}.safetensors").write_bytes(data)
-                        files[f"{part}.safetensors"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-                        del data  # as large as the part: one at a time
+                        file = temporary / f"{part}.safetensors"
+                        safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors[part].items()}, file)
+                        files[file.name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
                     body = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
                     (temporary / "manifest.json").write_bytes(_sealed(body))
             write_text(self.folder / "latest", path.name + "\n")
             sync(self.folder)
             if len(self.steps()) > self.keep:
-                self.read(step)
+                self.check(step)
                 self._remove_old(step)
         return path
 
@@ -109,6 +110,21 @@ class Checkpoints:
         Raises:
             CheckpointError: it is missing, incomplete, damaged or not what this class writes.
         """
+        files, state = self._manifest(step)
+        path = self.path(step)
+        tensors = {part: self._tensors(path / f"{part}.safetensors", files, max_bytes) for part in PARTS}
+        return Checkpoint(path, step, tensors, state)
+
+    def check(self, step: int) -> None:
+        """Check every byte of the checkpoint of ``step``, in little memory; raises as `read` does."""
+        for name, listed in self._manifest(step)[0].items():
+            with _opened(self.path(step) / name) as stream:
+                found = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": os.fstat(stream.fileno()).st_size}
+            if found != listed:
+                raise _damaged(self.path(step) / name)
+
+    def _manifest(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the manifest of ``step`` says: its files, and the state of the run."""
         path = self.path(step)
         if path.is_symlink() or not path.is_dir():
             raise CheckpointError(f"{path}: {'a link' if path.is_symlink() else 'no folder'}, expected a checkpoint")
@@ -130,15 +146,13 @@ class Checkpoints:
         expected = {f"{part}.safetensors" for part in PARTS}
         if not isinstance(files, dict) or set(files) != expected or not isinstance(state, dict):
             raise CheckpointError(f"{manifest}: refused: it must list exactly {', '.join(sorted(expected))}")
-        return Checkpoint(
-            path, step, {part: self._tensors(path / f"{part}.safetensors", files, max_bytes) for part in PARTS}, state
-        )
+        return files, state
 
     def _tensors(self, path: Path, files: dict[str, Any], max_bytes: int | None) -> dict[str, Tensor]:
         listed = files[path.name] if isinstance(files[path.name], dict) else {}
         data = _read_file(path, max_bytes)
         if len(data) != listed.get("bytes") or hashlib.sha256(data).hexdigest() != listed.get("sha256"):
-            raise CheckpointError(f"{path}: damaged (its checksum does not match the manifest's)")
+            raise _damaged(path)
         if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: refused: a header of more than {MAX_HEADER_BYTES} bytes")
         try:
@@ -179,6 +193,10 @@ class Checkpoints:
         return None
 
 
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged (its checksum does not match the manifest's)")
+
+
 def _sealed(body: dict[str, Any]) -> bytes:
     """The only text that a manifest of this content can have, its own checksum included."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -186,7 +204,13 @@ def _sealed(body: dict[str, Any]) -> bytes:
 
 
 def _read_file(path: Path, max_bytes: int | None) -> bytes:
-    """A regular file's content: no link is followed, no pipe waited for, nothing too large read."""
+    with _opened(path, max_bytes) as stream:
+        return stream.read()
+
+
+@contextmanager
+def _opened(path: Path, max_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """A regular file: no link is followed, no pipe waited for, nothing too large read."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, "rb") as stream:
@@ -195,7 +219,7 @@ def _read_file(path: Path, max_bytes: int | None) -> bytes:
                 raise CheckpointError(f"{path}: refused: not a regular file")
             if max_bytes is not None and status.st_size > max_bytes:
                 raise CheckpointError(f"{path}: refused: {status.st_size} bytes, expected at most {max_bytes}")
-            return stream.read()
+            yield stream
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -203,36 +227,39 @@ def _read_file(path: Path, max_bytes: int | None) -> bytes:
 # ---- the state of a run as tensors and plain values
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Adam, names: Sequence[str]) -> dict[str, Tensor]:
     """Adam's state as ``<parameter>/<part>``; ``names``: those of the optimizer's parameters, in its order."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[index]}/{part}": value for index, parts in state.items() for part, value in parts.items()}
+    return {f"{name}/{part}": value for name, parameter in zip(names, _parameters(optimizer), strict=True)
+            for part, value in optimizer.state.get(parameter, {}).items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer(optimizer: Adam, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
     """Undo `optimizer_tensors`.
 
     Raises:
         CheckpointError: an unknown parameter, a missing part or a wrong shape.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    place = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(zip(names, _parameters(optimizer), strict=True))
+    state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition("/")
-        if name not in place or part not in ("step", "exp_avg", "exp_avg_sq"):
+        if name not in parameters or part not in ("step", "exp_avg", "exp_avg_sq"):
             raise CheckpointError(f"optimizer state {key!r} belongs to no parameter of this model")
-        index = place[name]
-        expected = torch.Size() if part == "step" else parameters[index].shape
+        expected = torch.Size() if part == "step" else parameters[name].shape
         if value.shape != expected or value.dtype != torch.float32:
             raise CheckpointError(
                 f"optimizer state {key!r} is {value.dtype} {tuple(value.shape)}, expected float32 {tuple(expected)}"
             )
-        state.setdefault(index, {})[part] = value.clone()  # aligned memory of its own, in place of a view of the file
-    for index, parts in state.items():
+        # aligned memory of its own, in place of a view of the file
+        state.setdefault(name, {})[part] = value.clone().to(parameters[name].device)
+    for name, parts in state.items():
         if len(parts) != 3:
-            raise CheckpointError(f"optimizer state of {names[index]!r} holds {', '.join(parts)} only")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            raise CheckpointError(f"optimizer state of {name!r} holds {', '.join(parts)} only")
+    optimizer.state = {parameters[name]: parts for name, parts in state.items()}
+
+
+def _parameters(optimizer: Adam) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

@@ -12,6 +12,7 @@ from case_fast.arguments import settle
 from case_fast.data import Store
 from case_fast.errors import ConfigError
 from case_fast.models import CASEConfig, ModelConfig, model_class
+from case_fast.models.base import Length
 from case_fast.training.sampler import BATCHINGS
 from case_fast.training.schedule import EarlyStopping
 
@@ -30,7 +31,7 @@ class TrainConfig:
         model: the model's settings, whose class says which model it is; vocab_size is always taken from the store.
         ablation: a row of the model's ablations (for CASE Table 2: "w/o Graph", ...) to switch off.
         seed: seed of the weights, of dropout and of the order of examples.
-        phase1_epochs: epochs of phase 1, for a model that has two phases (CASE: on L_BOW alone).
+        phase1_epochs: epochs of phase 1, for a model with a phase before the one that early stopping ends (CASE: on L_BOW alone).
         phase1_steps: steps of it, in place of epochs.
         batch_size: dialogues a step.
         batching: shuffled: the order of an epoch as it comes (the paper's recipe). bucketed: within each 64 batches of it,
@@ -40,7 +41,8 @@ class TrainConfig:
         betas: of Adam.
         eps: of Adam.
         clip_norm: largest norm of all gradients together; None: no clipping.
-        validate_every: steps of the last phase between validations.
+        validate_every: steps between validations of the last phase (of the last one that the model gives no length of its own, as
+            of EmpDG with discriminators the first of three; so what follows).
         min_steps: steps of the last phase before early stopping counts.
         patience: validations in a row without a better perplexity that end training: the last phase takes
             (ceil(min_steps / validate_every) + patience - 1) x validate_every steps at least.
@@ -123,19 +125,29 @@ class TrainConfig:
         model = replace(self.model, vocab_size=vocab_size)
         return replace(self, model=model.ablated(self.ablation) if self.ablation is not None else model)
 
-    def steps_of_phase_1(self, examples: int) -> int:
-        """0 for a model of one phase."""
-        if len(model_class(self.model.kind).phases) == 1:
-            return 0
-        if self.phase1_steps is not None:
-            return self.phase1_steps
-        return self.phase1_epochs * math.ceil(examples / self.batch_size)
-
     @property
-    def fewest_steps(self) -> int:
-        """The fewest steps that the last phase can have."""
-        earliest = EarlyStopping(self.patience, self.min_steps).earliest_stop(0, self.validate_every)
-        return min(earliest, self.max_steps or earliest)
+    def open_phase(self) -> str:
+        """The phase whose length these settings decide by early stopping: the last one that the model gives none."""
+        return [phase for phase in model_class(self.model.kind).phases if self.model.length(phase) is None][-1]
+
+    def lengths(self, examples: int) -> list[Length]:
+        """How long each phase is, with so many training examples."""
+        first = self.phase1_steps
+        first = self.phase1_epochs * math.ceil(examples / self.batch_size) if first is None else first
+        last = Length(self.max_steps, self.validate_every, self.min_steps)
+        return [self.model.length(phase) or (last if phase == self.open_phase else Length(first))
+                for phase in model_class(self.model.kind).phases]
+
+    def fewest(self, length: Length) -> int:
+        """The fewest steps that a phase of this length can have."""
+        if length.validate_every is None:
+            return length.steps or 0
+        earliest = EarlyStopping(self.patience, length.min_steps).earliest_stop(0, length.validate_every)
+        return min(earliest, length.steps or earliest)
+
+    def fewest_steps(self, examples: int) -> int:
+        """The fewest steps of all phases together."""
+        return sum(map(self.fewest, self.lengths(examples)))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them."""

@@ -52,7 +52,7 @@ class RunLog:
         write_text(self.path, "".join(kept))
 
     def write(self, event: str, phase: int, step: int, **values: Any) -> None:
-        """One record; ``step`` counts across both phases. Numbers that JSON does not know are written as text."""
+        """One record; ``step`` counts across all phases. Numbers that JSON does not know are written as text."""
         record = {"event": event, "phase": phase, "step": step, **values}
         with writing("the log", self.path):
             with open(self.path, "a", encoding="utf-8") as stream:

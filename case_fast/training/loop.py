@@ -24,6 +24,7 @@ from case_fast.diagnosis import figures, held_out, in_short, look
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.memory import keep_freed_memory
 from case_fast.models import DialogueModel, model_class
+from case_fast.models.base import Length
 from case_fast.optional import PlainConsole, open_console
 from case_fast.references import read_references
 from case_fast.runs import Run, writing
@@ -56,7 +57,8 @@ class NotFinite(CaseFastError, ArithmeticError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. ``best``: ppl, accuracy (emotions) and losses of the validation whose weights are RUN/best."""
+    """How a run ended. ``phase_1_steps``: those before the last phase. ``best``: ppl, accuracy (emotions) and losses of the
+    validation whose weights are RUN/best."""
 
     run: Path
     steps: int
@@ -78,7 +80,7 @@ def train(
         ConfigError: a setting cannot work here, or differs from those of the run that is resumed; so for the store.
         CheckpointError: ``out`` holds a run and ``resume`` is False, or none and it is True; nothing can be written; all
             checkpoints are damaged.
-        DataError: the store lacks the splits train and valid.
+        DataError: the store lacks the splits train and valid, or a field that the model reads.
         Interrupted: stopped by the user, state saved.
         NotFinite: a loss or gradient became NaN or infinite.
     """
@@ -93,6 +95,7 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
+        store.require(split, model_class(config.model.kind).needs)
     device = resolve_device(config.device)
     keep_freed_memory()
     config = config.resolved(len(store.featurizer.vocabulary))
@@ -130,7 +133,8 @@ class StepTaken:
 
 
 class Trainer:
-    """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases."""
+    """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases; ``began`` holds
+    where each phase up to the present one began."""
 
     def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, display: Display,
                  stop: StopRequest, workers: Workers, pool: ThreadPoolExecutor, resume: bool):
@@ -139,17 +143,18 @@ class Trainer:
         costs = None if config.batching == "shuffled" else store.costs("train")
         self.sampler = Sampler(store.size("train"), config.batch_size, config.seed, config.batching, costs)
         self.valid_size = min(store.size("valid"), config.valid_limit or store.size("valid"))
-        self.phase_1_steps = config.steps_of_phase_1(self.sampler.examples)
+        self.lengths = config.lengths(self.sampler.examples)
         self.step = 0
+        self.began = self._began_by(0)
         self.validated = 0  # step of the last validation
-        self.stopping = EarlyStopping(config.patience, config.min_steps)
+        self.stopping = EarlyStopping(config.patience, self.length.min_steps)  # of the phase
         self.best: dict[str, Any] = {}
 
         self.model = self._new_model()
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.form = make_step(store, self.sampler, self.model, self.parameters, config, device)
-        self.optimizer = self.form.optimizer
+        self.form = make_step(store, self.sampler, self.model, config, device)
+        self.optimizer, self.parameters = self.form.optimizer, self.form.parameters
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.names = [names[id(parameter)] for parameter in self.parameters]
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
@@ -181,10 +186,23 @@ class Trainer:
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
+    def _began_by(self, step: int) -> list[int]:
+        """Where phases have begun by a step, as far as lengths alone decide it."""
+        began = [0]
+        for length in self.lengths[:-1]:
+            if length.validate_every is not None or step < began[-1] + length.steps:
+                break
+            began.append(began[-1] + length.steps)
+        return began
+
     @property
     def phase(self) -> int:
         """Its number, from 1; the last phase trains the whole objective."""
-        return 1 if self.step < self.phase_1_steps else len(self.model.phases)
+        return sum(began <= self.step for began in self.began)
+
+    @property
+    def length(self) -> Length:
+        return self.lengths[self.phase - 1]
 
     @property
     def phase_name(self) -> str:
@@ -192,36 +210,37 @@ class Trainer:
 
     @property
     def in_last_phase(self) -> bool:
-        return self.step >= self.phase_1_steps
+        return self.phase == len(self.lengths)
 
     @property
     def phase_step(self) -> int:
-        return self.step - (self.phase_1_steps if self.in_last_phase else 0)
+        return self.step - self.began[self.phase - 1]
 
     @property
     def phase_total(self) -> int:
-        """Steps of this phase: of the last one, the fewest that it can still have."""
-        if not self.in_last_phase:
-            return self.phase_1_steps
-        earliest = self.stopping.earliest_stop(self.phase_step, self.config.validate_every)
-        return min(earliest, self.config.max_steps or earliest)
+        """Steps of this phase: of one that early stopping may end, the fewest that it can still have."""
+        every, most = self.length.validate_every, self.length.steps
+        if every is None:
+            return most or 0
+        earliest = self.stopping.earliest_stop(self.phase_step, every)
+        return min(earliest, most or earliest)
 
     @property
     def at_the_limit(self) -> bool:
-        return self.in_last_phase and self.config.max_steps is not None and self.phase_step >= self.config.max_steps
+        return self.length.steps is not None and self.phase_step >= self.length.steps
 
     @property
     def validation_due(self) -> bool:
-        whole = self.phase_step % self.config.validate_every == 0 or self.at_the_limit
-        due = self.in_last_phase and self.phase_step > 0 and whole
+        every = self.length.validate_every
+        due = every is not None and self.phase_step > 0 and (self.phase_step % every == 0 or self.at_the_limit)
         return due and self.validated != self.step
 
     @property
     def stopped(self) -> str:
-        """Why the run is over, or ""."""
+        """Why the phase is over, or ""; with the last one the run is."""
         if self.stopping.stop:
             return "early stopping"
-        return "max_steps" if self.at_the_limit and self.validated == self.step else ""
+        return "max_steps" if self.at_the_limit and (self.length.validate_every is None or self.validated == self.step) else ""
 
     # ---- the run
 
@@ -230,14 +249,18 @@ class Trainer:
         self._introduce()
         begun = 0
         while True:
+            if self.stopped and not self.in_last_phase:
+                self._next_phase()
             if self.phase != begun:
                 begun = self.phase
                 self._begin_phase()
             if self.validation_due:
                 self.collect()
                 self._validate()
-            if self.stopped:
+            if self.stopped and self.in_last_phase:
                 break
+            if self.stopped:
+                continue
             if self.stop.signal:
                 path = self._save()
                 raise Interrupted(f"stopped by {self.stop.signal} after step {self.step}; the state is in {path}. "
@@ -261,12 +284,7 @@ class Trainer:
             f"{self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
-        config, first = self.config, f"{self.phase_1_steps:,} steps of phase 1, then " if self.phase_1_steps else ""
-        self.display.line(
-            f"{first}{config.fewest_steps:,} steps at least: {config.patience} validations in a row without a better perplexity "
-            f"end training, one every {config.validate_every:,} steps, counted from step {config.min_steps:,} on"
-            + (f"; {config.max_steps:,} steps at most" if config.max_steps else "")
-        )
+        self.display.line(", then ".join(said for number in range(len(self.lengths)) if (said := self._said_of(number))))
         unknown = self.store.manifest.get("counts", {}).get("unknown_response_words", {})
         if unknown:
             shares = ", ".join(f"{100 * share:.2f} % ({split})" for split, share in unknown.items())
@@ -274,6 +292,33 @@ class Trainer:
         if self.step:
             self.display.line(f"resumed after step {self.step:,}")
             self.log.write("resume", self.phase, self.step)
+
+    def _said_of(self, number: int) -> str:
+        """How long a phase is, in words; "" if it has no steps."""
+        length, config = self.lengths[number], self.config
+        if length.validate_every is None:
+            return f"{length.steps:,} steps of phase {number + 1}" if length.steps else ""
+        ends = "training" if number + 1 == len(self.lengths) else f"phase {number + 1}"
+        most = f"; {length.steps:,} steps at most" if length.steps else ""
+        return (f"{config.fewest(length):,} steps at least: {config.patience} validations in a row without a better perplexity "
+                f"end {ends}, one every {length.validate_every:,} steps, counted from step {length.min_steps:,} on{most}")
+
+    def _next_phase(self) -> None:
+        """Leave the phase that is over; where it was validated, with its best weights."""
+        self.collect()
+        began = self.step
+        if self.length.validate_every is None:
+            began = self.began[-1] + (self.length.steps or 0)
+        else:
+            self.display.line(f"phase {self.phase} ({self.phase_name}) is over ({self.stopped}); what follows begins with its "
+                              f"best weights, of step {self.best_step:,}: {_in_words(self.best)}")
+            self.model.load_weights(self.run.best_of(self.phase_name) / "model.safetensors")
+        self.began.append(began)
+        self.stopping, self.best = EarlyStopping(self.config.patience, self.length.min_steps), {}
+
+    @property
+    def best_step(self) -> int:
+        return self.began[-1] + self.stopping.best_step
 
     def _begin_phase(self) -> None:
         self.collect()
@@ -284,12 +329,11 @@ class Trainer:
         self.recent.clear()  # the phases have other losses
 
     def _finish(self) -> TrainResult:
-        best_step = self.stopping.best_step + self.phase_1_steps
-        result = TrainResult(self.run.path, self.step, self.phase_1_steps, self.stopped, best_step, self.best)
-        self.log.write("end", self.phase, self.step, stopped=self.stopped, best_step=best_step, best=self.best)
+        result = TrainResult(self.run.path, self.step, self.began[-1], self.stopped, self.best_step, self.best)
+        self.log.write("end", self.phase, self.step, stopped=self.stopped, best_step=self.best_step, best=self.best)
         self.run.finish(parameters=self.parameter_count, result=asdict(result) | {"run": str(self.run.path)})
         self.display.line(
-            f"done after {self.step:,} steps ({self.stopped}); best after step {best_step:,}: {_in_words(self.best)}"
+            f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: {_in_words(self.best)}"
         )
         return result
 
@@ -325,6 +369,7 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         batch = next(self.batches)
         lr = noam(self.step + 1, config.model.d_model, config.warmup, config.lr_scale)
+        self.model.set_turn(self.phase_step)
         self.form.take(batch, lr)
         # step and phase before the count moves on: the last step of phase 1 is one of phase 1
         phase, phase_step, phase_total = self.phase, self.phase_step + 1, self.phase_total
@@ -385,8 +430,12 @@ class Trainer:
         return f"{shown}, lr {lr:.1e}, {dialogues:.0f} dialogues/s, {words:,.0f} words/s"
 
     def _log_step(self, phase: int, lr: float) -> None:
-        """Losses are means over the steps since the last record, the rest is of the last step."""
-        means = {name: sum(taken.losses[name] for taken in self.recent) / len(self.recent) for name in self.recent[-1].losses}
+        """Losses are means over the steps since the last record, those of a turn over its own, the rest is of the last step."""
+        found: dict[str, list[float]] = {}
+        for taken in self.recent:
+            for name, value in taken.losses.items():
+                found.setdefault(name, []).append(value)
+        means = {name: sum(values) / len(values) for name, values in found.items()}
         dialogues, words = self._speed()
         last = self.recent[-1].numbers
         assert last is not None
@@ -415,7 +464,7 @@ class Trainer:
         better = self.stopping.update(self.phase_step, mean)
         if better:
             self.best = metrics
-            self.run.save_best(self.model)
+            self.run.save_best(self.model, "" if self.in_last_phase else self.phase_name)
         self.validated = self.step
         diagnosis = self._diagnosis()
         seconds = time.perf_counter() - started
@@ -423,7 +472,7 @@ class Trainer:
             "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures, diagnosis=diagnosis,
             seconds=round(seconds, 2),
         )
-        verdict = "the best so far" if better else f"not better than at step {self.stopping.best_step + self.phase_1_steps:,}"
+        verdict = "the best so far" if better else f"not better than at step {self.best_step:,}"
         if self.stopping.failures:
             verdict += f", {self.stopping.failures} of {self.config.patience} before stopping"
         self.display.line(f"validation after step {self.step:,}: {_in_words(metrics)}; {verdict}")
@@ -451,6 +500,7 @@ class Trainer:
             "config": self.config.as_dict(),
             "store": {"path": str(self.store.path.resolve()), "fingerprint": self.store.fingerprint},
             "rng": rng_state(self.device),
+            "began": self.began,
             "validated": self.validated,
             "stopping": {"best": self.stopping.best, "best_step": self.stopping.best_step, "failures": self.stopping.failures},
             "best": self.best,
@@ -479,7 +529,8 @@ class Trainer:
                                   "drawn negatives follow another rule from here on")
             load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
             self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])
-            self.stopping = EarlyStopping(self.config.patience, self.config.min_steps, **state)
+            self.began = list(found.state.get("began", self._began_by(found.step)))  # not there: of an earlier version
+            self.stopping = EarlyStopping(self.config.patience, self.length.min_steps, **state)
             set_rng_state(found.state["rng"], self.device)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CaseFastError):

@@ -28,10 +28,12 @@ from case_fast.data.store import Store
 from case_fast.errors import ConfigError
 from case_fast.models import DialogueModel, Output
 from case_fast.models.base import POSITIONS, ops_that_ask, raise_pending
+from case_fast.training.adam import Adam
 from case_fast.training.config import TrainConfig
 from case_fast.training.sampler import Sampler, step_seed
 
 SUMMED_WHOLE = 1 << 14  # numbers; torch's threads share a sum of twice as many
+Objective = tuple[str, str]  # a model's phase and turn
 SEEN = 256  # batches of the first epoch that capacities are measured by
 _log = logging.getLogger("case_fast")
 
@@ -69,13 +71,15 @@ class EagerStep:
 
     at_once = True
 
-    def __init__(self, model: DialogueModel, parameters: Sequence[nn.Parameter], config: TrainConfig, device: torch.device):
-        self.model, self.parameters, self.config, self.device = model, list(parameters), config, device
-        self.optimizer = torch.optim.Adam(self.parameters, betas=config.betas, eps=config.eps, fused=True, **self._adam())
+    def __init__(self, model: DialogueModel, config: TrainConfig, device: torch.device):
+        self.model, self.config, self.device = model, config, device
+        groups = [group | {"keeps_its_rate": "lr" in group} for group in model.parameter_groups()]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = Adam(groups, self._rate(), config.betas, config.eps)
         self._taken: list[Taken] = []
 
-    def _adam(self) -> dict[str, Any]:
-        return {"lr": 0.0}
+    def _rate(self) -> float | Tensor:
+        return 0.0
 
     def prepared(self, batch: Batch) -> Prepared:
         return Prepared(batch.pin_memory() if self.device.type == "cuda" else batch, batch.size, _words(batch))
@@ -94,7 +98,7 @@ class EagerStep:
         if self.config.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def take(self, prepared: Prepared, lr: float) -> None:
         output, norm = self._backward(prepared.batch)
@@ -102,9 +106,13 @@ class EagerStep:
         taken = _taken(names, values.tolist())  # one transfer for all
         self._taken.append(taken)
         if taken.finite:  # else the gradients stay, to be examined
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            self._follow(lr)
             self._update(norm)
+
+    def _follow(self, lr: float | Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            if not group["keeps_its_rate"]:
+                group["lr"] = lr
 
     def collect(self) -> list[Taken]:
         taken, self._taken = self._taken, []
@@ -122,22 +130,21 @@ class PaddedStep(EagerStep):
 
     at_once = False
 
-    def __init__(self, model: DialogueModel, parameters: Sequence[nn.Parameter], config: TrainConfig, device: torch.device,
-                 sizes: Sequence[Capacity]):
+    def __init__(self, model: DialogueModel, config: TrainConfig, device: torch.device, sizes: Sequence[Capacity]):
         self._lr = torch.zeros((), device=device)
-        super().__init__(model, parameters, config, device)
+        super().__init__(model, config, device)
         self.sizes = list(sizes)
         saved = model.state_dict()
         self._counts = [buffer for name, buffer in model.named_buffers() if name in saved]  # what forward changes
         self._inputs: dict[int, tuple[Batch, Tensor]] = {}  # of each capacity
-        self._rings: dict[str, tuple[list[str], Tensor]] = {}  # of each phase: names, and (log_every, names) of the latest steps
+        self._rings: dict[Objective, tuple[list[str], Tensor]] = {}  # names, and (log_every, names) of the latest steps
         self._row = torch.zeros(1, dtype=torch.int64, device=device)  # of the ring, that the next step writes
         self._bad = torch.zeros((), device=device)  # 1 from the first step on that is not finite: Adam then writes nothing
         self.optimizer.found_inf = self._bad
-        self._queued = 0
+        self._queued: list[Objective] = []  # of the steps that were not collected
 
-    def _adam(self) -> dict[str, Any]:
-        return {"lr": self._lr, "capturable": self.device.type == "cuda"}
+    def _rate(self) -> float | Tensor:
+        return self._lr
 
     def prepared(self, batch: Batch) -> Prepared:
         for place, capacity in enumerate(self.sizes):
@@ -148,16 +155,14 @@ class PaddedStep(EagerStep):
         return super().prepared(batch)
 
     def take(self, prepared: Prepared, lr: float) -> None:
-        if self._queued == self.config.log_every:
-            raise RuntimeError(f"the numbers of {self._queued} steps were not collected")
+        if len(self._queued) == self.config.log_every:
+            raise RuntimeError(f"the numbers of {len(self._queued)} steps were not collected")
         self._lr.fill_(lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr  # loading a state puts a copy there
         if prepared.block is None:
             self._step(prepared.batch)
         else:
             self._run(prepared.place, self._placed(prepared))
-        self._queued += 1
+        self._queued.append(_objective(self.model))
 
     def _placed(self, prepared: Prepared) -> Batch:
         """The batch in the memory that belongs to its capacity: one copy."""
@@ -177,9 +182,10 @@ class PaddedStep(EagerStep):
         before = [count.clone() for count in self._counts]
         output, norm = self._backward(batch)
         names, values = _numbers(output, norm)
-        if self.model.phase not in self._rings:
-            self._rings[self.model.phase] = names, values.new_zeros(self.config.log_every, len(names))
-        self._rings[self.model.phase][1].index_copy_(0, self._row, values.unsqueeze(0))
+        key = _objective(self.model)
+        if key not in self._rings:
+            self._rings[key] = names, values.new_zeros(self.config.log_every, len(names))
+        self._rings[key][1].index_copy_(0, self._row, values.unsqueeze(0))
         self._row.add_(1)
         self._bad.copy_(torch.maximum(self._bad, (~values[:2].isfinite().all()).to(self._bad.dtype)))
         self._update(norm)
@@ -189,22 +195,22 @@ class PaddedStep(EagerStep):
     def collect(self) -> list[Taken]:
         if not self._queued:
             return []
-        names, ring = self._rings[self.model.phase]
-        rows = ring[: self._queued].tolist()  # waits for the steps
+        rings = {key: (self._rings[key][0], self._rings[key][1].tolist()) for key in set(self._queued)}  # waits for the steps
+        found = [_taken(rings[key][0], rings[key][1][row]) for row, key in enumerate(self._queued)]
         if self.device.type == "cuda":
             raise_pending()
         self._row.zero_()
         self._bad.zero_()
-        self._queued = 0
-        return [_taken(names, row) for row in rows]
+        self._queued.clear()
+        return found
 
     def examine(self, prepared: Callable[[], Prepared]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._backward(prepared().batch)
 
 
 class CapturedStep(PaddedStep):
-    """One CUDA graph of the whole step for each capacity and phase, all in one pool of memory.
+    """One CUDA graph of the whole step for each capacity, phase and turn, all in one pool of memory.
 
     The first step of a capacity and phase is launched op by op, which makes the optimizer's state and compiles kernels; for the
     second one the graph is captured, which that one and all further ones replay.
@@ -212,14 +218,13 @@ class CapturedStep(PaddedStep):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # it is, on purpose: torch would warn of it
         self._stream = torch.cuda.Stream(self.device)  # of what is captured, and of what is launched before it
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, str], torch.cuda.CUDAGraph | None] = {}  # None: launched once
+        self._graphs: dict[tuple[int, Objective], torch.cuda.CUDAGraph | None] = {}  # None: launched once
         self._gave_up = False
 
     def _run(self, place: int, batch: Batch) -> None:
-        key = place, self.model.phase
+        key = place, _objective(self.model)
         if self._graphs.get(key) is None:
             if key not in self._graphs or self._gave_up:
                 self._graphs.setdefault(key, None)
@@ -233,7 +238,7 @@ class CapturedStep(PaddedStep):
                     raise ConfigError(said) from error
                 _log.warning("the step cannot be captured in a CUDA graph and is launched op by op (%s)", error)
                 self._gave_up = True
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
                 self._launch(batch)
                 return
         self._graphs[key].replay()
@@ -255,8 +260,7 @@ class CapturedStep(PaddedStep):
         return graph
 
 
-def make_step(store: Store, sampler: Sampler, model: DialogueModel, parameters: Sequence[nn.Parameter], config: TrainConfig,
-              device: torch.device) -> EagerStep:
+def make_step(store: Store, sampler: Sampler, model: DialogueModel, config: TrainConfig, device: torch.device) -> EagerStep:
     """The step that ``config.step`` asks for on this device.
 
     Raises:
@@ -271,11 +275,16 @@ def make_step(store: Store, sampler: Sampler, model: DialogueModel, parameters: 
             _log.warning("the step is launched op by op: %s", obstacle)
         kind = "eager" if obstacle else "captured"
     if kind == "eager":
-        return EagerStep(model, parameters, config, device)
+        return EagerStep(model, config, device)
     steps = range(0, sampler.steps_per_epoch, max(1, sampler.steps_per_epoch // SEEN))
     seen = (store.batch("train", sampler.indices(step), model.needs, step_seed(config.seed, step)) for step in steps)
     form = CapturedStep if kind == "captured" else PaddedStep
-    return form(model, parameters, config, device, capacities(seen, POSITIONS))
+    return form(model, config, device, capacities(seen, POSITIONS))
+
+
+def _objective(model: DialogueModel) -> Objective:
+    """Which loss its next step has: steps with the same one give the same numbers, by the same work."""
+    return model.phase, model.turn
 
 
 def _obstacle(model: DialogueModel, device: torch.device) -> str:

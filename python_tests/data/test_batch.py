@@ -117,6 +117,7 @@ def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     del out["cognition"]
     found = {f"relations.{name}": values for name, values in slow_relations(examples, texts).items()}
     found |= {f"emotional.{name}": values for name, values in slow_emotional(examples, texts).items()}
+    found |= {f"feedback.{name}": values for name, values in slow_feedback(examples, texts).items()}
     found |= {home[name] + name: values for name, values in out.items()} | {f"concept.{name}": x for name, x in concept.items()}
     found |= {f"case.cognition.{part}": values for part, values in graphs["cognition"].items()}
     return found | {f"concept.graph.{part}": values for part, values in graphs["concept"].items()}
@@ -158,6 +159,30 @@ def slow_emotional(examples: list[Example], texts: TextTable) -> dict[str, list]
     return out
 
 
+def slow_feedback(examples: list[Example], texts: TextTable) -> dict[str, list]:
+    """What the speaker says after each reply, and what the reply is judged by, likewise."""
+    lexicon = [texts.emotional.intensity.get(word, 0) != 0 and word not in stop_words() for word in texts.vocabulary.words]
+    out: dict[str, list] = {name: [] for name in ("dialogue", "weight", "word", "emotional", "reply", "reply_segment",
+                                                  "reply_emotional")}
+    out |= {name: [0] for name in ("cu", "cu_emotional", "cu_reply", "cu_reply_emotional")} | {"lexicon": lexicon}
+    row = 0
+    for dialogue, e in enumerate(examples):
+        target = [*e.response.tolist(), EOS]
+        if said := e.feedback.tolist():
+            out["word"] += said
+            out["emotional"] += [word for word in said if lexicon[word]]
+            out["reply"] += range(row, row + len(target))
+            out["reply_segment"] += [len(out["dialogue"])] * len(target)
+            out["reply_emotional"] += [row + place for place, word in enumerate(target) if lexicon[word]]
+            out["dialogue"].append(dialogue)
+            for cu, rows in (("cu", "word"), ("cu_emotional", "emotional"), ("cu_reply", "reply"),
+                             ("cu_reply_emotional", "reply_emotional")):
+                out[cu].append(len(out[rows]))
+        row += len(target)
+    out["weight"] = [1 / len(out["dialogue"])] * len(out["dialogue"]) if out["dialogue"] else []
+    return out
+
+
 def check(examples: list[Example], texts: TextTable) -> Batch:
     batch = make_batch(examples, texts)
     assert batch.size == len(batch) == len(examples)
@@ -170,8 +195,10 @@ def check(examples: list[Example], texts: TextTable) -> Batch:
         tensor = found[name]
         if name == "concept.intensity":
             assert tensor.dtype == torch.float32
-        elif name.endswith("_weight"):
+        elif name.endswith("weight"):
             assert tensor.dtype == torch.float64
+        elif name == "feedback.lexicon":
+            assert tensor.dtype == torch.bool
         else:
             small = name.rpartition(".")[2] in ("indptr", "indices", "relation")
             assert tensor.dtype == (torch.int32 if small else torch.int64), name
@@ -218,7 +245,7 @@ def example(said: str, inferences: dict, texts: TextTable, response: str = "c ."
 
 
 def test_equal_sub_utterances_share_a_reaction_row():
-    texts = TextTable(VOCABULARY)
+    texts = MAKE.text_table()
     one = example("a b .", {"a b .": {"xReact": ["happy", "d"], "xWant": ["c", "e"]}}, texts)  # u_0 = u_1
     three = example("a . a . b .", {"a .": {"xReact": ["e"], "xNeed": ["d"]}, "b .": {"xWant": ["a"]}}, texts)  # u_1 = u_2
     batch = check([one, three], texts)
@@ -234,7 +261,7 @@ def test_equal_sub_utterances_share_a_reaction_row():
 
 
 def test_dialogues_with_one_sentence_text_do_not_share_rows_across_dialogues():
-    texts = TextTable(VOCABULARY)
+    texts = MAKE.text_table()
     inferences = {"a .": {"xReact": ["d"]}}
     batch = check([example("a .", inferences, texts), example("a .", inferences, texts)], texts)
     assert batch.case.reaction_dialogue.tolist() == [0, 1]
@@ -242,7 +269,7 @@ def test_dialogues_with_one_sentence_text_do_not_share_rows_across_dialogues():
 
 
 def test_an_example_may_lack_knowledge_words_and_reply():
-    texts = TextTable(VOCABULARY)
+    texts = MAKE.text_table()
     batch = check([example("", {}, texts, "")], texts)
     assert batch.context.tolist() == [CLS] and batch.target.tolist() == [EOS] and batch.decoder_input.tolist() == [BOS]
     assert batch.case.knowledge.shape == batch.case.reaction.shape == (0,) and batch.case.with_reaction.tolist() == []
@@ -251,7 +278,7 @@ def test_an_example_may_lack_knowledge_words_and_reply():
 
 
 def test_an_example_may_have_reactions_alone_or_one_relation():
-    texts = TextTable(VOCABULARY)
+    texts = MAKE.text_table()
     check([example("a", {"a": {"xReact": ["b"]}}, texts)], texts)
     for relation in ("xIntent", "xNeed", "xWant", "xEffect"):
         batch = check([example("a", {"a": {relation: ["b"]}}, texts)], texts)
@@ -261,11 +288,35 @@ def test_an_example_may_have_reactions_alone_or_one_relation():
 def test_a_word_is_emotional_if_it_is_of_the_lexicon_and_no_stop_word():
     intensity = {"a": 0.5, "happy": 0.9, "c": -0.02}  # "a" is a stop word
     make = Featurizer(VOCABULARY, {}, intensity, FeatureSettings(max_context=4))
-    texts = TextTable(VOCABULARY)
+    texts = make.text_table()
     turns = [[Turn("happy d a c happy b", True)], [Turn("d .", True)], [Turn("", True)]]
     batch = check([make.example(said, {}, texts, "b") for said in turns], texts)
     rows = split_rows(batch.emotional.word, batch.emotional.cu)
     assert [VOCABULARY.decode(row.tolist()) for row in rows] == [["<sep>", "c", "happy"], ["<sep>"], ["<sep>"]]
+
+
+def test_a_list_of_emotion_words_takes_the_place_of_the_lexicon():
+    intensity = {"a": 0.5, "happy": 0.9, "joyful": 0.9}  # the last is no word of the vocabulary
+    said, reply, after = [Turn("happy d a joyful b", True)], "happy d c", "d b happy joyful"
+    for listed, context, answer, feedback in ((None, ["happy", "<unk>"], ["happy"], ["happy"]),
+                                              (["d", "a", "joyful"], ["d"], ["d"], ["d"]), ([], [], [], [])):
+        make = Featurizer(VOCABULARY, {}, intensity, FeatureSettings(), listed)
+        texts = make.text_table()
+        batch = make_batch([make.example(said, {}, texts, reply, feedback=after)], texts)
+        part = batch.feedback
+        assert VOCABULARY.decode(batch.emotional.word.tolist()) == ["<sep>", *context]
+        assert VOCABULARY.decode(batch.target[part.reply_emotional].tolist()) == answer
+        assert VOCABULARY.decode(part.emotional.tolist()) == feedback
+        assert [word for word, marked in zip(VOCABULARY.words, part.lexicon.tolist(), strict=True) if marked] == feedback
+
+
+def test_texts_that_know_no_emotional_words_are_refused_where_they_are_asked_for():
+    texts = TextTable(VOCABULARY)
+    examples = [example("a .", {}, texts)]
+    make_batch(examples, texts, ["case", "concept", "relations"])
+    for part in ("emotional", "feedback"):
+        with pytest.raises(ConfigError, match="make it with featurizer.text_table"):
+            make_batch(examples, texts, [part])
 
 
 def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
@@ -275,7 +326,7 @@ def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
     assert words.seed.dtype == torch.int64 and words.seed.shape == () and words.to("meta").seed.is_meta
     assert all(torch.equal(tensor, dict(tensors(whole))[name]) for name, tensor in tensors(words) if name != "seed")
     assert whole.require(PARTS) is whole and make_batch(examples, texts, ["concept"]).case is None
-    missing = "case, concept, relations, emotional"
+    missing = "case, concept, relations, emotional, feedback"
     with pytest.raises(ConfigError, match=f"lacks what the model reads: {missing}; make it with store.batch"):
         words.require(PARTS)
     with pytest.raises(ConfigError, match="no part colour; it has dialogue, case, concept"):
@@ -284,7 +335,7 @@ def test_only_the_parts_asked_for_are_packed_and_a_missing_one_is_named():
 
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="at least one example"):
-        make_batch([], TextTable(VOCABULARY))
+        make_batch([], MAKE.text_table())
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():

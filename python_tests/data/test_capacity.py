@@ -31,15 +31,15 @@ def buckets(count: int = 8) -> list[Capacity]:
     return capacities((ragged(count, seed) for seed in range(12)), POSITIONS)
 
 
-def model_of(name: str = "case", phase: str = "all", dtype: torch.dtype = torch.float64, **changes: object) -> DialogueModel:
+def model_of(name: str = "case", phase: str = "", dtype: torch.dtype = torch.float64, **changes: object) -> DialogueModel:
     torch.manual_seed(0)
     settings = {"vocab_size": tiny_config().vocab_size, "d_model": 16, "ffn": 12}
     model = build(name, **settings | ({"graph_dropout": 0.0} if name == "case" else {"attention_width": 8}) | changes)
-    model.to(dtype).train().set_phase(phase)
+    model.to(dtype).train().set_phase(phase or model.phases[-1])
     return model
 
 
-def trained(batch: Batch, name: str = "case", phase: str = "all", dtype: torch.dtype = torch.float64, **changes: object
+def trained(batch: Batch, name: str = "case", phase: str = "", dtype: torch.dtype = torch.float64, **changes: object
             ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
     """Losses and diagnostics, gradients, and the words counted, of one step of a new model."""
     model = model_of(name, phase, dtype, **changes)
@@ -95,7 +95,8 @@ def test_every_other_model_takes_filled_batches(name, changes):
     batch = ragged(8, 1, needs)
     filled = fitted(batch, sizes[-1])
     assert filled.case is None and sizes[-1].text == 0
-    same_step(trained(as_double(filled), name, **changes), trained(as_double(batch), name, **changes), 1e-12)
+    for phase in model_class(name).phases:
+        same_step(trained(as_double(filled), name, phase, **changes), trained(as_double(batch), name, phase, **changes), 1e-12)
 
 
 @pytest.mark.parametrize("kept", [[4], [4, 3], [0], [3], [0, 1, 2, 3, 4, 5, 6]])
@@ -113,7 +114,7 @@ def test_a_batch_that_just_fits_and_one_that_does_not():
     sizes = measured(batch)
     room = Capacity(**{name: size + 1 for name, size in sizes.items()})
     same_step(trained(as_double(fitted(batch, room))), trained(as_double(batch)), 1e-12)
-    may_be_full = {"longest", "distinct", "cognition_edges", "knowledge", "reaction", "concept_edges", "felt"}
+    may_be_full = {"longest", "distinct", "cognition_edges", "knowledge", "reaction", "concept_edges", "felt", "feedback"}
     for name, size in sizes.items():
         assert (fitted(batch, replace(room, **{name: size})) is not None) == (name in may_be_full), name
         assert fitted(batch, replace(room, **{name: size - 1})) is None, name
@@ -134,7 +135,9 @@ def test_what_is_filled_up_has_the_shape_of_the_capacity_and_sound_offsets():
                 "case.cu_knowledge": last.knowledge, "case.cognition.indptr": last.cognition_edges,
                 "case.cognition.cu_vertices": last.cognition_vertices, "concept.graph.indptr": last.concept_edges,
                 "concept.graph.cu_vertices": last.concept_vertices, "relations.cu_cognition": last.strung,
-                "relations.cu_reaction": last.felt, "emotional.cu": last.emotional}
+                "relations.cu_reaction": last.felt, "emotional.cu": last.emotional, "feedback.cu": last.feedback,
+                "feedback.cu_emotional": last.feedback, "feedback.cu_reply": last.target,
+                "feedback.cu_reply_emotional": last.target}
         is_offsets = re.compile(r"(^|\.)(cu(_|$)|indptr$)")
         assert {name for name in found if is_offsets.search(name)} == set(ends)
         for name, end in ends.items():
@@ -148,6 +151,9 @@ def test_what_is_filled_up_has_the_shape_of_the_capacity_and_sound_offsets():
             rows = [(s, i - a) for s, (a, b) in enumerate(pairwise(starts.tolist())) for i in range(a, b)]
             assert list(zip(found[f"{name}_segment"].tolist(), found[f"{name}_position"].tolist(), strict=True)) == rows
         assert max(x.max() for name, x in found.items() if name.endswith("position")) < last.longest
+        part, real = filled.feedback, len(ragged(8, seed).feedback.dialogue)
+        assert part.dialogue[:real].max() < 8 <= part.dialogue[real:].min() and part.reply.max() < last.target
+        assert part.weight.sum().item() == pytest.approx(1) and (part.weight == 0).any()
         assert filled.size == last.dialogues and found["sizes"][0] == 8
         for name, total in (("dialogue_weight", 1), ("target_weight", 1), ("bow_weight", 1)):
             assert found[name].sum().item() == pytest.approx(total) and (found[name] == 0).any()

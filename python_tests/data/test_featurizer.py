@@ -92,7 +92,7 @@ def test_emotion_is_the_index_of_the_fixed_order():
 def test_source_keeps_the_texts():
     found, _ = example(["My exam.", "Sad!"], response="Oh.", emotion="sad")
     assert found.source == {"id": "x", "situation": "s", "emotion": "sad", "context": ["My exam.", "Sad!"],
-                            "by_speaker": [True, False], "response": "Oh."}
+                            "by_speaker": [True, False], "response": "Oh.", "feedback": ""}
 
 
 # ---- sub-utterances
@@ -252,6 +252,9 @@ def test_saved_and_loaded_it_makes_the_same_examples(tmp_path):
     loaded = Featurizer.load(tmp_path / "f")
     assert loaded.vocabulary.words == VOCABULARY.words and loaded.settings == made.settings
     assert loaded.concepts == CONCEPTS and loaded.intensity == INTENSITY
+    assert loaded.emotional.listed is None and loaded.emotional.known.tolist() == made.emotional.known.tolist()
+    Featurizer(VOCABULARY, {}, INTENSITY, emotion_words=["dog", "unheard"]).save(tmp_path / "g")
+    assert Featurizer.load(tmp_path / "g").emotional.listed == ["dog", "unheard"]
     before, _ = example(["my exam was the dog . lost zebra !"], made=made)
     after, _ = example(["my exam was the dog . lost zebra !"], made=loaded)
     for name, value in vars(before).items():
@@ -288,6 +291,8 @@ DAMAGED = {
     "intensity infinite": changed(intensity=INTENSITY | {"sad": float("inf")}),
     "intensity of 400 digits": changed(intensity=INTENSITY | {"sad": 10**400}),
     "intensity as a list": changed(intensity=[0.9]),
+    "emotion words as text": changed(emotion_words="sad"),
+    "an emotion word that is none": changed(emotion_words=["sad", 3]),
     "nested 200 000 deep": '{"a":' * 200_000,
 }
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from case_fast.data.empathetic_dialogues import Turn
-from case_fast.data.featurizer import FeatureSettings, Featurizer, TextTable
+from case_fast.data.featurizer import FeatureSettings, Featurizer
 from case_fast.data.inspect import describe, show
 from case_fast.data.store import SplitWriter, Store, open_store, write_store
 from case_fast.data.vocabulary import SPECIALS, Vocabulary
@@ -26,7 +26,7 @@ INFERENCES = {
 
 def written(folder: Path, turns: list[Turn], response: str, settings: FeatureSettings | None = None, **source: str) -> Store:
     featurizer = Featurizer(VOCABULARY, {"exam": ["grim", "sad"], "dog": ["sad"]}, {"grim": 0.95, "sad": 0.9}, settings)
-    texts, writer = TextTable(VOCABULARY), SplitWriter()
+    texts, writer = featurizer.text_table(), SplitWriter()
     source = {"id": "c:1#4", "situation": "Bad luck."} | source
     writer.add(featurizer.example(turns, INFERENCES, texts, response, "sad", **source))
     manifest = {"counts": {"examples": {"train": 1}}, "knowledge": {"spec": "bundled", "cache": None}}
@@ -57,6 +57,7 @@ def test_describe_tells_every_part_of_an_example(tmp_path):
         {"name": "u1", "text": "My exam.", "inferences": nothing},
         {"name": "u2", "text": "My dog!", "inferences": nothing | {"xWant": ["to study", "hard"], "xReact": ["glad", "sad"]}},
     ]
+    assert found["emotional_words"] == ["sad"] and found["feedback"] == ""
     assert found["concepts"] == [
         {"word": "grim", "intensity": 0.95, "of": ["exam"]},
         {"word": "sad", "intensity": 0.9, "of": ["exam", "dog"]},

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import math
 import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,6 +230,127 @@ def test_columns_in_any_order_headers_and_folders_are_read(tmp_path, source):
     assert not any(report.skipped for report in many.reports)
 
 
+# ATOMIC's own release: CSV, an event a line, lists in JSON
+
+V4 = ["event", "oEffect", "oReact", "oWant", "xAttr", "xEffect", "xIntent", "xNeed", "xReact", "xWant", "prefix", "split"]
+
+
+def v4_row(event: str, **lists: object) -> list[str]:
+    cells = {name: "[]" for name in V4} | {name: json.dumps(values) for name, values in lists.items()}
+    return list((cells | {"event": event, "prefix": '["a", "b"]', "split": "trn"}).values())
+
+
+V4_ROWS = [
+    V4,
+    v4_row("PersonX fails PersonX's exam", xReact=["sad", "ashamed", "none", "ashamed"], xWant=["to study harder"], xAttr=["x"]),
+    v4_row("PersonX fails a test", xReact=["disappointed", "none"], xEffect=["cries, a lot"]),
+    v4_row("PersonX loses PersonX's dog", xWant=["to look for PersonX's dog", 'to call "Rex"'], oReact=["sad"]),
+    v4_row("PersonX sleeps", xReact=["none", "none"], xNeed=[]),
+    v4_row("PersonX ___ PersonY", xReact=["sad"]),
+]
+
+
+def write_csv(path: Path, rows: list[list[str]], **dialect: Any) -> Path:
+    with open(path, "w", newline="") as out:
+        csv.writer(out, **dialect).writerows(rows)
+    return path
+
+
+def of_columns(*names: str) -> list[list[str]]:
+    return [[row[V4.index(name)] for name in names] for row in V4_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dialect"),
+    [
+        ("v4_atomic_all_agg.csv", V4_ROWS, {}),
+        ("events.tsv", V4_ROWS, {}),  # the content tells
+        ("events.txt", V4_ROWS, {"quoting": csv.QUOTE_ALL}),
+        ("events.csv", V4_ROWS, {"lineterminator": "\n"}),
+        ("events.csv", V4_ROWS, {"delimiter": "\t"}),
+        ("reversed.csv", [row[::-1] for row in V4_ROWS], {}),
+        ("numbered.csv", [[str(i) if i else "", *row] for i, row in enumerate(V4_ROWS)], {}),
+        ("some.csv", of_columns("xReact", "event", "xWant", "xEffect", "xNeed"), {}),
+    ],
+)
+def test_an_event_a_line_is_read(tmp_path, name, rows, dialect):
+    source = AtomicRetrieval(write_csv(tmp_path / name, rows, **dialect), minimum_similarity=0.1)
+    assert source.infer(["I failed my exam", "I lost my dog"], RELATIONS, 5) == [
+        {"xIntent": [], "xNeed": [], "xWant": ["to study harder"], "xEffect": ["cries, a lot"],
+         "xReact": ["ashamed", "sad", "disappointed"]},
+        {"xIntent": [], "xNeed": [], "xWant": ["to look for their dog", 'to call "Rex"'], "xEffect": [], "xReact": []},
+    ]
+    (report,) = source.reports
+    assert report.read == 6 and report.rows == 3 and not report.skipped
+    assert report.ignored == {"header": 1, "no inference (blank or none)": 1, "event without content words": 1}
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"xWant": "to rest"}, "xWant is no list of texts in JSON"),
+        ({"xWant": "['to rest']"}, "xWant is no list of texts in JSON"),
+        ({"xIntent": '["to rest"'}, "xIntent is no list of texts in JSON"),
+        ({"xNeed": '{"a": 1}'}, "xNeed is no list of texts in JSON"),
+        ({"xReact": "[1]"}, "xReact is no list of texts in JSON"),
+        ({"xReact": "[" * 100_000}, "xReact is no list of texts in JSON"),
+        ({"event": " "}, "event is blank"),
+        ({"event": "___"}, "event is blank"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_malformed_event_line_is_counted(tmp_path, cells, reason):
+    bad = list((dict(zip(V4, V4_ROWS[1], strict=True)) | cells).values())
+    (report,) = AtomicRetrieval(write_csv(tmp_path / "a.csv", [V4_ROWS[0], bad, *V4_ROWS[1:]])).reports
+    assert report.skipped == {reason: 1} and report.lines == {reason: [2]} and report.rows == 3
+
+
+@pytest.mark.parametrize("line", ["PersonX runs", "PersonX runs,[],[]", '"PersonX runs,[],[]', '"a" b' + ",[]" * 12, "a\tb\tc"])
+def test_a_line_that_does_not_fit_the_header_is_counted(tmp_path, line):
+    path = write_csv(tmp_path / "a.csv", V4_ROWS, lineterminator="\n")
+    path.write_text(path.read_text() + line + "\n")
+    (report,) = AtomicRetrieval(path).reports
+    assert report.lines == {"fewer columns than the header, or quotes that do not close": [7]} and report.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "used"),
+    [
+        (["v4_atomic_all.csv", "v4_atomic_all_agg.csv", "v4_atomic_dev.csv"], ["v4_atomic_all_agg.csv"]),
+        (["v4_atomic_all.csv", "v4_atomic_trn.csv"], ["v4_atomic_all.csv"]),
+        (["v4_atomic_trn.csv", "v4_atomic_dev.csv"], ["v4_atomic_dev.csv", "v4_atomic_trn.csv"]),
+        (["v4_atomic_all_agg.csv.gz", "v4_atomic_all.csv", "readme.md"], ["v4_atomic_all_agg.csv.gz"]),
+        (["a.csv", "b.tsv", "c.tsv.gz"], ["b.tsv", "c.tsv.gz"]),
+    ],
+)
+def test_of_a_folder_nothing_is_read_twice(tmp_path, names, used):
+    for name in names:
+        path = write_csv(tmp_path / name, V4_ROWS)
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    assert [Path(report.path).name for report in AtomicRetrieval(tmp_path).reports] == used
+
+
+BLANK = ["", " ", "___", "_", "[]", "[ ]", '[""]', "nan", "NaN", "nan.", "none", "None.", "['none']", '["none"]', "NONE!", "n/a",
+         "N/A", "na", "null", "no effect", "-", "--", "...", "?", "no  effect."]
+
+
+@pytest.mark.parametrize("tail", BLANK)
+def test_what_says_nothing_is_no_inference(tmp_path, tail):
+    assert clean_inferences([tail, "sad"], 2) == ["sad"]
+    path = write(tmp_path / "events.tsv", [("PersonX runs", "xReact", tail), ("PersonX runs", "xReact", "free")])
+    source = AtomicRetrieval(path)
+    assert source.infer(["I run"], ["xReact"], 5) == [{"xReact": ["free"]}]
+    assert source.reports[0].rows == 1 and source.reports[0].ignored == {"no inference (blank or none)": 1}
+    source = AtomicRetrieval(write_csv(tmp_path / "v4.csv", [V4, v4_row("PersonX runs", xReact=[tail, "free", tail])]))
+    assert source.infer(["I run"], ["xReact"], 5) == [{"xReact": ["free"]}]
+
+
+@pytest.mark.parametrize("tail", ["nana", "no one", "nothing", "effect", "5", "é", "x_y", "none of it", "non", "数"])
+def test_what_says_something_is_an_inference(tail):
+    assert clean_inferences([tail], 1) == [tail]
+
+
 def test_what_was_not_needed_is_counted(source):
     (report,) = source.reports
     assert report.rows == 7 and not report.skipped
@@ -292,7 +417,7 @@ def test_nothing_usable_is_an_error(tmp_path, content, message):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="ATOMIC file not found"):
         AtomicRetrieval(tmp_path / "none.tsv")
-    with pytest.raises(DataError, match=r"no \*\.tsv file in this folder"):
+    with pytest.raises(DataError, match=r"no \*\.tsv or \*\.csv file in this folder"):
         AtomicRetrieval(tmp_path)
     (tmp_path / "events.tsv.gz").write_bytes(b"\x1f\x8b\x08\x00 broken")
     with pytest.raises(DataError, match=r"events\.tsv\.gz:1: damaged file"):

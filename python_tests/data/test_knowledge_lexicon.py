@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from case_fast.errors import DataError
-from case_fast.knowledge import VADLexicon
+from case_fast.knowledge import VADLexicon, read_emotion_words
 
 REAL = Path(os.environ.get("CASE_FAST_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 HEADER = "Word\tValence\tArousal\tDominance\n"
@@ -49,6 +49,54 @@ def test_values_on_minus_one_to_one_are_rescaled(tmp_path):
     assert lexicon.words == {"grief": pytest.approx((0.1, 0.6)), "joy": (1.0, 1.0), "table": (0.5, 0.0)}
     assert lexicon.intensity("grief") == pytest.approx((0.5 - 0.06467) / 0.607468)
     assert lexicon.report.notes == ["values on -1..1, brought to 0..1"] and "-1..1" in lexicon.report.summary()
+
+
+ENTRIES = {"calm": (0.8, 0.1, 0.5), "alarm clock": (0.3, 0.7, 0.4), "valence": (0.6, 0.3, 0.2)}
+SIGNED = {"calm": (0.8, -0.6, 0.5), "alarm clock": (-0.3, 0.7, -0.4), "valence": (0.6, -0.3, 0.2)}
+ORDERS = [
+    "Word Valence Arousal Dominance", "term valence arousal dominance", "Word Arousal Valence Dominance",
+    "Valence Arousal Dominance Word", "Word Dominance Arousal Valence", "number TERM DOMINANCE AROUSAL VALENCE",
+    "Arousal Word Valence", "Word V A D", "Words Val Aro Dom", "A D V term", '"Word" "Dominance" "Valence" "Arousal"', "",
+]
+
+
+def table(entries: dict[str, tuple[float, float, float]], header: str) -> str:
+    """The entries in the columns of the header; without one in the official order."""
+    lines = [header.replace(" ", "\t")] if header else []
+    for word, (valence, arousal, dominance) in entries.items():
+        cells = {"v": valence, "a": arousal, "d": dominance, "w": word, "t": word, "n": 7}
+        lines.append("\t".join(str(cells[name.strip('"')[0].lower()]) for name in (header or ORDERS[0]).split()))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("header", ORDERS)
+@pytest.mark.parametrize("before", ["", "\n", "\ufeff"])
+def test_the_header_gives_the_order_of_the_columns(tmp_path, header, before):
+    lexicon = read(tmp_path, before + table(ENTRIES, header))
+    assert lexicon.words == {word: values[:2] for word, values in ENTRIES.items()}
+    assert lexicon.report.ignored["header"] == bool(header) and not lexicon.report.skipped
+
+
+@pytest.mark.parametrize("header", ORDERS)
+def test_version_2_is_read_in_any_order_too(tmp_path, header):
+    lexicon = read(tmp_path, table(SIGNED, header))
+    assert lexicon.words == {word: ((v + 1) / 2, (a + 1) / 2) for word, (v, a, _) in SIGNED.items()}
+    assert lexicon.report.notes == ["values on -1..1, brought to 0..1"]
+
+
+@pytest.mark.parametrize("first", ["valence\t0.6\t0.3\t0.2", "v\t0.6\t0.3\t0.2", "arousal\t0.6\t0.3\t0.2", "a\t0.5\t0.5\t0.5",
+                                   "dominance\t0.6\t0.3\t0.2\tvalence", "valence arousal\t0.1\t0.2\t0.3"])
+def test_a_word_that_a_header_would_name_is_an_entry(tmp_path, first):
+    lexicon = read(tmp_path, first + "\n" + GOOD)
+    assert first.split("\t")[0] in lexicon and lexicon.report.rows == 2 and not lexicon.report.ignored
+
+
+@pytest.mark.parametrize(
+    "header", ["Word\tValence\tDominance", "Arousal\tDominance\tWord", "Valence\tArousal", "V\tA\tD", "term\tv\td\tx"]
+)
+def test_a_header_without_a_column_is_an_error(tmp_path, header):
+    with pytest.raises(DataError, match=r"lexicon\.txt:1: the header does not name the columns of word, valence and arousal"):
+        read(tmp_path, header + "\n" + GOOD)
 
 
 def test_one_negative_value_does_not_move_the_scale(tmp_path):
@@ -102,12 +150,25 @@ def test_nothing_usable_is_an_error(tmp_path, content, message):
     assert "lexicon.txt: no usable row" in str(error.value) and message in str(error.value)
 
 
+def test_emotion_words_are_all_words_of_the_file_whatever_their_flags(tmp_path):
+    path = tmp_path / "emolex.txt"
+    path.write_text("Joy\tpositive\t1\njoy\tanger\t0\ntable\tjoy\t0\n\nold  man\tfear\t0\nbad\tjoy\tyes\n \tjoy\t1\nshort\t1\n")
+    words, report = read_emotion_words(path)
+    assert words == ["joy", "table", "old man"] and report.rows == 4 and report.ignored == {"blank line": 1}
+    assert report.skipped == {"the flag is neither 0 nor 1": 1, "word is blank": 1, "not 3 tab-separated columns": 1}
+    (tmp_path / "vad.txt").write_text(GOOD)
+    with pytest.raises(DataError, match="no usable row .* Expected rows 'word TAB category TAB 0 or 1'"):
+        read_emotion_words(tmp_path / "vad.txt")
+    with pytest.raises(DataError, match=r"missing\.txt: input file not found"):
+        read_emotion_words(tmp_path / "missing.txt")
+
+
 def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"missing\.txt: input file not found"):
         VADLexicon.read(tmp_path / "missing.txt")
     with pytest.raises(DataError, match="is a folder, not a file"):
         VADLexicon.read(tmp_path)
-    (tmp_path / "lexicon.txt.gz").write_bytes(b"not gzip at all")
+    (tmp_path / "lexicon.txt.gz").write_bytes(b"\x1f\x8bnot gzip at all")
     with pytest.raises(DataError, match=r"lexicon\.txt\.gz:1: damaged file"):
         VADLexicon.read(tmp_path / "lexicon.txt.gz")
 

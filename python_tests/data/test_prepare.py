@@ -203,10 +203,41 @@ def test_word_vectors_are_stored_and_their_coverage_said(inputs):
     assert prepare(inputs).embeddings() is None
 
 
-def test_a_part_may_have_no_listener_turns(inputs):
-    (Path(inputs.dialogues) / "valid.csv").write_text(f"{HEADER}\nz,1,sad,p,0,Alone.,,\n")
-    store = prepare(inputs)
-    assert store.size("valid") == 0 and store.size("train") == 3
+ONE_SIDED = {
+    "one turn": ["z,1,sad,p,0,Alone.,,"],
+    "one author": ["z,1,sad,p,5,Alone.,,", "z,2,sad,p,5,Still.,,"],
+    "two such": ["z,1,sad,p,5,Alone.,,", "z,2,sad,p,5,Still.,,", "y,1,sad,p,0,Me too.,,"],
+    "the turns do not start": ["z,3,sad,p,0,Alone.,,", "z,4,sad,p,1,Still.,,"],
+    "every answer has a comma": ["z,1,sad,p,0,Alone.,,", "z,2,sad,p,1,Oh, no.,,"],
+    "every answer is blank": ["z,1,sad,p,0,Alone.,,", "z,2,sad,p,1, ,,"],
+    "no rows": [],
+}
+
+
+@pytest.mark.parametrize("part", SPLITS)
+@pytest.mark.parametrize("case", ONE_SIDED)
+def test_a_part_without_an_example_is_refused_by_name(inputs, part, case):
+    (Path(inputs.dialogues) / f"{part}.csv").write_text("\n".join([HEADER, *ONE_SIDED[case]]) + "\n")
+    with pytest.raises(DataError, match=rf"{part}\.csv: no usable row .*Expected conversations of at least two people"):
+        prepare(inputs)
+    assert not Path(inputs.out).exists()
+
+
+def test_emotion_words_are_those_of_the_list_and_saved_with_the_featurizer(inputs, tmp_path):
+    emolex = tmp_path / "emolex.txt"
+    emolex.write_text("dog\tjoy\t1\nzebra\tfear\t0\nthe\tjoy\t1\n")  # zebra is no word of the vocabulary, the no content word
+    for given, said in ((None, ["happy"]), (str(emolex), ["dog"])):
+        store = prepare(changed(inputs, emotion_words=given, out=str(tmp_path / f"{given is None}.store")))
+        words = store.featurizer.vocabulary.decode
+        first = store.batch("train", [0, 1])
+        found = {word for word in words(first.emotional.word.tolist()) if word != "<sep>"}
+        assert found == ({"exam"} if given is None else {"dog"})
+        assert first.feedback.dialogue.tolist() == [1] and words(first.feedback.word.tolist()) == ["yes", "."]
+        assert words(first.target[first.feedback.reply].tolist()) == ["happy", "dog", "!", "<eos>"]
+        assert words(first.target[first.feedback.reply_emotional].tolist()) == said
+        assert store.example("train", 1).source["feedback"] == "Yes." and store.manifest["counts"]["feedback_words"]["train"] == 2
+        assert store.featurizer.emotional.listed == (None if given is None else ["dog", "zebra", "the"])
+    assert any(source["path"] == str(emolex) and source["rows"] == 3 for source in store.manifest["sources"])
 
 
 # ---- the same inputs give the same store
@@ -361,7 +392,7 @@ def test_an_empty_folder_and_the_present_one_may_be_used(inputs, tmp_path, monke
 # ---- arguments that cannot work
 
 
-@pytest.mark.parametrize("part", ["dialogues", "conceptnet", "lexicon", "embeddings"])
+@pytest.mark.parametrize("part", ["dialogues", "conceptnet", "lexicon", "embeddings", "emotion_words"])
 def test_a_missing_input_is_named_before_the_long_work(inputs, tmp_path, monkeypatch, part):
     source = Source()
     monkeypatch.setattr(module, "open_source", lambda *_: source)
@@ -372,7 +403,7 @@ def test_a_missing_input_is_named_before_the_long_work(inputs, tmp_path, monkeyp
     assert not source.asked and not Path(inputs.out).exists()
 
 
-@pytest.mark.parametrize("part", ["conceptnet", "lexicon", "embeddings"])
+@pytest.mark.parametrize("part", ["conceptnet", "lexicon", "embeddings", "emotion_words"])
 def test_a_folder_for_a_file_is_named(inputs, tmp_path, part):
     with pytest.raises(DataError, match=f"^{tmp_path}: .* is a folder, not a file"):
         prepare(changed(inputs, **{part: str(tmp_path)}))

@@ -19,6 +19,7 @@ from helpers import random_examples, tensors
 from safetensors.numpy import load_file, save_file
 
 import case_fast
+from case_fast.batch import PARTS
 from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS, listener_turns, read_conversations
 from case_fast.data.featurizer import Example, FeatureSettings, Featurizer, TextTable
 from case_fast.data.graphs import CSR
@@ -26,8 +27,9 @@ from case_fast.data.pack import make_batch
 from case_fast.data.prepare import bundled
 from case_fast.data.store import FORMAT, SplitWriter, Store, open_store, write_store
 from case_fast.data.vocabulary import SPECIALS, Vocabulary
-from case_fast.errors import DataError
+from case_fast.errors import ConfigError, DataError
 from case_fast.files import sha256
+from case_fast.training import preset, train
 
 MANIFEST = {"counts": {"examples": {"train": 40, "valid": 3, "test": 0}}, "knowledge": {"spec": "bundled", "cache": None}}
 VECTORS = (np.array([8, 10, 11], dtype=np.int32), np.arange(12, dtype=np.float32).reshape(3, 4))
@@ -41,7 +43,8 @@ def write(folder: Path, examples: dict[str, list[Example]], texts: TextTable, em
             writers[split].add(example)
         assert len(writers[split]) == len(found)
     folder.mkdir()
-    write_store(folder, Featurizer(texts.vocabulary, {}, {}, FeatureSettings()), texts, writers, embeddings, manifest)
+    intensity = texts.emotional.intensity if texts.emotional else {}
+    write_store(folder, Featurizer(texts.vocabulary, {}, intensity, FeatureSettings()), texts, writers, embeddings, manifest)
     return folder
 
 
@@ -93,6 +96,28 @@ def test_a_batch_is_that_of_its_examples(store, made):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_a_store_of_before_the_feedback_serves_all_other_parts_and_names_what_it_lacks(tmp_path, made):
+    settings = {"dialogues": "ed folder", "embeddings": None, "limit": 3, "features": {"max_context": 512}}
+    path = write(tmp_path / "a.store", *made, manifest=MANIFEST | {"settings": settings})
+    for split in SPLITS:
+        arrays = load_file(path / f"{split}.safetensors")
+        save_file({name: x for name, x in arrays.items() if not name.startswith("feedback")}, path / f"{split}.safetensors")
+    store = open_store(path)
+    others = [part for part in PARTS if part != "feedback"]
+    found = dict(tensors(store.batch("train", [3, 1], seed=0)))
+    expected = dict(tensors(make_batch([made[0]["train"][3], made[0]["train"][1]], made[1], others)))
+    assert found.keys() == expected.keys() and all(x.equal(expected[name]) for name, x in found.items())
+    with pytest.raises(DataError, match=r"train.safetensors: it has no field feedback, .* Prepare the store again: "
+                                        r"case-fast prepare --dialogues 'ed folder' --limit 3\.$"):
+        store.batch("train", [3], ["dialogue", "feedback"])
+    with pytest.raises(DataError, match="it has no field feedback"):
+        train(store, tmp_path / "run", preset("demo", "empdg-d"))
+    assert not (tmp_path / "run").exists()
+    assert store.example("train", 3).feedback is None and "feedback" not in found
+    with pytest.raises(ConfigError, match="the example has no field feedback: .* make it again with case-fast prepare"):
+        make_batch([store.example("train", 3)], made[1])
 
 
 def test_any_text_comes_back(tmp_path, made):
@@ -161,6 +186,7 @@ def test_the_bundled_sample_is_what_the_readers_give(sample_store):
             found = sample_store.example(split, index)
             assert found.source == {
                 "id": turn.id, "situation": turn.situation, "emotion": turn.emotion, "response": turn.response,
+                "feedback": turn.feedback,
                 "context": [t.text for t in turn.context], "by_speaker": [t.by_speaker for t in turn.context],
             }
             assert found.emotion == EMOTIONS.index(turn.emotion)

@@ -65,6 +65,200 @@ def test_tokenize_gives_the_words_by_hand(text, words):
     assert tokenize(text) == words.split()
 
 
+# Marks that are glued to words, or spelt otherwise than on an English keyboard: (text, words)
+MARKS = """
+died😭 | died 😭
+😭died | 😭 died
+died😭😭 | died 😭 😭
+died😭😂 | died 😭 😂
+died.😭 | died . 😭
+died😭. | died 😭 .
+died!😭! | died ! 😭 !
+so😭sad | so 😭 sad
+can't😭 | can not 😭
+😭can't | 😭 can not
+mom's😭 | mom 's 😭
+(😭) | ( 😭 )
+"😭" | " 😭 "
+😭5 | 😭 5
+5😭 | 5 😭
+love❤\ufe0fyou | love ❤ you
+love❤you | love ❤ you
+ok☺\ufe0f | ok ☺
+ok☺ | ok ☺
+ok👍🏽 | ok 👍
+👍🏻👍🏿 | 👍 👍
+thanks🙏🏾! | thanks 🙏 !
+🤷\u200d♀\ufe0fidk | 🤷\u200d♀ idk
+🤷🏽\u200d♀\ufe0fidk | 🤷\u200d♀ idk
+🤷idk | 🤷 idk
+our👨\u200d👩\u200d👧\u200d👦 | our 👨\u200d👩\u200d👧\u200d👦
+she👩🏽\u200d💻he | she 👩\u200d💻 he
+❤\ufe0f\u200d🔥hot | ❤\u200d🔥 hot
+gay🏳\ufe0f\u200d🌈 | gay 🏳\u200d🌈
+usa🇺🇸 | usa 🇺🇸
+🇺🇸🇨🇦 | 🇺🇸 🇨🇦
+no1\ufe0f⃣ | no 1
+#\ufe0f⃣tag | # tag
+star★ | star ★
+sun☀\ufe0f | sun ☀
+go→there | go → there
+✅done | ✅ done
+yes✔ | yes ✔
+music♪ | music ♪
+wow✨✨ | wow ✨ ✨
+🥺pls | 🥺 pls
+🫶you | 🫶 you
+it- | it -
+it-, | it - ,
+it-. | it - .
+it- was | it - was
+it -was | it - was
+-it | - it
+- it | - it
+it - was | it - was
+it -- was | it - was
+it--was | it - was
+it---was | it - was
+it – was | it - was
+it–was | it - was
+it — was | it - was
+it—was | it - was
+it— | it -
+—it | - it
+it―was | it - was
+it‒was | it - was
+it⸺was | it - was
+it﹘was | it - was
+(it-) | ( it - )
+"it-" | " it - "
+it-😭 | it - 😭
+well\u2010known | well-known
+well\u2011known | well-known
+well－known | well-known
+well\u00adknown | wellknown
+well-known | well-known
+mother-in-law | mother-in-law
+self-care- | self-care -
+-5 | -5
+−5 | -5
+-.5 | -.5
+5-6 | 5-6
+20-year-old | 20-year-old
+hi！ | hi !
+hi，you | hi , you
+what？ | what ?
+what？！ | what ? !
+hi：you | hi : you
+（hi） | ( hi )
+［hi］ | [ hi ]
+ｈｉ\u3000ｙｏｕ | hi you
+１００％ | 100 %
+＄５ | $ 5
+5．5 | 5.5
+＂hi＂ | " hi "
+can＇t | can not
+好。好 | 好 . 好
+好、好 | 好 , 好
+「好」 | " 好 "
+hi~ | hi ~
+hi～ | hi ~
+“hi” | " hi "
+‘hi’ | ' hi '
+„hi“ | " hi "
+«hi» | " hi "
+‹hi› | " hi "
+‟hi” | " hi "
+〝hi〞 | " hi "
+said“hi”to | said " hi " to
+don’t | do not
+don‘t | do not
+donʼt | do not
+don′t | do not
+don‛t | do not
+don´t | do not
+mom’s | mom 's
+5′10″ | 5'10 "
+well…no | well ... no
+well… | well ...
+…well | ... well
+wow‼ | wow ! !
+wow‼\ufe0f | wow ! !
+what⁉\ufe0f | what ! ?
+what⁈ | what ? !
+¿qué? | ¿ qué ?
+¡no! | ¡ no !
+5€ | 5 €
+£5.50 | £ 5.50
+20°c | 20 ° c
+lego™ | lego ™
+©me | © me
+a•b | a • b
+§5 | § 5
+×2 | × 2
+what‽ | what ‽
+لا، لا؟ | لا ، لا ؟
+his/her | his / her
+work/school/life | work / school / life
+time/ | time /
+/did | / did
+24/7 | 24/7
+1/2 | 1/2
+n/a | n/a
+w/o | w/o
+wow~ | wow ~
+~15 | ~ 15
+a|b | a | b
+dreams\\ | dreams \\
+x=y | x = y
+_so_ | _ so _
+away_ | away _
+___ | ___
+worker_2 | worker_2
+a__b | a__b
+__so__ | __ so __
+he\u200bllo | hello
+\ufeffhi | hi
+hi\u200e | hi
+café | café
+naïve,so | naïve , so
+finally.so | finally . so
+fine .lol | fine . lol
+"it was so." he said | " it was so . " he said
+(like that.) | ( like that . )
+𝓱𝓮𝓵𝓵𝓸 | hello
+ﬁne | fine
+½ cup | ½ cup
+1½ cups | 1½ cups
+हिन्दी में | हिन्दी में
+می\u200cخواهم | می\u200cخواهم
+"""
+ENGLAND = "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+TABLE = [*(line.split(" | ", 1) for line in MARKS.strip().split("\n")), [f"{ENGLAND}won", f"{ENGLAND} won"]]
+
+
+def test_the_table_is_long_and_holds_each_text_once():
+    assert len(TABLE) >= 150 and len({text for text, _ in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize(("text", "words"), TABLE)
+def test_marks_are_apart_from_words(text, words):
+    assert tokenize(text) == words.split()
+    assert tokenize(f"so {text} there") == ["so", *words.split(), "there"]
+    assert tokenize(text.upper().lower()) == words.split()
+
+
+@pytest.mark.parametrize(("text", "words"), TABLE)
+def test_written_words_are_the_same_words(text, words):
+    """A reply of such words is read again as them, whatever the model has learnt to write."""
+    assert tokenize(detokenize(words.split())) == words.split()
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u2060\ufe0f", "\ufeff \u200e", "\u00ad", "\u202a\u2069"])
+def test_what_nobody_sees_is_no_text(text):
+    assert tokenize(text) == [] and normalize_space(text) == "" and normalize_space(f"a{text} {text}b") == "a b"
+
+
 @pytest.mark.parametrize("short", CONTRACTIONS)
 def test_every_contraction_is_written_out(short):
     long = CONTRACTIONS[short].split()
@@ -83,7 +277,7 @@ def test_contractions_inside_words_are_left_alone():
 def test_tokenize_takes_any_text(text):
     words = tokenize(text)
     assert all(word and not any(c in word for c in " \t\n") for word in words)
-    assert bool(words) == bool(text.strip())
+    assert bool(words) == bool(normalize_space(text))
     assert isinstance(detokenize(words), str)
 
 
@@ -91,7 +285,10 @@ def test_tokenize_takes_any_text(text):
     "text",
     ["x" * 10_000, "é" * 10_000, "." * 10_000, "'" * 10_000, '"' * 10_000, "a'" * 5_000, "a." * 5_000, "ab," * 3_000,
      " " * 10_000, ("x" * 10_000 + " ") * 5, "n't" * 3_000, "?!" * 5_000, "(" * 10_000,
-     "1," * 5_000, "Dr. " * 2_500, "a.B. c" * 2_000, "Aa.Bb" * 2_000, "\u2026" * 10_000],
+     "1," * 5_000, "Dr. " * 2_500, "a.B. c" * 2_000, "Aa.Bb" * 2_000, "\u2026" * 10_000,
+     "-" * 10_000, "a-" * 5_000, "a/b" * 3_000, "ab/" * 3_000, "a" + "_" * 10_000 + "b", "_a" * 5_000, "😭" * 5_000,
+     "a😭" * 5_000, "👩\u200d" * 5_000, "👩\U0001f3fd" * 5_000, "🇺" * 9_999, "1\u20e3" * 5_000, "\u200b" * 10_000, "！" * 10_000,
+     "a\u0301" * 5_000],
     ids=lambda text: f"{text[:6]}x{len(text)}",
 )
 def test_long_texts_take_no_time(text):
@@ -130,6 +327,10 @@ def test_a_long_word_stays_one_word():
         "Did you win? No? I am sorry, too.",
         "Do you wanna go? I am gonna.",
         "Thank you: it means a lot.",
+        "I died 😭.",
+        "It was his/her dog.",
+        "It was fun - so fun!",
+        "A well-known self-care book costs £5.",
     ],
 )
 def test_replies_read_as_written(text):
@@ -156,6 +357,10 @@ def test_detokenize_writes_contractions_long_and_capitals():
         ("I am sad. :( !!", ["I am sad."]),
         ("!!! ...", ["!!! ..."]),
         ("  two \n lines. here ", ["two lines.", "here"]),
+        ("I failed！ So sad？ Why…  Well。 ok", ["I failed！", "So sad？", "Why…", "Well。", "ok"]),
+        ("She said “no.” Then she left.", ["She said “no.", "Then she left."]),
+        ("No way?!” He left", ["No way?!", "He left"]),
+        ("I failed. 😭 So sad", ["I failed.", "😭 So sad"]),
         ("", [""]),
         ("   ", [""]),
     ],
@@ -272,7 +477,7 @@ def test_an_abbreviation_ends_no_sentence_where_the_next_word_opens_none(text):
 def test_pieces_hold_all_words_in_order(text):
     pieces = split_sentences(text)
     assert pieces
-    assert re.findall(r"\w+", text) == [word for piece in pieces for word in re.findall(r"\w+", piece)]
+    assert re.findall(r"\w+", normalize_space(text)) == [word for piece in pieces for word in re.findall(r"\w+", piece)]
     assert all(piece == normalize_space(piece) for piece in pieces)
     if re.search(r"\w", text):
         assert all(re.search(r"\w", piece) for piece in pieces)

@@ -24,14 +24,14 @@ from helpers import (
     split_rows,
     tensors,
     tiny_config,
+    tiny_featurizer,
     tiny_model,
-    tiny_vocabulary,
 )
 from rich.console import Console
 from training_helpers import MemoryStore, records
 
 from case_fast import cli
-from case_fast.data.featurizer import Example, TextTable
+from case_fast.data.featurizer import Example
 from case_fast.data.pack import make_batch
 from case_fast.diagnosis import (
     SWAPS,
@@ -317,7 +317,7 @@ def test_the_rise_of_the_perplexity_and_its_error_are_those_of_the_replies():
 def test_a_model_whose_replies_stand_in_its_inferences_is_seen_to_read_these_alone():
     """Every context is the same; what is to be said, one inference of each dialogue says."""
     rng, store = random.Random(0), MemoryStore()
-    store.texts = TextTable(tiny_vocabulary())
+    store.texts = tiny_featurizer().text_table()
 
     def told() -> Example:
         said, felt = rng.choices(CONTENT_WORDS, k=2)

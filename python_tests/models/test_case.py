@@ -37,8 +37,8 @@ from helpers import (
     speakers_prompts,
     tensors,
     tiny_config,
+    tiny_featurizer,
     tiny_model,
-    tiny_vocabulary,
 )
 from safetensors.torch import load_file, save_file
 from slow_case import SlowCase
@@ -240,7 +240,7 @@ SUBSETS = [tuple(c) for n in range(6) for c in itertools.combinations(RELATIONS,
 
 def dialogues_with(relations: tuple[str, ...], concepts: bool, count: int) -> tuple[list[Example], TextTable]:
     rng = random.Random(len(relations) * 100 + count)
-    texts = TextTable(tiny_vocabulary())
+    texts = tiny_featurizer().text_table()
     words = CONTENT_WORDS if concepts else NO_CONCEPT_WORDS
     examples = []
     for _ in range(count):

@@ -21,7 +21,7 @@ from helpers import (
     tiny_vocabulary,
 )
 from torch import Tensor
-from training_helpers import MemoryStore, outcome, records, run, tiny_run
+from training_helpers import MemoryStore, interrupt_at, outcome, records, run, tiny_run
 
 from case_fast.data.pack import make_batch
 from case_fast.errors import CheckpointError, ConfigError
@@ -34,11 +34,14 @@ GREEDY, BEAM = GenerationConfig(max_words=8), GenerationConfig(strategy="beam", 
 TINY = {"vocab_size": len(tiny_vocabulary()), "d_model": 16, "ffn": 12}
 
 
+SHORT = {"discriminator_steps": 4, "rounds": 3, "validate_rounds": 1, "generator_steps": 2}  # phases of empdg-d
+
+
 def tiny(name: str, **changes: object) -> DialogueModel:
     """A few thousand weights, no dropout."""
     torch.manual_seed(0)
-    settings = TINY | ({"graph_dropout": 0.0} if name == "case" else {"attention_width": 8}) | changes
-    return build(name, **settings)
+    own = {"case": {"graph_dropout": 0.0}, "empdg-d": SHORT | {"attention_width": 8}}.get(name, {"attention_width": 8})
+    return build(name, **TINY | own | changes)
 
 
 def outputs(model: DialogueModel, batch) -> list[dict[str, Tensor]]:
@@ -100,11 +103,12 @@ def test_cached_decoding_is_uncached_decoding_whatever_the_batch(name):
     assert len({reply.words for reply in found}) > 2
 
 
-def test_reading_sees_neither_the_reply_nor_the_emotion(name):
+def test_reading_sees_neither_the_reply_nor_the_feedback_nor_the_emotion(name):
     model, batch = tiny(name).eval(), random_batch(5)
     case = replace(batch.case, response=batch.case.response * 0 + 9, response_role=batch.case.response_role * 0 + 9)
+    feedback = batch.feedback._map(lambda x: x * 0 + 9)
     other = replace(batch, emotion=(batch.emotion + 7) % 32, target=batch.target * 0, decoder_input=batch.decoder_input * 0,
-                    case=case)
+                    case=case, feedback=feedback)
     found = dict(tensors(model.read(other)))
     assert found and all(tensor.equal(found[path]) for path, tensor in tensors(model.read(batch)))
 
@@ -241,7 +245,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(name, tmp_path):
     settings = tiny_run().model if name == "case" else tiny(name, encoder_dropout=0.1, decoder_dropout=0.1).config
     store = MemoryStore()
     whole = run(store, tmp_path / "whole", tiny_run(model=settings))
-    run(store, tmp_path / "parts", tiny_run(model=settings, max_steps=6))
+    interrupt_at(store, tmp_path / "parts", 6, tiny_run(model=settings))
     ended = run(store, tmp_path / "parts", tiny_run(model=settings), resume=True)
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "parts") and (whole.steps, whole.best) == (ended.steps, ended.best)
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["kind"] == name

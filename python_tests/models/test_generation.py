@@ -11,12 +11,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import as_double, dialogue, inferences, random_examples, speakers_prompts, tiny_config, tiny_model, tiny_vocabulary
+from helpers import (
+    as_double,
+    dialogue,
+    inferences,
+    random_examples,
+    speakers_prompts,
+    tiny_config,
+    tiny_featurizer,
+    tiny_model,
+    tiny_vocabulary,
+)
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from case_fast import generation
-from case_fast.data.featurizer import TextTable
 from case_fast.data.pack import make_batch
 from case_fast.data.vocabulary import BOS, EOS, SPECIALS, UNK
 from case_fast.errors import CheckpointError, ConfigError
@@ -484,7 +493,7 @@ def test_seed_and_number_decide_a_sample(many):
 
 
 def test_a_model_that_knows_its_dialogues_says_their_replies():
-    texts = TextTable(tiny_vocabulary())
+    texts = tiny_featurizer().text_table()
     pairs = [
         ("I failed my exam. So sad.", "i am so sad . call my friend ."),
         ("my dog is happy!", "you love the dog !"),

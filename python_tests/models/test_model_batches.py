@@ -29,7 +29,6 @@ from helpers import (
 from torch import Tensor
 
 from case_fast.batch import Batch
-from case_fast.data.featurizer import TextTable
 from case_fast.data.pack import make_batch
 from case_fast.data.store import Store
 from case_fast.models import CASE, CASEConfig
@@ -247,7 +246,7 @@ def test_beams_read_the_keys_of_their_dialogue_without_a_copy():
 def test_contexts_of_any_length(words: int, limit: int, cut: int):
     rng = random.Random(words)
     said = [rng.choice(["exam", "rain", "dog", "study", "happy"]) for _ in range(words)]
-    texts = TextTable(tiny_vocabulary())
+    texts = tiny_featurizer().text_table()
     known = inferences(speakers_prompts(["so sad"]), rng, share=1.0)
     turns = [" ".join(said)] if words == 1 else [" ".join(said[:-4]), " ".join(said[-4:-2]), " ".join(said[-2:])]
     known |= inferences(speakers_prompts(turns), rng, share=1.0)

@@ -157,7 +157,7 @@ def test_a_run_is_evaluated_reported_and_talked_to(run, sample_store, capsys, mo
     assert "emotion" in said(capsys)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "case"])
+@pytest.mark.parametrize("name", [name for name in MODELS if len(model_class(name).phases) == 1])
 def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, tmp_path, capsys, monkeypatch):
     run, store = tmp_path / "run", str(sample_store.path)
     words = ["train", "--model", name, "--data", store, "--out", str(run), "--preset", "frame", *SMALL]
@@ -181,6 +181,28 @@ def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, t
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
     shown = said(capsys)
     assert "No commonsense inferences." in shown and ("No predicted emotion." in shown) != predicts
+
+
+def test_a_model_of_three_phases_goes_the_same_way_by_the_same_commands(sample_store, tmp_path, capsys, monkeypatch):
+    run, store = tmp_path / "run", str(sample_store.path)
+    lengths = ["--model.discriminator_steps", "3", "--model.rounds", "2", "--model.validate_rounds", "1",
+               "--model.generator_steps", "2"]
+    words = ["train", "--model", "empdg-d", "--data", store, "--out", str(run), "--preset", "frame", *SMALL, *lengths]
+    assert cli.main(words) == 0
+    shown = said(capsys)
+    assert "phase 1 (generator) is over (max_steps); what follows begins with its best weights" in shown
+    assert "4 steps at least" in shown and "then 3 steps of phase 2, then 6 steps at least" in shown
+    assert "done after 13 steps (max_steps); best after step 1" in shown
+    assert cli.main([*words, "--resume"]) == 0 and "resumed after step 13" in said(capsys)
+    assert cli.main(["evaluate", str(run), "--data", store, "--limit", "6"]) == 0
+    assert cli.main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "EmpDG + discriminators run" in text and "phase 3: both in turns" in text and "Judgement, of L_G" in text
+    monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n/why\n"))
+    assert cli.main(["chat", str(run), "--max_words", "5"]) == 0 and "emotion" in said(capsys)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--model", "empdg-d", "--help"])
+    assert "the phase generator takes 18,000 steps at least" in said(capsys)
 
 
 def test_the_settings_of_a_run_of_an_earlier_version_are_taken(run, sample_store, tmp_path, capsys):

@@ -150,6 +150,25 @@ def test_a_text_about_nothing_known_gets_a_reply_and_its_unknown_words_named(res
     assert "?" not in reply.unknown_words
 
 
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [("I failed😭", ("😭",)), ("I failed - ", ("-",)), ("I failed—my exam！", ("-",)), ("I failed my “exam”…", ('"', "...")),
+     ("👍🏽", ("👍",)),
+     ("👨‍👩‍👧", ("👨‍👩‍👧",)), ("I can＇t", ()), ("\u200bI failed.", ()), ("ｆａｉｌｅｄ　ｅｘａｍ", ()), ("—", ("-",))],
+)
+def test_marks_are_no_part_of_the_words_of_a_chat(responder, text, unknown):
+    """The sample holds no emoji and few marks: they are unknown words, and the words beside them are not."""
+    reply = responder.respond(text, CONFIG)
+    assert set(reply.unknown_words) <= set(unknown) and math.isfinite(reply.score)
+    assert not [word for word in reply.unknown_words if word.isascii() and word.isalpha()]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\u200b", "\ufeff \u00ad", "\u2060"])
+def test_a_turn_of_which_nothing_is_seen_is_blank(responder, text):
+    with pytest.raises(ConfigError, match="text 1 of the history is blank"):
+        responder.respond([text], CONFIG)
+
+
 def test_long_contexts_are_cut_and_say_so(responder):
     settings = FeatureSettings(max_context=20)
     short = Responder(
@@ -219,7 +238,7 @@ def test_lists_that_cannot_be_answered_are_refused_with_the_reason(responder):
 
 
 @pytest.mark.parametrize(
-    "text", ["!!!", "...", "\u200b", "a\0b", "\ud800 half a pair", "👍🏽", "x" * 5000, "<speaker> <eos>", "a. b! c? " * 60]
+    "text", ["!!!", "...", "\u200c", "a\0b", "\ud800 half a pair", "👍🏽", "x" * 5000, "<speaker> <eos>", "a. b! c? " * 60]
 )
 def test_odd_texts_get_a_reply(responder, text):
     reply = responder.respond([text, "oh", text], CONFIG)

@@ -104,10 +104,11 @@ def dialogue(
     response: str = "i am so sad .",
     emotion: str = "sad",
     featurizer: Featurizer | None = None,
+    feedback: str = "",
 ) -> Example:
     """The example of alternating turns (the speaker begins) with these inferences."""
     context = [Turn(text, place % 2 == 0) for place, text in enumerate(turns)]
-    return (featurizer or tiny_featurizer()).example(context, known, texts, response, emotion)
+    return (featurizer or tiny_featurizer()).example(context, known, texts, response, emotion, feedback)
 
 
 def speakers_prompts(turns: Sequence[str]) -> list[str]:
@@ -117,8 +118,9 @@ def speakers_prompts(turns: Sequence[str]) -> list[str]:
 
 def handmade_examples() -> tuple[list[Example], TextTable]:
     """Seven dialogues, each with another gap: complete; one sentence; no reaction; reaction alone; nothing at all; a
-    reaction on the whole utterance only; one word."""
-    texts = TextTable(tiny_vocabulary())
+    reaction on the whole utterance only; one word. The second and third have no feedback, the last two none with an emotional
+    word."""
+    texts = tiny_featurizer().text_table()
     rng = random.Random(5)
     both = "I failed my exam. My boss was angry! I lost it"
     repeated = "so sad. so sad. the dog was lost"
@@ -132,13 +134,14 @@ def handmade_examples() -> tuple[list[Example], TextTable]:
     last = speakers_prompts([both])[1:]
     only_whole |= {text: {"xNeed": ["to work", "help"]} for text in last}
     examples = [
-        dialogue(two_turns, texts, full(two_turns), "i am so sad . call my friend", "devastated"),
+        dialogue(two_turns, texts, full(two_turns), "i am so sad . call my friend", "devastated",
+                 feedback="so happy ! you are my hope and joy"),
         dialogue(["my dog is happy ."], texts, full(["my dog is happy ."]), "so happy for you !", "joyful"),
         dialogue([both], texts, full([both], cognition), "you failed ?", "angry"),
-        dialogue([repeated], texts, full([repeated], [REACTION_RELATION]), "a hug .", "lonely"),
-        dialogue(["rain ."], texts, {}, "", "content"),
-        dialogue([both], texts, only_whole, "i feel with you . study !", "sad"),
-        dialogue(["exam"], texts, full(["exam"]), "exam", "afraid"),
+        dialogue([repeated], texts, full([repeated], [REACTION_RELATION]), "a hug .", "lonely", feedback="love"),
+        dialogue(["rain ."], texts, {}, "", "content", feedback="so sad ."),
+        dialogue([both], texts, only_whole, "i feel with you . study !", "sad", feedback="i had to call"),
+        dialogue(["exam"], texts, full(["exam"]), "exam", "afraid", feedback="rain"),
     ]
     return examples, texts
 
@@ -146,10 +149,10 @@ def handmade_examples() -> tuple[list[Example], TextTable]:
 def random_examples(
     count: int, seed: int = 0, max_turns: int = 3, max_words: int = 9
 ) -> tuple[list[Example], TextTable]:
-    """Ragged dialogues: any number of turns, sentences, words, inferences, concepts, some of them none."""
-    rng = random.Random(seed)
-    texts = TextTable(tiny_vocabulary())
+    """Ragged dialogues: any number of turns, sentences, words, inferences, concepts, words of feedback, some of them none."""
+    rng, later = random.Random(seed), random.Random(f"feedback {seed}")
     featurizer = tiny_featurizer()
+    texts = featurizer.text_table()
     examples = []
     for _ in range(count):
         words = NO_CONCEPT_WORDS if rng.random() < 0.2 else PLAIN_WORDS + CONTENT_WORDS
@@ -162,7 +165,8 @@ def random_examples(
         ]
         known = inferences(speakers_prompts(turns), rng, share=rng.choice([0.0, 0.3, 0.7, 1.0]))
         response = " ".join(rng.choices(WORDS, k=rng.randint(0, max_words)))
-        examples.append(dialogue(turns, texts, known, response, rng.choice(EMOTIONS), featurizer))
+        feedback = " ".join(later.choices(WORDS, k=later.choice([0, 1, 4, max_words])))
+        examples.append(dialogue(turns, texts, known, response, rng.choice(EMOTIONS), featurizer, feedback))
     return examples, texts
 
 

@@ -14,8 +14,8 @@ from case_fast.data.vocabulary import CLS, EOS, SEP, SPEAKER
 
 
 class SlowEmpDG(SlowParts):
-    def dialogue(self, e: Example, texts: TextTable) -> tuple[Tensor, Tensor, Tensor]:
-        """-log P of each target word, the emotions' probabilities, and the decoder's memory."""
+    def dialogue(self, e: Example, texts: TextTable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-log P of each target word, the emotions' probabilities, the decoder's memory, and the words' probabilities."""
         roles = torch.stack([self.word(r) for r in [SPEAKER, *e.context_role.tolist()]])
         context = self.encoder("encoder", self.embed([CLS, *e.context.tolist()]) + roles)
         emotional = [word for word, intensity in zip(e.context.tolist(), e.context_intensity.tolist(), strict=True)
@@ -27,13 +27,13 @@ class SlowEmpDG(SlowParts):
         places = self.embed([0] * (1 + len(e.response))) - self.word(0)
         first = self.linear("first_word", logits)
         hidden = self.decoder(torch.stack([first, *(self.word(word) for word in e.response.tolist())]) + places, [memory])
-        scores, target = self.linear("output", hidden), [*e.response.tolist(), EOS]
-        nll = torch.stack([-softmax(row)[word].log() for row, word in zip(scores, target, strict=True)])
-        return nll, softmax(logits), memory
+        words, target = softmax(self.linear("output", hidden)), [*e.response.tolist(), EOS]
+        nll = torch.stack([-row[word].log() for row, word in zip(words, target, strict=True)])
+        return nll, softmax(logits), memory, words
 
     def forward(self, examples: Sequence[Example], texts: TextTable) -> dict[str, Tensor]:
         """Losses of a batch, "loss" the whole, without label smoothing, and "nll", "emotions" and "memory" of all of it."""
-        found = [self.dialogue(e, texts) for e in examples]
+        found = self.found = [self.dialogue(e, texts) for e in examples]
         nll, emotions = torch.cat([row[0] for row in found]), torch.stack([row[1] for row in found])
         losses = {
             "generation": nll.mean(),

@@ -51,6 +51,9 @@ class MemoryStore:
         made = make_batch([self._splits[split][i] for i in indices], self.texts, parts, seed)
         return self.on_batch(split, list(indices), made)
 
+    def require(self, split: str, parts: Sequence[str]) -> None:
+        """It has all of them."""
+
     def costs(self, split: str) -> np.ndarray:
         return np.array([len(example.context) for example in self._splits[split]])
 

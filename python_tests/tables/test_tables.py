@@ -29,6 +29,7 @@ def test_table_1_has_every_model_and_table_2_every_ablation():
     assert [(row.kind, row.recipe) for row in rows_of(1, ["released", "frame"], ["cem"])] == [
         ("cem", "released"), ("cem", "frame"), ("case", "paper"),
     ]
+    assert [row.name for row in rows_of(1) if row.kind in ("empdg", "empdg-d")] == ["EmpDG", "EmpDG + discriminators"]
     names = [row.name for row in rows_of(2)]
     assert names[0] == "CASE" and "w/o Align" in names and len(names) == 7
     for given, words in ((3, "tables 1 and 2, not 3"),):

@@ -11,6 +11,7 @@ from helpers import tiny_config
 
 from case_fast.errors import ConfigError
 from case_fast.models import CASE, CASEConfig
+from case_fast.models.base import Length
 from case_fast.training import TrainConfig, config_class, preset
 from case_fast.training.config import ADJUSTABLE, differences
 
@@ -20,8 +21,17 @@ def test_defaults_are_the_recipe_of_the_paper():
     assert config == TrainConfig()
     assert (config.batch_size, config.warmup, config.betas, config.eps) == (16, 12_000, (0.9, 0.98), 1e-9)
     assert (config.validate_every, config.min_steps, config.patience, config.clip_norm) == (2_000, 13_000, 3, None)
-    assert config.steps_of_phase_1(40_278) == 4 * 2_518
-    assert TrainConfig(phase1_steps=7).steps_of_phase_1(40_278) == 7
+    assert config.lengths(40_278) == [Length(4 * 2_518), Length(None, 2_000, 13_000)]
+    assert TrainConfig(phase1_steps=7, max_steps=9).lengths(40_278) == [Length(7), Length(9, 2_000, 13_000)]
+    assert config.fewest_steps(40_278) == 28_072 and TrainConfig(phase1_steps=7, max_steps=9).fewest_steps(40_278) == 16
+
+
+def test_a_models_own_lengths_of_phases_come_before_the_recipe():
+    config = preset("released", "empdg-d", max_steps=50, phase1_steps=3, model={"rounds": 10, "validate_rounds": 2})
+    assert config.open_phase == "generator"
+    assert config.lengths(100) == [Length(50, 2_000, 13_000), Length(1_000), Length(60, 12)]
+    assert config.fewest_steps(100) == 50 + 1_000 + 48  # the first validation of the last phase is its best so far
+    assert preset("", "cem", phase1_steps=3).lengths(9) == [Length(None, 2_000, 13_000)]
 
 
 @pytest.mark.parametrize(

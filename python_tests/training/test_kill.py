@@ -21,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch._dynamo  # an optimizer imports it: once here, not in each child
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))  # what tests share is imported by bare names
 

