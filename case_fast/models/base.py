@@ -24,9 +24,8 @@ from case_fast import ops
 from case_fast.arguments import settle
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models.layers import AnySeed, DecoderState, Memory, seed_at
+from case_fast.models.layers import AnySeed, DecoderState, Memory, refuse_halves, seed_at
 from case_fast.ops import transforms
-from case_fast.ops.common import HALF
 from case_fast.ops.device_flag import raise_pending as raise_pending
 
 POSITIONS = 1024  # places in a sequence whose embeddings are looked up; those of a longer one are computed
@@ -306,12 +305,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """As any module's; what torch refuses under one of its transforms names the model and the transform."""
         if torch.compiler.is_compiling():
             return super().__call__(*arguments, **named)
-        try:
+        with transforms.named(f"the model {self.config.kind}"):
             return super().__call__(*arguments, **named)
-        except Exception as error:
-            if refusal := transforms.refusal(f"the model {self.config.kind}", error):
-                raise refusal from error
-            raise
 
     # ---- what a model writes
 
@@ -373,11 +368,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         Raises:
             ConfigError: the model's weights are of half precision, in which losses and Adam lose what they would learn from.
         """
-        if (dtype := self.embedding.weight.dtype) in HALF:
-            raise ConfigError(
-                f"the weights of {self.config.kind} are {dtype}, and it needs them in float32: call model.float(), and for half "
-                "precision run it inside torch.autocast(device, torch.bfloat16), or train with --precision bf16"
-            )
+        refuse_halves(self.config.kind, self.embedding.weight)
         rows = eq.take(self.embedding.weight, torch.cat([*words.values()])) * self.config.d_model**0.5
         return dict(zip(words, rows.split([len(ids) for ids in words.values()]), strict=True))
 
@@ -553,12 +544,6 @@ def _not_of_this_model(folder: Path, error: Exception) -> CheckpointError:
 def no_autocast(like: Tensor) -> AbstractContextManager[None]:
     """Softmax, KL and the MIM sums run in float32 under autocast."""
     return torch.autocast(like.device.type, enabled=False)
-
-
-def ops_that_ask(device: torch.device) -> list[str]:
-    """The ops that run in plain torch on this device and ask it for sizes: a step that has them cannot be captured."""
-    asking = ("packed_attention", "cross_attention")
-    return [name for name in asking if ops.backend_name(name, device.type) == "reference"]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from case_fast.equations import segment_ids, superimpose_intensity, take
+from case_fast.errors import ConfigError
 from case_fast.ops import (
     RowSource,
     Source,
@@ -279,6 +280,15 @@ class GraphEncoder(nn.Module):
             x = layer(x, indptr, indices, relation, self.relation_embedding, intensity if last else None, seed_at(seed, place),
                       None if place else index)
         return x
+
+
+def refuse_halves(kind: str, weight: Tensor) -> None:
+    """`ConfigError` where a model's weights are of half precision, in which losses and Adam lose what they would learn from."""
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        raise ConfigError(
+            f"the weights of {kind} are {weight.dtype}, and it needs them in float32: call model.float(), and for half precision "
+            "run it inside torch.autocast(device, torch.bfloat16), or train with --precision bf16"
+        )
 
 
 @dataclass

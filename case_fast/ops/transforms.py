@@ -9,7 +9,8 @@ chosen). What was computed before can still meet one in its backward pass: there
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +89,17 @@ def refusal(name: str, error: Exception) -> NotImplementedError | None:
     if type(error) is not RuntimeError or not is_any():
         return None
     return NotImplementedError(f"{name} cannot run so under {' in '.join(names())}: {error}")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Inside it `refusal` stands for torch's own errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := refusal(name, error):
+            raise found from error
+        raise
 
 
 def _tensors(arguments: Sequence) -> list[Tensor]:

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.data.capacity import Capacity, capacities, fitted
 from case_fast.data.store import Store
 from case_fast.errors import ConfigError
 from case_fast.models import DialogueModel, Output
-from case_fast.models.base import POSITIONS, ops_that_ask, raise_pending
+from case_fast.models.base import POSITIONS, raise_pending
 from case_fast.training.adam import Adam
 from case_fast.training.config import TrainConfig
 from case_fast.training.sampler import Sampler, step_seed
@@ -287,13 +288,19 @@ def _objective(model: DialogueModel) -> Objective:
     return model.phase, model.turn
 
 
+def _ops_that_ask(device: torch.device) -> list[str]:
+    """The ops that run in plain torch on this device and ask it for sizes: a step that has them cannot be captured."""
+    asking = ("packed_attention", "cross_attention")
+    return [name for name in asking if ops.backend_name(name, device.type) == "reference"]
+
+
 def _obstacle(model: DialogueModel, device: torch.device) -> str:
     """Why no step of this model can be captured on this device; empty where it can."""
     if model.asks:
         return f"of {model.config.kind} no step can be captured: {model.asks}"
     if device.type != "cuda":
         return f"CUDA graphs need a GPU, and this run is on {device}"
-    asking = ops_that_ask(device)
+    asking = _ops_that_ask(device)
     return f"the plain form of {' and '.join(asking)}, which runs here, asks the device for sizes" if asking else ""
 
 
