@@ -28,7 +28,7 @@ from case_fast.ops import (
     residual,
     residual_norm,
 )
-from case_fast.ops.backend import constant_when_compiled
+from case_fast.ops.transforms import constant_when_compiled
 
 
 @constant_when_compiled  # a compiler does not see into zlib

@@ -14,8 +14,6 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +23,6 @@ from case_fast.ops import transforms
 
 BACKENDS = ("native", "triton", "reference")
 GPUS = ("cuda", "xpu")  # AMD's are "cuda" to torch
-Function = TypeVar("Function", bound=Callable[..., Any])
 _log = logging.getLogger("case_fast")
 
 try:
@@ -60,14 +57,7 @@ def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:
     return choose(family, device)
 
 
-def constant_when_compiled(function: Function) -> Function:
-    """Compiled code takes what the function gives as a constant: `torch.compiler.assume_constant_result` without an import of the
-    compiler, two seconds and 140 MB, needed or not."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@constant_when_compiled
+@transforms.constant_when_compiled
 def choose(family: str, device: str, beyond: str = "") -> str:
     """As `backend_name`; ``beyond`` says what about this call is beyond the kernels, and empty where nothing is. Transforms of
     torch always are."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch._C import _functorch
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _NAMES = {
     TransformType.Vmap: "torch.vmap",
     TransformType.Grad: "torch.func.grad or vjp",
@@ -27,7 +28,14 @@ _NAMES = {
 }
 
 
-@torch.compiler.assume_constant_result  # a compiler guards what it compiles by the transforms that it was compiled under
+def constant_when_compiled(function: Function) -> Function:
+    """Compiled code takes what the function gives as a constant: `torch.compiler.assume_constant_result` without an import of the
+    compiler, two seconds and 140 MB, needed or not."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled  # a compiler guards what it compiles by the transforms that it was compiled under
 def is_any() -> bool:
     """Whether a call is under a transform; asked before every call."""
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -41,7 +49,7 @@ def names() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def beyond_kernels() -> str:
     """Which of them need plain torch, in words: all but functionalize, which takes a registered op as it is. Empty for none."""
     return " in ".join(name for name in names() if name != _NAMES[TransformType.Functionalize]) if is_any() else ""
