@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from case_fast.evaluation.figures import running_mean
 from case_fast.runs import Record
@@ -46,6 +47,8 @@ def draw(runs: dict[str, Record], out: Path) -> None:
                           markersize=3, label=label)
             if limit is not None:
                 axes.axhline(limit, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1000:g} k")
             axes.set_title(title, loc="left", fontsize=9, color=INK)
             axes.grid(axis="y", color=GRID)
             axes.set_axisbelow(True)
