@@ -43,7 +43,7 @@ def test_the_words_of_the_vocabulary_get_their_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name"),
     [
-        (gzip.compress("\n".join(GOOD).encode()), "glove.txt.gz"),
+        (gzip.compress("\n".join(GOOD).encode(), mtime=0), "glove.txt.gz"),
         ("\r\n".join(GOOD).encode(), "crlf.txt"),
         (b"\xef\xbb\xbf" + "\n".join(GOOD).encode(), "bom.txt"),
         ("".join(f"{line} \n" for line in GOOD).encode(), "blank_at_the_end.txt"),
