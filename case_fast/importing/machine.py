@@ -72,7 +72,7 @@ _COUNTED = frozenset({DataList, DataArray, DataDict, DataSet, DataTuple, Name, D
 
 
 class Machine:
-    """``content``: the whole file; ``path``: what errors name; ``at``: the next byte, ``opcode_at``: that of the opcode at work."""
+    """``content``: the whole file; ``path``: what errors name; ``at``: the next byte; ``opcode_at``: that of the opcode."""
 
     def __init__(self, content: bytes, path: str, start: int = 0):
         self.content, self.path = content, path

@@ -1,4 +1,4 @@
-"""What a pickle may name, and what each name stands for: a function of ours that makes plain data (`case_fast.importing.pickles`)."""
+"""What a pickle may name, and the function of ours that each name stands for (`case_fast.importing.pickles`)."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def _fill(machine: Machine, target: DataArray, state: DataTuple) -> None:
     if dtype.code[0] != "O":
         _set_values(machine, target, values, dtype, shape, "F" if fortran else "C")
     elif values.__class__ is DataList and not fortran:
+        rows = _sound(machine, shaped, list(values), shape)
         machine.deepen(target, abs(values.depth) + len(shape) - 1)
-        target += _nested(machine, _sound(machine, shaped, list(values), shape), abs(values.depth))
+        target += _nested(machine, rows, abs(values.depth))
         target.open = False
     else:
         raise machine.error("an array of objects that the released data do not have", FOREIGN)

@@ -59,11 +59,13 @@ def read_pickle(content: bytes, path: str, start: int = 0, progress: Callable[[i
 
 
 _STOP = 0x2E
+_BY_NUMBER = "a function by its number in a list of Python's"
 _PYTHON_2 = "a text as Python 2 wrote it, whose encoding nothing tells"
 _REFUSED = {
-    0x69: ("INST", "an instance of {}.{}, as protocol 0 makes it"), 0x6F: ("OBJ", "an instance of a class, as protocol 1 makes it"),
+    0x69: ("INST", "an instance of {}.{}, as protocol 0 makes it"),
+    0x6F: ("OBJ", "an instance of a class, as protocol 1 makes it"),
     0x92: ("NEWOBJ_EX", "an instance of a class, made with keywords"),
-    0x82: ("EXT1", "a function by its number"), 0x83: ("EXT2", "a function by its number"), 0x84: ("EXT4", "a function by its number"),
+    0x82: ("EXT1", _BY_NUMBER), 0x83: ("EXT2", _BY_NUMBER), 0x84: ("EXT4", _BY_NUMBER),
     0x50: ("PERSID", "an object that lies elsewhere"), 0x51: ("BINPERSID", "an object that lies elsewhere"),
     0x97: ("NEXT_BUFFER", "data that lie elsewhere"), 0x98: ("READONLY_BUFFER", "data that lie elsewhere"),
     0x53: ("STRING", _PYTHON_2), 0x54: ("BINSTRING", _PYTHON_2), 0x55: ("SHORT_BINSTRING", _PYTHON_2),
@@ -71,7 +73,8 @@ _REFUSED = {
 
 
 def _refused(machine: Machine, opcode: int) -> DataError:
-    name, what = _REFUSED.get(opcode, (f"0x{opcode:02x}", "no pickle of plain data holds it; is this a pickle at all?"))
+    unknown = (f"0x{opcode:02x}", "no pickle of plain data holds it; is this a pickle at all?")
+    name, what = _REFUSED.get(opcode, unknown)
     shown = [machine.line(names.MOST_NAME) for _ in range(what.count("{}"))]
     return machine.error(f"opcode {name}: {what.format(*shown)}", FOREIGN)
 
