@@ -29,8 +29,8 @@ def import_release(parser: ArgumentParser) -> None:
     # not required of --check
     for name, what in (("out", "folder of the new store"), ("conceptnet", "ConceptNet assertions, or 'bundled'"),
                        ("lexicon", "NRC-VAD text file, or 'bundled'"),
-                       ("knowledge", "atomic:PATH, comet:DIR or bundled, for texts that have no inferences in the file; without it "
-                        "they have none")):
+                       ("knowledge", "atomic:PATH, comet:DIR or bundled, for texts without inferences in the file; else these "
+                        "have none")):
         parser.add_argument(f"--{name}", type=str | None, default=None, help=what)
     parser.add_class_arguments(PrepareSettings, skip={"dialogues", "limit", "out", "conceptnet", "lexicon", "knowledge"})
 

@@ -9,7 +9,7 @@ from typing import Any
 from case_fast.errors import DataError
 
 MOST_DEPTH = 100
-MEMORY_PER_BYTE, MEMORY_ALLOWED = 24, 1 << 26  # bytes of containers that a byte of the file may make; that any file may
+MEMORY_PER_BYTE, MEMORY_ALLOWED = 24, 1 << 24  # bytes of containers that a byte of the file may make; that any file may
 LIST_BYTES, DICT_BYTES, SET_BYTES, TUPLE_BYTES = 80, 300, 260, 180  # about what an empty or short one takes
 DAMAGED, FOREIGN = "Download it again", "Nothing in it was run. Do not open it by other means"
 _SHARED_TEXTS, _SHARED_LENGTH = 1 << 18, 40  # short texts that occur again are one object: so many, up to so long

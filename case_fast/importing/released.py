@@ -255,6 +255,7 @@ def _imported(path: Path, found: dict[str, dict[str, Any]], vocabulary: int | No
             raise DataError(path, f"{_SPLIT_NAMES[split]}: {problem}", _PUBLISHED) from None
         examples[split], ends = _joined(rows, split)
         splits[split].conversations = len(ends)
+        splits[split].turns = sum(len(example.context) + 1 for example in ends)
         if split == "train":
             train_turns = [text for example in ends for text in (*(turn.text for turn in example.context), example.response)]
     reports = [splits[split].report for split in splits]
@@ -314,7 +315,6 @@ def _rows(columns: Mapping[str, list], found: SplitReport, texts: _Texts, knowle
         for text, of_relations in inferences:
             knowledge.add(text, of_relations, place)
         found.report.rows += 1
-        found.turns += len(context) + 1
         found.sentences += max(0, len(cut) - 1)
         found.with_inferences += any(any(of_relations) for _, of_relations in inferences)
         yield place, example
