@@ -2,13 +2,15 @@
 
     python -m python_tests.import_checks DATA --conversations 2000
 
-DATA holds empatheticdialogues, atomic, conceptnet and nrc_vad. The inferences are retrieved from ATOMIC, as COMET's are not at hand. All
-that is written lies in a temporary folder, which is removed. The exit status is 1 if anything differs.
+DATA holds empatheticdialogues, atomic, conceptnet and nrc_vad. The inferences are retrieved from ATOMIC, as COMET's are not at
+hand. All that is written lies in a temporary folder, which is removed. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ from case_fast.data.empathetic_dialogues import EMOTIONS, Conversation, read_con
 from case_fast.data.prepare import PrepareSettings
 from case_fast.data.store import Store
 from case_fast.data.text import tokenize
-from case_fast.importing import import_release, read_released
+from case_fast.importing import import_release
 from case_fast.importing.pickles import read_pickle
 from case_fast.knowledge import COGNITION_RELATIONS, REACTION_RELATION, RELATIONS, VADLexicon, clean_inferences, open_source
 
@@ -50,7 +52,8 @@ def alternating(conversation: Conversation) -> bool:
 
 def compare(store: Store, dialogues: dict[str, list[Conversation]], infer: Retrieved) -> dict[str, tuple[int, int]]:
     """What of the dialogues and inferences is the same in the store: kind -> (equal, all)."""
-    found = {name: [0, 0] for name in ("examples", "emotions", "roles", "replies", "turns", "feedback", "sub-utterances", "inferences")}
+    kinds = ("examples", "emotions", "roles", "replies", "turns", "feedback", "sub-utterances", "inferences")
+    found = {name: [0, 0] for name in kinds}
 
     def count(name: str, equal: bool, times: int = 1) -> None:
         found[name][0] += times * equal
@@ -76,10 +79,10 @@ def compare(store: Store, dialogues: dict[str, list[Conversation]], infer: Retri
             expected = [("".join(words(text)), sub, relation) for sub, piece in enumerate(pieces)
                         for relation in (*COGNITION_RELATIONS, REACTION_RELATION)
                         for text in clean_inferences(infer(" ".join(piece))[relation], 5)]
-            stored = [("".join(store.texts.text(int(text)).split()), int(sub), COGNITION_RELATIONS[relation]) for text, sub, relation in
-                      zip(example.knowledge, example.knowledge_sub, example.knowledge_relation, strict=True)]
-            stored += [("".join(store.texts.text(int(text)).split()), int(sub), REACTION_RELATION)
-                       for text, sub in zip(example.reaction, example.reaction_sub, strict=True)]
+            vertices = [(text, sub, COGNITION_RELATIONS[relation]) for text, sub, relation in
+                        zip(example.knowledge, example.knowledge_sub, example.knowledge_relation, strict=True)]
+            vertices += [(text, sub, REACTION_RELATION) for text, sub in zip(example.reaction, example.reaction_sub, strict=True)]
+            stored = [("".join(store.texts.text(int(text)).split()), int(sub), relation) for text, sub, relation in vertices]
             count("inferences", sorted(expected) == sorted(stored), len(expected))
     return {name: (equal, total) for name, (equal, total) in found.items()}
 
@@ -90,12 +93,11 @@ def main() -> int:
     parser.add_argument("--conversations", type=int, default=2000, help="of the training part; an eighth of it of the others")
     args = parser.parse_args()
     limits = {"train": args.conversations, "valid": args.conversations // 8, "test": args.conversations // 8}
-    dialogues = {split: [c for c in read_conversations(args.data / "empatheticdialogues", split, limits[split])[0] if alternating(c)]
-                 for split in NAMES}
+    read = {split: read_conversations(args.data / "empatheticdialogues", split, limits[split])[0] for split in NAMES}
+    dialogues = {split: [conversation for conversation in found if alternating(conversation)] for split, found in read.items()}
     infer, lexicon = Retrieved(args.data / "atomic"), VADLexicon.read(args.data / "nrc_vad" / "NRC-VAD-Lexicon.txt")
     started = time.process_time()
-    vads = {word: tuple(lexicon.words[word]) for word in lexicon.words} if isinstance(lexicon.words, dict) else {}
-    content = case_pickle(3, dialogues, infer, lexicon=vads)
+    content = case_pickle(3, dialogues, infer, lexicon={word: (*values, 0.5) for word, values in lexicon.words.items()})
     print(f"{sum(map(len, dialogues.values())):,} conversations; a pickle of {len(content) / 2**20:.1f} MiB, protocol 3, made in "
           f"{time.process_time() - started:.0f} s of a core")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,16 +107,14 @@ def main() -> int:
         read_pickle(content, str(path))
         seconds = time.process_time() - started
         print(f"read_pickle: {seconds:.1f} s of a core, {len(content) / 2**20 / seconds:.1f} MiB a second")
-        started = time.process_time()
-        read_released(path, 5)
-        print(f"read_released: {time.process_time() - started:.1f} s of a core")
-        if cli.main(["import", str(path), "--check"]):
-            return 1
+        subprocess.run([sys.executable, "-m", "case_fast.cli", "import", str(path), "--check"], check=True)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(f"import --check: {used.ru_utime + used.ru_stime:.1f} s of a core with start, peak {used.ru_maxrss / 1024:.0f} MiB")
         started = time.process_time()
         store = import_release(PrepareSettings(str(path), None, str(args.data / "conceptnet" / "assertions.csv"),
                                                str(args.data / "nrc_vad" / "NRC-VAD-Lexicon.txt"), str(out)))
-        print(f"import: {time.process_time() - started:.1f} s of a core; " + ", ".join(
-            f"{split} {store.size(split):,}" for split in store.splits) + f"; {len(store.featurizer.vocabulary):,} words")
+        sizes = ", ".join(f"{split} {store.size(split):,}" for split in store.splits)
+        print(f"import: {time.process_time() - started:.1f} s of a core; {sizes}; {len(store.featurizer.vocabulary):,} words")
         found = compare(store, dialogues, infer)
         for name, (equal, total) in found.items():
             print(f"  {name}: {equal:,} of {total:,} the same ({100 * equal / total:.2f} %)")

@@ -107,7 +107,10 @@ class Machine:
 
     def number(self, count: int) -> int:
         """An unsigned little-endian number of so many bytes."""
-        return int.from_bytes(self.take(count), "little")
+        start, self.at = self.at, self.at + count
+        if self.at > len(self.content):
+            raise self.error("it ends in the middle", DAMAGED)
+        return self.content[start] if count == 1 else int.from_bytes(self.content[start : self.at], "little")
 
     def line(self, most: int | None = None) -> str:
         """The rest of the line, in ASCII; of a text (no ``most``) in Python's escapes."""
@@ -210,10 +213,14 @@ class Machine:
         return items
 
     def remember(self, place: int) -> None:
+        memo = self.memo
+        if place == len(memo):  # as nearly always
+            memo.append(self.stack[-1])
+            return
         if place >= self.at:  # each value that is remembered takes a byte of the file at least
             raise self.error(f"memo {place:,}, which is more than there can be values", FOREIGN)
-        self.memo += [None] * (place + 1 - len(self.memo))
-        self.memo[place] = self.stack[-1]
+        memo += [None] * (place + 1 - len(memo))
+        memo[place] = self.stack[-1]
 
     def recall(self, place: int) -> None:
         if place >= len(self.memo):

@@ -84,6 +84,7 @@ class _Texts:
     """Texts out of what the files hold, in bounds: values may be shared, so that few bytes stand for endless texts."""
 
     left: int
+    known: dict[str, str] = field(default_factory=dict)  # turns and inferences come again and again
 
     def of(self, value: Any, what: str) -> str:
         """The text of a list of words or of a text."""
@@ -95,7 +96,8 @@ class _Texts:
             text = " ".join(words).replace("_comma_", ",")
         except TypeError:
             raise _Unusable(f"{what} that is no list of words") from None
-        return normalize_space(text if isinstance(value, str) else _PARTED.sub(r"\1", text))
+        text = normalize_space(text if isinstance(value, str) else _PARTED.sub(r"\1", text))
+        return self.known.setdefault(text, text)
 
     def required(self, value: Any, what: str) -> str:
         if not (text := self.of(value, what)):
@@ -115,7 +117,7 @@ class _Knowledge:
     limit: int
     report: ReadReport
     of_text: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    said: dict[str, list[list[str]]] = field(default_factory=dict)
+    said: dict[str, int] = field(default_factory=dict)  # text -> hash of all its inferences
     found: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
 
@@ -124,14 +126,15 @@ class _Knowledge:
         total = sum(map(len, inferences))
         self.report.read += total
         self.found.update({relation: len(texts) for relation, texts in zip(RELATIONS, inferences, strict=True)})
+        whole = hash(tuple(map(tuple, inferences)))
         if text in self.of_text:
-            if self.said[text] == inferences:
+            if self.said[text] == whole:
                 self.report.ignored["of a text that has them already"] += total
             elif total:
                 self.report.skip("of a text that had others before, which stay", example)
                 self.report.skipped["of a text that had others before, which stay"] += total - 1
             return
-        self.said[text] = inferences
+        self.said[text] = whole
         self.of_text[text] = {}
         for relation, texts in zip(RELATIONS, inferences, strict=True):
             distinct = clean_inferences(texts, len(texts))
@@ -232,7 +235,9 @@ def _of_pickle(data: Any, path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     words = data[3].get("word2index")
     if not isinstance(words, dict):
         raise DataError(path, "no release: the fourth part has no word2index, so it is no vocabulary", remedy)
-    return dict(zip(SPLITS, data[:3], strict=True)), len(words)
+    # what is not read is let go: CASE's concepts and VAD vectors are most of its file
+    splits = [{name: values if name in _READ else None for name, values in split.items()} for split in data[:3]]
+    return dict(zip(SPLITS, splits, strict=True)), len(words)
 
 
 # ---- the examples
