@@ -81,7 +81,7 @@ _REFUSED = {
 def _refused(machine: Machine, opcode: int) -> DataError:
     unknown = (f"0x{opcode:02x}", "no pickle of plain data holds it; is this a pickle at all?")
     name, what = _REFUSED.get(opcode, unknown)
-    shown = [machine.line(names.MOST_NAME) for _ in range(what.count("{}"))]
+    shown = [ascii(machine.line(names.MOST_NAME))[1:-1] for _ in range(what.count("{}"))]  # no control codes on a terminal
     return machine.error(f"opcode {name}: {what.format(*shown)}", FOREIGN)
 
 

@@ -409,9 +409,9 @@ def _joined(rows: list[tuple[int, DialogueExample]], split: str) -> tuple[list[D
 def _field_report(path: Path, found: Mapping[str, Mapping[str, Any]]) -> ReadReport:
     """The fields that are not read, such as CASE's concepts, which a store takes from ConceptNet and NRC-VAD."""
     report = ReadReport(f"{path}, fields", unit="field")
-    names = {str(name)[:40]: name for fields in found.values() for name in list(fields)[:1000]}
-    report.read, report.rows = len(names), len(names.keys() & set(_READ))
-    report.ignored.update({name: 1 for name in sorted(names.keys() - set(_READ))})
+    names = {ascii(name).strip("'")[:40] for fields in found.values() for name in fields}  # no control codes on a terminal
+    report.read, report.rows = len(names), len(names & set(_READ))
+    report.ignored.update({name: 1 for name in sorted(names - set(_READ))})
     return report
 
 

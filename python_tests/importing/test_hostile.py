@@ -133,6 +133,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a call of a list": (b"\x80\x02])R.", "a call of what is no function"),
     # opcodes that would make objects
     "INST": (b"(Vtouch canary\nios\nsystem\n.", "INST: an instance of os.system"),
+    "INST with a terminal's codes": (b"(i\x1b[2J\nsystem\n.", r"INST: an instance of \\x1b\[2J.system"),
     "INST of the vocabulary": (b"(isrc.utils.data.loader\nLang\n.", "INST"),
     "OBJ": (b"(cnumpy\nndarray\nVa\no.", "opcode OBJ"),
     "NEWOBJ_EX": (b"\x80\x04csrc.utils.data.loader\nLang\n)}\x92.", "opcode NEWOBJ_EX"),
