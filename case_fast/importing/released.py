@@ -32,10 +32,12 @@ Progress = Callable[[int, int], None]
 PICKLE = "dataset_preproc.p"
 _FILES = {"context": "dialog", "target": "target", "emotion": "emotion", "situation": "situation"}  # a field's name in .npy files
 _READ = (*_FILES, "context_role", "utt_cs", "utt_cs_split")  # the fields that are read
+_FIELDS_NAMED = 40  # of those that are not read
 _SPLIT_NAMES = dict(zip(SPLITS, ("train", "dev", "test"), strict=True))  # as the releases call them
 _SPEAKER, _LISTENER = {"seeker", "speaker"}, {"support", "supporter", "listener"}
-# What the tokenizer of the releases parts from a word: "do n't" is "don't" again, which ours reads as it reads chat.
-_PARTED = re.compile(r"(?<=\w) (n't|'(?:s|m|d|ll|re|ve))(?!\S)")
+# What the tokenizer of the releases parts from a word: "do n't" is "don't" again, which ours reads as it reads chat, and so is
+# "don ’ t".
+_PARTED = re.compile(r"(?<=\w) (?:(n't|'(?:s|m|d|ll|re|ve))|’ (t|s|m|d|ll|re|ve))(?!\S)")
 _NOT_THE_DATA = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"version https://git-lfs": "a pointer of Git LFS"}
 _TEXTS_PER_BYTE, _TEXTS_ALLOWED = 64, 1 << 20  # characters of texts that a byte of the files may stand for; that any may
 _PUBLISHED = "Get the files from where they were published, all of one version"
@@ -79,6 +81,10 @@ class _Unusable(ValueError):
     """Why an example is left out."""
 
 
+def _whole(found: re.Match[str]) -> str:
+    return found[1] or f"’{found[2]}"
+
+
 @dataclass
 class _Texts:
     """Texts out of what the files hold, in bounds: values may be shared, so that few bytes stand for endless texts."""
@@ -96,7 +102,7 @@ class _Texts:
             text = " ".join(words).replace("_comma_", ",")
         except TypeError:
             raise _Unusable(f"{what} that is no list of words") from None
-        text = normalize_space(text if isinstance(value, str) else _PARTED.sub(r"\1", text))
+        text = normalize_space(text if isinstance(value, str) else _PARTED.sub(_whole, text))
         return self.known.setdefault(text, text)
 
     def required(self, value: Any, what: str) -> str:
@@ -410,8 +416,11 @@ def _field_report(path: Path, found: Mapping[str, Mapping[str, Any]]) -> ReadRep
     """The fields that are not read, such as CASE's concepts, which a store takes from ConceptNet and NRC-VAD."""
     report = ReadReport(f"{path}, fields", unit="field")
     names = {ascii(name).strip("'")[:40] for fields in found.values() for name in fields}  # no control codes on a terminal
-    report.read, report.rows = len(names), len(names & set(_READ))
-    report.ignored.update({name: 1 for name in sorted(names - set(_READ))})
+    others = sorted(names - set(_READ))
+    report.read, report.rows = len(names), len(names) - len(others)
+    report.ignored.update({name: 1 for name in others[:_FIELDS_NAMED]})
+    if len(others) > _FIELDS_NAMED:
+        report.ignored["further ones"] = len(others) - _FIELDS_NAMED
     return report
 
 

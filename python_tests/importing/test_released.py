@@ -29,6 +29,7 @@ from case_fast.data.prepare import PrepareSettings
 from case_fast.data.text import tokenize
 from case_fast.errors import ConfigError, DataError
 from case_fast.importing import import_release, read_released
+from case_fast.importing.released import _Texts
 from case_fast.knowledge import COGNITION_RELATIONS, RELATIONS, clean_inferences, open_source
 
 TURNS = {split: [(c, place) for c in TOY[split] for place in range(1, len(c.turns), 2)] for split in SPLITS}
@@ -50,6 +51,21 @@ def changed(**parts) -> bytes:
     splits = [case_split(TOY[split], toy_inferences) for split in NAMES]
     splits[0] |= parts
     return pickled([{name: values for name, values in split.items() if values is not None} for split in splits], 4)
+
+
+PARTED = {
+    "She doesn't know.": "does n't", "He's here, they're not!": "he 's", "Don’t, it’s \"fine\".": "don ’ t",
+    "She'd go; we'll see.": "she 'd", "The dogs' house. I couldn't!": "could n't", "Well. :) (yes)": ". : )",
+    "I'm gonna go": "gon na", "At 3 o'clock... or 5?": "o'clock ... or",
+}
+
+
+@pytest.mark.parametrize("text", PARTED)
+def test_words_that_a_release_holds_apart_are_read_as_the_text_was(text):
+    held = words(text)
+    assert PARTED[text] in " ".join(held)
+    read = _Texts(1000).of(held, "a text")
+    assert tokenize(read) == tokenize(text) and "".join(read.split()) == "".join(held)
 
 
 @pytest.mark.parametrize("protocol", range(6))

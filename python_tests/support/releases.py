@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,6 @@ import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
 
 from case_fast.data.empathetic_dialogues import Conversation, Turn
-from case_fast.data.text import split_sentences
 from case_fast.knowledge import RELATIONS
 
 LOADER = "src.utils.data.loader"  # where CASE and CEM keep the class of their vocabulary
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
     text = text.lower()
     for short, long in {"it's": "it is", "i'm": "i am", "don't": "do not", "can't": "cannot"}.items():
         text = text.replace(short, long)
-    return [word for sentence in split_sentences(text) for word in NLTKWordTokenizer().tokenize(sentence)] if text else []
+    return [word for sentence in re.split(r"(?<=[.!?])\s+", text) for word in NLTKWordTokenizer().tokenize(sentence)]
 
 
 def case_split(conversations: Sequence[Conversation], infer: Infer, lexicon: Mapping[str, Sequence[float]] | None = None) -> dict:
