@@ -83,6 +83,19 @@ def _prepare(args: Namespace, console: Console) -> None:
     _prepared(prepare(PrepareSettings(**_fields(args, PrepareSettings)), _Stages(console)), console)
 
 
+def _import(args: Namespace, console: Console) -> None:
+    from case_fast.data.prepare import PrepareSettings
+    from case_fast.importing import check, import_release, show
+
+    if args.check:
+        show(check(args.source, args.features.inferences_per_relation, _Stages(console)), console)
+        return
+    if missing := [f"--{name}" for name in ("out", "conceptnet", "lexicon") if args[name] is None]:
+        raise ConfigError(f"a store needs {', '.join(missing)} too; with --check the file is only read and nothing is written")
+    given = {item.name: args[item.name] for item in dataclasses.fields(PrepareSettings) if item.name in args}
+    _prepared(import_release(PrepareSettings(dialogues=args.source, **given), _Stages(console)), console)
+
+
 def _prepared(store: Any, console: Console) -> None:
     counts = store.manifest["counts"]
     examples = ", ".join(f"{split} {count:,}" for split, count in counts["examples"].items())
@@ -352,6 +365,8 @@ def _print_paths(paths: Sequence[Path], console: Console) -> None:
 _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Console], None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
                 arguments.prepare, _prepare),
+    "import": ("What was released with CASE, CEM and their sisters to a store, read without running it; --check looks at it.",
+               arguments.import_release, _import),
     "inspect": ("Show one example: dialogue, sub-utterances, inferences, concepts, both graphs.",
                 arguments.inspect, _inspect),
     "pack": ("A store as one small file, for a machine without network.", arguments.pack, _pack),

@@ -19,6 +19,22 @@ def prepare(parser: ArgumentParser) -> None:
     parser.add_class_arguments(PrepareSettings)
 
 
+def import_release(parser: ArgumentParser) -> None:
+    from case_fast.data.prepare import PrepareSettings
+
+    parser.add_argument("source", type=str,
+                        help="dataset_preproc.p, or the folder with it or with sys_dialog_texts.train.npy and so on")
+    parser.add_argument("--check", type=bool, default=False, nargs="?", const=True,
+                        help="read it, say what is there, write nothing")
+    # not required of --check
+    for name, what in (("out", "folder of the new store"), ("conceptnet", "ConceptNet assertions, or 'bundled'"),
+                       ("lexicon", "NRC-VAD text file, or 'bundled'"),
+                       ("knowledge", "atomic:PATH, comet:DIR or bundled, for texts without inferences in the file; else these "
+                        "have none")):
+        parser.add_argument(f"--{name}", type=str | None, default=None, help=what)
+    parser.add_class_arguments(PrepareSettings, skip={"dialogues", "limit", "out", "conceptnet", "lexicon", "knowledge"})
+
+
 def inspect(parser: ArgumentParser) -> None:
     parser.add_argument("store", type=str, help="folder that prepare made")
     parser.add_argument("--split", type=str, default="train", help="train, valid or test")

@@ -29,12 +29,13 @@ _GZIP = b"\x1f\x8b"
 class ReadReport:
     """What a reader took and what it left out.
 
-    ``read``: lines of the file, each of which is a row kept, skipped or ignored. ``rows`` kept; ``skipped``: malformed rows by
-    reason, with their first line numbers in ``lines``; ``ignored``: sound rows that were not asked for (another language,
-    another relation, ...); ``notes``: anything done to the values.
+    ``read``: lines of the file (or what else is its ``unit``), each of which is a row kept, skipped or ignored. ``rows`` kept;
+    ``skipped``: malformed rows by reason, with their first line numbers in ``lines``; ``ignored``: sound rows that were not asked
+    for (another language, another relation, ...); ``notes``: anything done to the values.
     """
 
     path: str
+    unit: str = field(default="line", kw_only=True)
     read: int = 0
     rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -56,10 +57,10 @@ class ReadReport:
             raise DataError(self.path, f"no usable row ({why})", f"Expected {expected}")
 
     def summary(self) -> str:
-        text = f"{self.path}: {self.read:,} lines, {self.rows:,} rows"
+        text = f"{self.path}: {self.read:,} {self.unit}s, {self.rows:,} {'rows' if self.unit == 'line' else 'kept'}"
         for reason, count in self.skipped.most_common():
             numbers = ", ".join(map(str, self.lines[reason])) + (", …" if count > _SHOWN_PER_REASON else "")
-            text += f"; skipped {count:,} ({reason}; line{'s' if count > 1 else ''} {numbers})"
+            text += f"; skipped {count:,} ({reason}; {self.unit}{'s' if count > 1 else ''} {numbers})"
         if self.ignored:
             text += "; not needed " + ", ".join(f"{count:,} ({reason})" for reason, count in self.ignored.most_common())
         return "; ".join([text, *self.notes])
@@ -67,6 +68,7 @@ class ReadReport:
     def as_dict(self) -> dict:
         return {
             "path": self.path,
+            "unit": self.unit,
             "read": self.read,
             "rows": self.rows,
             "skipped": dict(self.skipped),

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "models": {"ops", "equations", "equations_baselines"},
     "knowledge": set(),
     "data": {"knowledge"},
+    "importing": {"data", "knowledge"},
     "runs": {"models", "data"},
     "references": {"models"},
     "diagnosis": {"models", "data", "references"},

@@ -51,7 +51,8 @@ class Conversation:
 @dataclass(frozen=True, slots=True)
 class DialogueExample:
     """One listener turn: all turns before it (oldest first, the first one the speaker's), the turn itself, and what the speaker
-    says right after it, "" where nothing follows, or another turn of the listener's."""
+    says right after it, "" where nothing follows, or another turn of the listener's. ``sub_utterances``: u_0 .. u_t of the last
+    speaker turn where who made the data has cut it already."""
 
     id: str
     context: tuple[Turn, ...]
@@ -59,6 +60,7 @@ class DialogueExample:
     emotion: str
     situation: str
     feedback: str = ""
+    sub_utterances: tuple[str, ...] = ()
 
 
 @contextmanager

@@ -168,8 +168,10 @@ def sub_utterances(utterance: str) -> list[str]:
     return [normalize_space(utterance), *split_sentences(utterance)]
 
 
-def prompts(context: Sequence[Turn]) -> list[str]:
-    """What knowledge is inferred from: u_0 .. u_t of the last speaker turn."""
+def prompts(context: Sequence[Turn], cut: Sequence[str] = ()) -> list[str]:
+    """What knowledge is inferred from: u_0 .. u_t of the last speaker turn; ``cut``, if it is known how that is cut."""
+    if cut:
+        return list(cut)
     last = next((turn for turn in reversed(context) if turn.by_speaker), None)
     if last is None:
         raise ValueError("context must hold at least one turn of the speaker's")
@@ -197,14 +199,17 @@ class Featurizer:
         return TextTable(self.vocabulary, self.emotional)
 
     def example(self, context: Sequence[Turn], inferences: Inferences, texts: TextTable, response: str = "",
-                emotion: str | None = None, feedback: str = "", **source: str) -> Example:
+                emotion: str | None = None, feedback: str = "", cut: Sequence[str] = (), **source: str) -> Example:
         """The example of a dialogue; ``inferences`` are those of its `prompts`, ``feedback`` what the speaker says after the
         response.
+
+        Args:
+            cut: u_0 .. u_t where they are known.
 
         Raises:
             ValueError: the context holds no turn of the speaker's.
         """
-        subs = prompts(context)
+        subs = prompts(context, cut)
         words: list[str] = []
         roles: list[int] = []
         for turn in context:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from case_fast.data.embeddings import read_glove
-from case_fast.data.empathetic_dialogues import SPLITS, Conversation, listener_turns, read_conversations
+from case_fast.data.empathetic_dialogues import SPLITS, DialogueExample, listener_turns, read_conversations
 from case_fast.data.featurizer import FeatureSettings, Featurizer, Inferences, TextTable, prompts
 from case_fast.data.store import KIND as STORE_KIND
 from case_fast.data.store import SplitWriter, Store, open_store, write_store
@@ -44,7 +44,7 @@ class PrepareSettings:
 
     Attributes:
         dialogues: folder or .tar.gz of the EmpatheticDialogues release, or "bundled".
-        knowledge: "atomic:PATH", "comet:DIR" or "bundled".
+        knowledge: "atomic:PATH", "comet:DIR" or "bundled"; None: nothing is inferred, where inferences come with the dialogues.
         conceptnet: ConceptNet assertions, unpacked or not, or "bundled".
         lexicon: NRC-VAD text file, or "bundled".
         out: folder of the new store.
@@ -59,7 +59,7 @@ class PrepareSettings:
     """
 
     dialogues: str
-    knowledge: str
+    knowledge: str | None
     conceptnet: str
     lexicon: str
     out: str
@@ -76,6 +76,41 @@ class PrepareSettings:
             raise ConfigError(f"limit must be at least 1, not {self.limit}")
         if self.min_count < 1:
             raise ConfigError(f"min_count must be at least 1, not {self.min_count}")
+
+
+@dataclass(frozen=True)
+class Material:
+    """The dialogues that a store is made of, and what came with them.
+
+    Attributes:
+        examples, conversations: of each split, its examples and the number of conversations that they are of.
+        train_turns: the texts of the training split's turns, each turn once.
+        reports: what was read and left out.
+        inferences: of the texts whose inferences came with the dialogues.
+        identity: kind and content hash of these; "" where there are none.
+    """
+
+    examples: dict[str, list[DialogueExample]]
+    conversations: dict[str, int]
+    train_turns: list[str]
+    reports: list[ReadReport]
+    inferences: Inferences = field(default_factory=dict)
+    identity: str = ""
+
+
+def read_release(settings: PrepareSettings, progress: Progress | None = None) -> Material:
+    """The material in the official files of EmpatheticDialogues."""
+    source = bundled("dialogues") if settings.dialogues == "bundled" else Path(settings.dialogues)
+    examples, conversations, reports, turns = {}, {}, [], []
+    for place, split in enumerate(SPLITS):
+        found, report = read_conversations(source, split, settings.limit)
+        examples[split], conversations[split] = list(listener_turns(found)), len(found)
+        reports.append(report)
+        if split == "train":
+            turns = [turn.text for conversation in found for turn in conversation.turns]
+        if progress:
+            progress(place + 1, len(SPLITS))
+    return Material(examples, conversations, turns, reports)
 
 
 def bundled(part: str) -> Path:
@@ -98,10 +133,14 @@ class Stages:
         pass
 
 
-def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
+def prepare(settings: PrepareSettings, stages: Stages | None = None,
+            read: Callable[[PrepareSettings, Progress | None], Material] = read_release) -> Store:
     """Make a store; replaces a store that is already at ``settings.out``.
 
     Inferences already in the cache are not asked for again, so that an interrupted run goes on where it stopped.
+
+    Args:
+        read: reads the dialogues; the default, those of the official files.
 
     Raises:
         DataError: an input is missing or unusable; ConfigError: a setting is; Interrupted: Ctrl-C, the cache is kept.
@@ -118,17 +157,16 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         stages.report(report.summary())
 
     paths = {part: bundled(part) if getattr(settings, part) == "bundled" else Path(getattr(settings, part))
-             for part in ("dialogues", "conceptnet", "lexicon")}
+             for part in ("conceptnet", "lexicon")}
     # what is used late is looked for now: hours of inference may lie between
     resolve_device(settings.device)
     require_file(paths["lexicon"], "lexicon")
     require_file(paths["conceptnet"], "ConceptNet assertions file")
     if settings.embeddings:
         require_file(settings.embeddings, "file of word vectors")
-    with stages.stage("Reading dialogues"):
-        dialogues: dict[str, list[Conversation]] = {}
-        for split in SPLITS:
-            dialogues[split], report = read_conversations(paths["dialogues"], split, settings.limit)
+    with stages.stage("Reading dialogues") as progress:
+        material = read(settings, progress)
+        for report in material.reports:
             noted(report)
         lexicon = VADLexicon.read(paths["lexicon"])
         if lexicon.report:
@@ -138,23 +176,34 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
             emotion_words, report = read_emotion_words(settings.emotion_words)
             noted(report)
 
-    with stages.stage("Opening knowledge"):
-        source = open_source(settings.knowledge, settings.device)
-        for report in getattr(source, "reports", ()):
-            noted(report)
-    texts_to_infer = list(dict.fromkeys(sub for split in SPLITS for subs in _prompts(dialogues[split]) for sub in subs))
-    with stages.stage(f"Inferring commonsense for {len(texts_to_infer):,} texts") as progress:
-        cache_path.parent.mkdir(parents=True, exist_ok=True)
-        with InferenceCache(cache_path) as cache:
-            try:
-                cached = CachedSource(source, cache, progress)
-                answers = cached.infer(texts_to_infer, RELATIONS, settings.features.inferences_per_relation)
-            except KeyboardInterrupt as error:
-                raise Interrupted(f"stopped; {cache_path} has the inferences so far: the same command goes on there") from error
-    inferences: Inferences = dict(zip(texts_to_infer, answers, strict=True))
+    examples = material.examples
+    asked = dict.fromkeys(sub for split in SPLITS for item in examples[split]
+                          for sub in prompts(item.context, item.sub_utterances))
+    inferences: Inferences = dict(material.inferences)
+    knowledge: dict[str, Any] = {"spec": material.identity, "identity": material.identity, "settings": {}}
+    if settings.knowledge is not None:
+        with stages.stage("Opening knowledge"):
+            source = open_source(settings.knowledge, settings.device)
+            for report in getattr(source, "reports", ()):
+                noted(report)
+        texts_to_infer = [text for text in asked if text not in inferences]
+        with stages.stage(f"Inferring commonsense for {len(texts_to_infer):,} texts") as progress:
+            cache_path.parent.mkdir(parents=True, exist_ok=True)
+            with InferenceCache(cache_path) as cache:
+                try:
+                    cached = CachedSource(source, cache, progress)
+                    answers = cached.infer(texts_to_infer, RELATIONS, settings.features.inferences_per_relation)
+                except KeyboardInterrupt as error:
+                    held = "has the inferences so far: the same command goes on there"
+                    raise Interrupted(f"stopped; {cache_path} {held}") from error
+        inferences |= dict(zip(texts_to_infer, answers, strict=True))
+        knowledge = {"spec": _absolute(settings.knowledge), "cache": str(cache_path.resolve()), "identity": source.identity,
+                     "settings": source.settings, **({"imported": material.identity} if material.identity else {})}
+    elif not inferences:
+        raise ConfigError("no inferences came with the dialogues: give a source of them with --knowledge")
 
     with stages.stage("Building the vocabulary"):
-        vocabulary = Vocabulary.build(_count_words(dialogues["train"], inferences), settings.min_count)
+        vocabulary = Vocabulary.build(_count_words(material.train_turns, examples["train"], inferences), settings.min_count)
         intensity = {word: lexicon.intensity(word) for word in lexicon.words}
     with stages.stage("Reading ConceptNet") as progress:
         concepts, report = read_concepts(
@@ -174,23 +223,22 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
 
     texts = featurizer.text_table()
     writers: dict[str, SplitWriter] = {}
-    counts: dict[str, Any] = {"conversations": {}, "examples": {}}
-    total = sum(1 for split in SPLITS for _ in listener_turns(dialogues[split]))
+    counts: dict[str, Any] = {"conversations": material.conversations, "examples": {}}
+    total = sum(len(examples[split]) for split in SPLITS)
     with stages.stage("Packing") as progress:
         done = 0
         for split in SPLITS:
             writer = writers[split] = SplitWriter()
-            for item in listener_turns(dialogues[split]):
+            for item in examples[split]:
                 writer.add(featurizer.example(item.context, inferences, texts, item.response, item.emotion, item.feedback,
-                                              id=item.id, situation=item.situation))
+                                              item.sub_utterances, id=item.id, situation=item.situation))
                 done += 1
                 if progress and done % 200 == 0:
                     progress(done, total)
-            counts["conversations"][split] = len(dialogues[split])
             counts["examples"][split] = len(writer)
         if progress:
             progress(total, total)
-    counts |= _statistics(writers, texts, vocabulary, len(texts_to_infer))
+    counts |= _statistics(writers, texts, vocabulary, len(asked))
     if counts["truncated_contexts"]:
         stages.report(f"{counts['truncated_contexts']:,} contexts cut to their latest {settings.features.max_context} words")
     if vectors is not None:
@@ -199,10 +247,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None) -> Store:
         write_store(folder, featurizer, texts, writers, vectors, {
             "counts": counts,
             "settings": asdict(settings),
-            "knowledge": {
-                "spec": _absolute(settings.knowledge), "cache": str(cache_path.resolve()), "identity": source.identity,
-                "settings": source.settings,
-            },
+            "knowledge": knowledge,
             "sources": [report.as_dict() for report in reports],
             "bundled": settings.dialogues == "bundled",
             "seconds": round(time.monotonic() - started, 1),
@@ -234,19 +279,13 @@ def _absolute(spec: str) -> str:
     return f"{kind}:{Path(path).resolve()}" if colon else spec
 
 
-def _prompts(conversations: list[Conversation]) -> Iterator[list[str]]:
-    """The sub-utterances that each listener turn answers."""
-    for item in listener_turns(conversations):
-        yield prompts(item.context)
-
-
-def _count_words(train: list[Conversation], inferences: Inferences) -> Counter[str]:
-    """Words of the training dialogues, each turn once, and of the knowledge inferred for them, each text once."""
+def _count_words(turns: Iterable[str], train: list[DialogueExample], inferences: Inferences) -> Counter[str]:
+    """Words of the turns of the training dialogues, and of the knowledge inferred for its examples, each text once."""
     counts: Counter[str] = Counter()
-    for conversation in train:
-        for turn in conversation.turns:
-            counts.update(tokenize(turn.text))
-    known = {text for subs in _prompts(train) for sub in subs for found in inferences[sub].values() for text in found}
+    for turn in turns:
+        counts.update(tokenize(turn))
+    subs = {sub for item in train for sub in prompts(item.context, item.sub_utterances)}
+    known = {text for sub in subs for found in inferences.get(sub, {}).values() for text in found}
     for text in known:
         counts.update(tokenize(text))
     return counts

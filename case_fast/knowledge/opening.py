@@ -21,6 +21,9 @@ def open_source(spec: str, device: str = "auto", **settings: Any) -> KnowledgeSo
         DataError: the files it names are missing or unusable.
     """
     kind, _, path = spec.partition(":")
+    if kind == "imported":
+        raise ConfigError(f"the knowledge came with an imported file ({spec}), which says nothing about other texts. Give a "
+                          f"source for them with --knowledge: {_SPEC_FORMS}")
     try:
         if spec == "bundled" or (kind == "atomic" and path):
             for package in ("nltk", "sklearn"):
