@@ -16,7 +16,8 @@ from case_fast.errors import ConfigError
 def prepare(parser: ArgumentParser) -> None:
     from case_fast.data.prepare import PrepareSettings
 
-    parser.add_class_arguments(PrepareSettings)
+    parser.add_argument("--knowledge", type=str, required=True, help="source of inferences: atomic:PATH, comet:DIR or bundled")
+    parser.add_class_arguments(PrepareSettings, skip={"knowledge"})
 
 
 def import_release(parser: ArgumentParser) -> None:

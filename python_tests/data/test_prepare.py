@@ -439,8 +439,8 @@ def test_impossible_settings_are_named(inputs, setting):
 def test_real_data_are_prepared(real_data, tmp_path):
     store = real_store(real_data, tmp_path, limit=60)
     counts = store.manifest["counts"]
-    assert counts["conversations"] == dict.fromkeys(SPLITS, 60) and counts["vocabulary"] > 500
+    assert counts["conversations"] == dict.fromkeys(SPLITS, 60) | {"train": 59} and counts["vocabulary"] > 500
     assert all(counts["knowledge_vertices"][split] and counts["concept_vertices"][split] for split in SPLITS)
-    assert not any(source["skipped"] for source in store.manifest["sources"][:3])
+    assert [source["skipped"] for source in store.manifest["sources"][:3]] == [{"in a conversation of one author": 1}, {}, {}]
     batch = store.batch("train", range(store.size("train")))
     assert int(batch.context.max()) < counts["vocabulary"] and int(batch.emotion.max()) < 32
