@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from case_fast.errors import SettingTypeError
+from case_fast.errors import ConfigError, SettingTypeError
 
 
 def plain(value: Any) -> Any:
@@ -160,3 +160,22 @@ def settle(settings: Any) -> None:
             raise SettingTypeError(said)
         if plain(value) is not value:
             object.__setattr__(settings, item.name, plain(value))
+
+
+def check_choices(settings: Any) -> None:
+    """For a dataclass whose settings of `Literal` can have what that lists and nothing else.
+
+    Raises:
+        ConfigError: one has another value.
+    """
+    for name, hint in _hints(type(settings)).items():
+        known, value = get_args(hint), getattr(settings, name)
+        if get_origin(hint) is Literal and value not in known:
+            raise ConfigError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
+
+
+def at_least_1(settings: Any, *names: str) -> None:
+    """Raises `ConfigError` at the first of these settings that is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(settings, name)}")

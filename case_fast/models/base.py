@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from case_fast import equations as eq
 from case_fast import ops
-from case_fast.arguments import settle
+from case_fast.arguments import at_least_1, check_choices, settle
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.models.layers import AnySeed, DecoderState, Memory, refuse_halves, seed_at
@@ -80,9 +80,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in ("vocab_size", "emotions", "d_model", "heads", "layers", "ffn"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_choices(self)
+        at_least_1(self, "vocab_size", "emotions", "d_model", "heads", "layers", "ffn")
         if self.d_model % self.heads:
             raise ConfigError(f"heads must divide d_model: {self.heads} does not divide {self.d_model}")
         for item in fields(self):

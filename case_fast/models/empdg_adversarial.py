@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from case_fast import equations as eq
 from case_fast import equations_baselines as eqb
+from case_fast.arguments import at_least_1
 from case_fast.batch import Batch
 from case_fast.equations_baselines import Packed
 from case_fast.errors import ConfigError
@@ -50,9 +51,7 @@ class AdversarialEmpDGConfig(EmpDGConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("discriminator_steps", "rounds", "validate_rounds", "critic_steps", "generator_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        at_least_1(self, "discriminator_steps", "rounds", "validate_rounds", "critic_steps", "generator_steps")
         if self.penalty < 0 or self.critic_lr <= 0:
             raise ConfigError(f"penalty must be 0 or more and critic_lr above 0, not {self.penalty} and {self.critic_lr}")
 

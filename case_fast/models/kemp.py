@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from case_fast import equations as eq
 from case_fast import equations_baselines as eqb
 from case_fast.batch import Batch
-from case_fast.errors import ConfigError
 from case_fast.models.base import Output, Reading, Why, no_autocast
 from case_fast.models.layers import (
     AnySeed,
@@ -53,11 +52,6 @@ class KEMPConfig(MultiTRSConfig):
     graph_dropout: float = 0.2
     gamma_attention: float = 0.1
     attention_scale: Literal["one", "dialogue", "batch"] = "batch"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention_scale not in ("one", "dialogue", "batch"):
-            raise ConfigError(f"attention_scale must be one, dialogue or batch, not {self.attention_scale!r}")
 
 
 class ContextGraph(Dropping):

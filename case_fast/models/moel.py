@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from case_fast import equations as eq
 from case_fast import equations_baselines as eqb
+from case_fast.arguments import at_least_1
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
 from case_fast.models.base import Output, Reading
@@ -49,8 +50,7 @@ class MoELConfig(MultiTRSConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, not {self.top_k}")
+        at_least_1(self, "top_k")
         if not self.schedule > 0:
             raise ConfigError(f"schedule must be above 0, not {self.schedule}")
         if not 0 <= self.schedule_floor <= 1:

@@ -143,11 +143,6 @@ class MultiTRSConfig(TransformerConfig):
     gamma_emotion: float = 1.0
     emotion_scale: Literal["one", "dialogue", "batch"] = "batch"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.emotion_scale not in ("one", "dialogue", "batch"):
-            raise ConfigError(f"emotion_scale must be one, dialogue or batch, not {self.emotion_scale!r}")
-
 
 class MultiTRS(Transformer, paper_url="https://aclanthology.org/P19-1534"):
     """The `Transformer` with log P_emo = log softmax(W_emo c) of the context's [CLS] row c, and L = L_gen + lambda L_emo."""
