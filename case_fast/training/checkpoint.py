@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from case_fast.errors import CheckpointError
-from case_fast.files import sha256, sync, whole_folder, write_text
+from case_fast.files import sync, whole_folder, write_text
 from case_fast.runs import checkpoint_name, checkpoint_steps, writing
 from case_fast.training.adam import Adam
 
@@ -78,8 +78,9 @@ class Checkpoints:
                     files = {}
                     for part in PARTS:
                         file = temporary / f"{part}.safetensors"
-                        safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors[part].items()}, file)
-                        files[file.name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
+                        content = {name: t.detach().cpu().contiguous() for name, t in tensors[part].items()}
+                        safetensors.torch.save_file(content, file)
+                        files[file.name] = {"sha256": _digest(file, content), "bytes": file.stat().st_size}
                     body = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
                     (temporary / "manifest.json").write_bytes(_sealed(body))
             write_text(self.folder / "latest", path.name + "\n")
@@ -191,6 +192,19 @@ class Checkpoints:
         if problems:
             raise CheckpointError("no checkpoint is sound: " + "; ".join(problems))
         return None
+
+
+def _digest(file: Path, content: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what a safetensors file with this content should hold: its header as written, and the tensors in memory, so that
+    a reader notices what went wrong on the way to the disk."""
+    with open(file, "rb") as stream:
+        size = stream.read(8)
+        header = stream.read(int.from_bytes(size, "little"))
+    digest = hashlib.sha256(size + header)
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+    for name in sorted(places, key=places.get):
+        digest.update(content[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _damaged(path: Path) -> CheckpointError:

@@ -57,6 +57,20 @@ def test_what_was_saved_is_read_back(two):
     assert sorted(path.name for path in two.folder.iterdir()) == ["00000003", "00000007", "latest"]
 
 
+def test_what_went_wrong_on_the_way_to_the_disk_is_noticed_before_older_ones_go(two, monkeypatch):
+    write = safetensors.torch.save_file
+
+    def badly(content, file):
+        write(content, file)
+        raw = file.read_bytes()
+        file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+    monkeypatch.setattr(safetensors.torch, "save_file", badly)
+    with pytest.raises(CheckpointError, match="damaged"):
+        two.save(9, tensors(9.0), STATE)
+    assert two.steps() == [3, 7, 9]
+
+
 def test_without_a_checkpoint_there_is_no_newest_one(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").newest() is None
 
