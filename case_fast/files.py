@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -9,9 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from case_fast.errors import ConfigError, PlaceError
+
+_PROBE_BYTES = 4096
 
 
 def sha256(path: str | Path) -> str:
@@ -20,29 +25,116 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file in one step: readers see the old content or the new one."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def writing(path: str | Path, *also: type[Exception]) -> Iterator[None]:
+    """Turns a failure to write inside, an OSError or one of ``also``, into a `PlaceError` that names ``path``."""
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        yield
+    except PlaceError:
         raise
+    except (OSError, *also) as error:
+        raise PlaceError(path, error) from error
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file in one step: readers see the old content or the new one.
+
+    Raises:
+        PlaceError: it could not be written; what was there is untouched.
+    """
+    path = Path(path)
+    with writing(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_beside(path))
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _beside(path: Path) -> str:
+    """How the names of its temporary siblings begin: no longer than a name may be."""
+    return f".{path.name[:50]}."
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode())
+    """As `write_bytes`, in UTF-8. A path's bytes that are no text stand as Python and JSON write them: ``\\udcff``."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+# ---- places, looked at before the work whose outcome belongs there
+
+
+def require_folder_place(folder: str | Path) -> None:
+    """Make sure, before long work, that files can be written into a folder, made where it is not there. Nothing is left of it.
+
+    Raises:
+        PlaceError: they cannot: no permission, nothing but reading, a full disk, a file in the way.
+        ConfigError: it is a folder that is whole as it is, such as a store.
+    """
+    with writing(folder):
+        place, missing = Path(os.path.abspath(folder)), []
+        while not place.exists():
+            missing.append(place)
+            place = place.parent
+        if whole := kind_of(place):
+            raise ConfigError(f"{place} is a {whole}, and nothing else belongs in it; give another folder")
+        made: list[Path] = []
+        try:
+            for place in reversed(missing):
+                place.mkdir()
+                made.append(place)
+            with tempfile.NamedTemporaryFile(dir=place, prefix=".probe.") as stream:
+                stream.write(bytes(_PROBE_BYTES))
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            for place in reversed(made):
+                with suppress(OSError):  # another process has put something there
+                    place.rmdir()
+
+
+def require_file_place(path: str | Path) -> Path:
+    """As `require_folder_place`, for a file, which may be there already: the path to write, where a link leads to."""
+    path = Path(path)
+    with writing(path):
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            there = None
+        if there is not None and not path.is_file():  # a device, which would be replaced by a file
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR)) if path.is_dir() else OSError("it is no regular file")
+    path = Path(os.path.realpath(path))
+    require_folder_place(path.parent)
+    return path
+
+
+def require_room(folder: str | Path, size: int) -> None:
+    """Raise `PlaceError` where the disk of a folder that is there has less than ``size`` bytes left."""
+    with writing(folder):
+        disk = shutil.disk_usage(folder)
+        if disk.total and disk.free < size:
+            need, left = (f"{count / 2**20:,.0f} MiB" for count in (size, disk.free))
+            raise OSError(errno.ENOSPC, f"{need} are needed and {left} are left")
+
+
+def kind_of(folder: str | Path) -> str:
+    """What a folder of ours that is whole as it is says in its manifest: "case_fast store 1"; "" of any other."""
+    path = Path(folder) / "manifest.json"
+    try:
+        form = json.loads(path.read_text(encoding="utf-8"))["format"] if path.is_file() else ""
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return form if isinstance(form, str) and form.startswith("case_fast ") else ""
 
 
 def plain(value: Any) -> Any:
@@ -68,17 +160,25 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """A temporary sibling to fill; it takes the name ``path`` when the block ends well and vanishes otherwise.
 
     A folder that is already there is replaced at the very end.
+
+    Raises:
+        PlaceError: it could not be written; an OSError of the block is taken for that.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_beside(path)))
+        yield from _filled(path, temporary)
+
+
+def _filled(path: Path, temporary: Path) -> Iterator[Path]:
     try:
         yield temporary
         for item in [*sorted(temporary.rglob("*")), temporary]:
             item.chmod(0o755 if item.is_dir() else 0o644)  # temporary folders and safetensors' files are the owner's alone
             sync(item)
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_beside(path)}old."))
             try:
                 path.rename(old / "folder")
                 temporary.rename(path)

@@ -41,11 +41,11 @@ from safetensors import SafetensorError
 import case_fast
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
-from case_fast.errors import CheckpointError, ConfigError, DataError
-from case_fast.files import plain, sync, whole_folder, write_json
+from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of
+from case_fast.files import kind_of, plain, require_folder_place, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
-from case_fast.text_files import ReadReport, read_lines
+from case_fast.text_files import ReadReport, read_json, read_lines, reading
 
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub")
 _CHECKPOINT = re.compile(r"\d{8,12}")
@@ -87,6 +87,8 @@ class Run:
             CheckpointError: it holds a run and ``resume`` is False, or the other way round; it cannot be written; another
                 process trains in it.
         """
+        if other := _other_kind(self.path):
+            raise CheckpointError(f"{self.path}: {other}. Choose another folder")
         there = [path.name for path in self._training if os.path.lexists(path)]
         if there and not resume:
             held = ", ".join(there)
@@ -94,6 +96,7 @@ class Run:
         if not there and resume:
             raise CheckpointError(f"{self.path} holds no run to resume. Check the folder, or train without --resume")
         with writing("the run", self.path):
+            require_folder_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -197,7 +200,7 @@ def writing(what: str, path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors gives its own error when a disk is full
         raise CheckpointError(
-            f"{what} could not be written to {path} ({getattr(error, 'strerror', None) or error}). "
+            f"{what} could not be written to {path} ({reason_of(error)}). "
             "The checkpoints before it are untouched: mend that, then resume"
         ) from error
 
@@ -257,8 +260,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
     """
     files, chosen = Run(run), resolve_device(device)
-    if not files.path.is_dir():
-        raise CheckpointError(f"{run}: run folder not found. Make one with: {_TRAIN} {run}")
+    _require_run(files)
     if checkpoint == "best" and not files.best.is_dir():
         raise CheckpointError(
             f"{files.best}: the run has no weights to use yet; training writes them at its first validation. Go on with it: "
@@ -300,7 +302,7 @@ def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, An
         _require(folder / name, remedy)
     try:
         featurizer = Featurizer.load(folder)
-        knowledge = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
+        knowledge = read_json(folder / "knowledge.json", "where its knowledge came from", "")
         if not isinstance(knowledge["spec"], str) or not isinstance(knowledge.get("cache"), str | None):
             raise TypeError("spec and cache must be texts")
     except DataError as error:
@@ -311,6 +313,35 @@ def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, An
         problem = f"{len(featurizer.vocabulary)} words, the model has {words}: they are of different runs"
         raise CheckpointError(f"{folder}: {problem}. {remedy}")
     return featurizer, knowledge
+
+
+def _require_run(files: Run) -> None:
+    """`CheckpointError` where a folder is missing or is no run's, so that nothing is written into somebody else's."""
+    remedy = f"Make one with: {_TRAIN} {files.path}"
+    with reading(files.path, "run folder"):
+        if not files.path.is_dir():
+            raise CheckpointError(f"{files.path}: run folder not found. {remedy}")
+        if other := _other_kind(files.path):
+            raise CheckpointError(f"{files.path}: {other}. {remedy}")
+        parts = any(part.exists() for part in (files.log, files.best, files.checkpoints, files.evaluations))
+        if not (parts or _may_be(files.manifest, "command") or _may_be(files.config, "batch_size")):
+            raise CheckpointError(f"{files.path}: not a run folder. {remedy}")
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder is that has a manifest.json or config.json as a run has; "" if it may be a run."""
+    if kind := kind_of(folder):
+        return f"a {kind}, not a run folder"
+    return "the weights of a model, not a run folder" if os.path.lexists(folder / _WEIGHTS) else ""
+
+
+def _may_be(path: Path, key: str) -> bool:
+    """Whether a JSON file is there and may be a run's: it has a key that all of them have, or is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(found, dict) or key in found
 
 
 def _require(path: Path, remedy: str) -> None:
@@ -344,13 +375,9 @@ class Record:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a run folder; `CheckpointError` if nothing in it belongs to a run."""
+        """Read a run folder; `CheckpointError` if nothing in it belongs to a run, `DataError` if it cannot be read."""
         files = Run(path)
-        remedy = f"Make one with: {_TRAIN} RUN"
-        if not files.path.is_dir():
-            raise CheckpointError(f"{path}: run folder not found. {remedy}")
-        if not any(part.exists() for part in (files.manifest, files.config, files.log, files.evaluations)):
-            raise CheckpointError(f"{path}: not a run folder. {remedy}")
+        _require_run(files)
         record = cls(files)
         record.manifest, record.config = record._object(files.manifest), record._object(files.config)
         store = record._object(Path(str(lookup(record.manifest, "store.path"))) / "manifest.json")

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "html": set(),
     "optional": set(),
     "arguments": set(),
+    "terminal": set(),  # of the command line alone
     "ops": {"_native"},
     "equations": {"ops"},
     "equations_baselines": {"ops", "equations"},

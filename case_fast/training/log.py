@@ -122,4 +122,4 @@ class Display:
     def line(self, text: str) -> None:
         """A line that stays."""
         self._printed = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from case_fast.data.workers import Workers
 from case_fast.devices import device_name, resolve_device
 from case_fast.diagnosis import figures, held_out, in_short, look
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
+from case_fast.files import require_room
 from case_fast.memory import keep_freed_memory
 from case_fast.models import DialogueModel, model_class
 from case_fast.models.base import Length
@@ -158,6 +159,9 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
+        with writing("the run", run.path):
+            # a checkpoint holds both moments of Adam too; it is written before the one in whose place it comes is removed
+            require_room(run.path, self._weight_bytes * (3 if resume else 7))
         run.set_up(config.as_dict(), store, device)
         self.model.set_phase(self.phase_name)
         with writing("the log", run.path):
@@ -493,6 +497,10 @@ class Trainer:
 
     # ---- saving and coming back
 
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+
     def _save(self) -> Path:
         self.collect()  # a checkpoint is of steps that are known to be sound
         started = time.perf_counter()
@@ -513,8 +521,7 @@ class Trainer:
 
     def _restore(self) -> None:
         self.checkpoints.clean()
-        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        found = self.checkpoints.newest(max_bytes=3 * weights + MAX_HEADER_BYTES)
+        found = self.checkpoints.newest(max_bytes=3 * self._weight_bytes + MAX_HEADER_BYTES)
         if found is None:
             self.display.line("there is no checkpoint yet: the run starts from the beginning")
             return

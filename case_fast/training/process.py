@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -36,7 +36,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
         # not through the display: this runs between any two instructions, one of the display's own included
-        os.write(2, f"\n{self.signal}: finishing this step and saving; once more aborts at once\n".encode())
+        with suppress(OSError):  # nobody reads it any more
+            os.write(2, f"\n{self.signal}: finishing this step and saving; once more aborts at once\n".encode())
 
 
 @contextmanager
