@@ -73,6 +73,7 @@ _REMEDIES = {
     errno.EEXIST: "A file or a link is in the way: check the path",
     errno.EISDIR: "It is a folder: give a file",
     errno.ENAMETOOLONG: "Give a shorter name",
+    errno.EILSEQ: "Give another name",
     errno.ELOOP: "Links lead in a circle there: check the path",
     errno.EMFILE: "Raise the limit on open files (ulimit -n)",
 }

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -71,7 +72,7 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-# ---- places, looked at before the work whose outcome belongs there
+# ---- places, tried before the work whose outcome belongs there
 
 
 def require_folder_place(folder: str | Path) -> None:
@@ -79,43 +80,67 @@ def require_folder_place(folder: str | Path) -> None:
 
     Raises:
         PlaceError: they cannot: no permission, nothing but reading, a full disk, a file in the way.
-        ConfigError: it is a folder that is whole as it is, such as a store.
+        ConfigError: it lies in a folder that is whole as it is, such as a store.
     """
     with writing(folder):
-        place, missing = Path(os.path.abspath(folder)), []
-        while not place.exists():
-            missing.append(place)
-            place = place.parent
-        if whole := kind_of(place):
-            raise ConfigError(f"{place} is a {whole}, and nothing else belongs in it; give another folder")
-        made: list[Path] = []
-        try:
-            for place in reversed(missing):
-                place.mkdir()
-                made.append(place)
-            with tempfile.NamedTemporaryFile(dir=place, prefix=".probe.") as stream:
-                stream.write(bytes(_PROBE_BYTES))
-                stream.flush()
-                os.fsync(stream.fileno())
-        finally:
-            for place in reversed(made):
-                with suppress(OSError):  # another process has put something there
-                    place.rmdir()
+        _require_text(folder)
+        _try_writing(Path(os.path.abspath(folder)))
+
+
+def require_place(path: str | Path) -> None:
+    """As `require_folder_place`, for a file, or a folder that is put in its place as a whole; either may be there already."""
+    with writing(path):
+        _require_text(path)
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # too long a name
+        _try_writing(Path(os.path.abspath(path)).parent)
 
 
 def require_file_place(path: str | Path) -> Path:
-    """As `require_folder_place`, for a file, which may be there already: the path to write, where a link leads to."""
-    path = Path(path)
-    with writing(path):
+    """As `require_place`, for a file: the path to write, where a link leads to."""
+    with writing(path), suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):  # a file would be put in the place of a device
+            raise OSError("it is no regular file")
+    require_place(path)
+    return Path(os.path.realpath(path))
+
+
+def _require_text(path: str | Path) -> None:
+    """Raise OSError where a path is no text in UTF-8: safetensors would write there, and not read it back."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise OSError(errno.EILSEQ, "its name is no text in UTF-8") from None
+
+
+def _try_writing(folder: Path) -> None:
+    """Write a file into a folder and remove it, with the folders that are made for that; raises OSError, or ConfigError."""
+    missing, made = [], []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    if whole := kind_of(folder):
+        raise ConfigError(f"{folder} is a {whole}, and nothing else belongs in it; give another folder")
+    try:
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.append(folder)
+        handle, probe = tempfile.mkstemp(dir=folder, prefix=".probe.")
         try:
-            there = path.stat()
-        except FileNotFoundError:
-            there = None
-        if there is not None and not path.is_file():  # a device, which would be replaced by a file
-            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR)) if path.is_dir() else OSError("it is no regular file")
-    path = Path(os.path.realpath(path))
-    require_folder_place(path.parent)
-    return path
+            left = _PROBE_BYTES
+            while left:  # a disk may take a part
+                left -= os.write(handle, bytes(left))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+            os.unlink(probe)
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # another process has put something there
+                folder.rmdir()
 
 
 def require_room(folder: str | Path, size: int) -> None:

@@ -100,7 +100,7 @@ codecs.register_error(_ERRORS, _readable)
 
 
 class Output:
-    """A text stream that is written to as long as that works, and then says why not in ``lost``; what comes later goes nowhere."""
+    """A text stream that is written to as long as that works, and then says why not in ``lost``; the rest is let go."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

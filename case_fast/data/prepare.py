@@ -24,7 +24,7 @@ from case_fast.data.text import stop_words, tokenize
 from case_fast.data.vocabulary import UNK, Vocabulary
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError, Interrupted
-from case_fast.files import require_file_place, require_folder_place, whole_folder, writing
+from case_fast.files import require_file_place, require_place, whole_folder, writing
 from case_fast.knowledge import (
     RELATIONS,
     CachedSource,
@@ -151,7 +151,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
     out = Path(os.path.abspath(settings.out))
     cache_path = Path(settings.cache) if settings.cache else out.with_name(out.name + ".knowledge.sqlite")
     _check_place(out, cache_path)
-    require_folder_place(out.parent)
+    require_place(out)
     if settings.knowledge is not None:
         require_file_place(cache_path)
     started = time.monotonic()

@@ -23,7 +23,7 @@ import numpy as np
 from case_fast.data.empathetic_dialogues import SPLITS
 from case_fast.data.store import Store, open_store
 from case_fast.errors import ConfigError, DataError
-from case_fast.files import require_file_place, require_folder_place, whole_folder, write_bytes
+from case_fast.files import require_file_place, require_place, whole_folder, write_bytes
 from case_fast.text_files import reading, require_file
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a store's files together: a small file could hold terabytes of zeros
@@ -140,7 +140,7 @@ def unpack_store(path: str | Path, out: str | Path, max_bytes: int = MAX_UNPACKE
     path, out = require_file(path, "packed store", "Make one with case-fast pack"), Path(out)
     if os.path.lexists(out):
         raise ConfigError(f"{out} is there already; remove it, or name another folder")
-    require_folder_place(out.parent)
+    require_place(out)
     try:
         with open(path, "rb") as stream, whole_folder(out) as folder:
             with reading(path, "packed store"):

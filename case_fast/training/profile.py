@@ -90,8 +90,8 @@ def profile_training(store: Store, out: str | Path, steps: int = 5, run: str | P
                               f"{len(store.featurizer.vocabulary)}")
     out = Path(out)
     require_folder_place(out)
-    out.mkdir(parents=True, exist_ok=True)
     rates = measure_rates(resolve_device(device))
+    out.mkdir(parents=True, exist_ok=True)
     return rates, _phases(store, out, steps, config, weights, rates)
 
 
