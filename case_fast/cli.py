@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.text import Text
 
 from case_fast import __version__
@@ -26,7 +25,8 @@ from case_fast import cli_arguments as arguments
 from case_fast.errors import CaseFastError, ConfigError, Interrupted, sentence_of
 from case_fast.files import plain, require_file_place, require_folder_place, write_json
 from case_fast.memory import keep_freed_memory
-from case_fast.terminal import Stages, Terminal, bar, lasting_streams, one_line, print_json
+from case_fast.terminal import Notes, Stages, Terminal, bar, lasting_streams, one_line, print_json
+from case_fast.text_files import reading, require_file
 
 _REAL_DATA = """Next, on real data (EmpatheticDialogues, ATOMIC or COMET, ConceptNet, NRC-VAD, GloVe; see docs/data.md):
 
@@ -124,7 +124,6 @@ def _table(args: Namespace, console: Terminal) -> None:
     from case_fast.data import open_store
     from case_fast.devices import resolve_device
     from case_fast.tables.plan import carry_out
-    from case_fast.text_files import require_file
 
     if args.seeds < 1 or args.jobs < 1:
         raise ConfigError(f"seeds and jobs must be at least 1, not {args.seeds} and {args.jobs}")
@@ -230,7 +229,6 @@ def _report(args: Namespace, console: Terminal) -> None:
 
 def _merge_cache(args: Namespace, console: Terminal) -> None:
     from case_fast.knowledge import InferenceCache
-    from case_fast.text_files import require_file
 
     for path in args.caches:
         require_file(path, "cache of inferences")
@@ -394,10 +392,14 @@ def _chosen(words: Sequence[str]) -> tuple[str, str, list[str]]:
 
 
 def _settings(path: str | Path) -> dict[str, Any] | None:
-    """The settings in a file, the model's name as "kind"; None where it holds none: the parser says what is wrong with it."""
+    """The settings in a file, the model's name as "kind"; None where there are none: the parser says what is wrong with it."""
+    if not os.path.isfile(path):
+        return None
+    with reading(path, "file of settings"):
+        content = Path(path).read_bytes()
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = yaml.safe_load(content.decode())
+    except (ValueError, yaml.YAMLError):
         return None
     if not isinstance(values, dict):
         return None
@@ -450,8 +452,7 @@ def _carry_out(words: list[str]) -> int:
         close = difflib.get_close_matches(name, _COMMANDS, 1)
         hint = f"Did you mean {close[0]}?" if close else f"Commands: {', '.join(_COMMANDS)}."
         return end(2, "error", "red", f"there is no command {name}. {hint}")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s",
-                        handlers=[RichHandler(console=errors, show_path=False, show_time=False)])
+    logging.basicConfig(level=logging.WARNING, handlers=[Notes(errors)])
     logging.getLogger("case_fast").setLevel(logging.INFO)
     try:
         _require_a_folder_to_run_in()

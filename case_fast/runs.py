@@ -45,7 +45,7 @@ from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of
 from case_fast.files import kind_of, plain, require_folder_place, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
-from case_fast.text_files import ReadReport, read_json, read_lines, reading
+from case_fast.text_files import ReadReport, read_lines, reading
 
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub")
 _CHECKPOINT = re.compile(r"\d{8,12}")
@@ -302,7 +302,8 @@ def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, An
         _require(folder / name, remedy)
     try:
         featurizer = Featurizer.load(folder)
-        knowledge = read_json(folder / "knowledge.json", "where its knowledge came from", "")
+        with reading(folder / "knowledge.json", "this part of the run"):
+            knowledge = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
         if not isinstance(knowledge["spec"], str) or not isinstance(knowledge.get("cache"), str | None):
             raise TypeError("spec and cache must be texts")
     except DataError as error:
@@ -336,12 +337,14 @@ def _other_kind(folder: Path) -> str:
 
 
 def _may_be(path: Path, key: str) -> bool:
-    """Whether a JSON file is there and may be a run's: it has a key that all of them have, or is damaged."""
+    """Whether a JSON file is there and may be a run's: it has a key that all of them have, or is empty or damaged."""
+    if not path.is_file():
+        return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return True
-    return not isinstance(found, dict) or key in found
+    return not found or not isinstance(found, dict) or key in found
 
 
 def _require(path: Path, remedy: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import codecs
 import errno
 import json
+import logging
 import os
 import sys
 import time
@@ -64,6 +65,18 @@ class Stages:
 
     def report(self, line: str) -> None:
         self.console.say(f"    {line}", style="dim")
+
+
+class Notes(logging.Handler):
+    """Shows what is logged, a line each."""
+
+    def __init__(self, console: Terminal):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "blue"
+        self.console.say(Text.assemble((f"{record.levelname:<8}", style), f" {record.getMessage()}"))
 
 
 def print_json(value: Any) -> None:

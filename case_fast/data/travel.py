@@ -23,7 +23,7 @@ import numpy as np
 from case_fast.data.empathetic_dialogues import SPLITS
 from case_fast.data.store import Store, open_store
 from case_fast.errors import ConfigError, DataError
-from case_fast.files import require_file_place, require_place, whole_folder, write_bytes
+from case_fast.files import require_file_place, require_place, require_room, whole_folder, write_bytes
 from case_fast.text_files import reading, require_file
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a store's files together: a small file could hold terabytes of zeros
@@ -145,6 +145,7 @@ def unpack_store(path: str | Path, out: str | Path, max_bytes: int = MAX_UNPACKE
         with open(path, "rb") as stream, whole_folder(out) as folder:
             with reading(path, "packed store"):
                 files = _read_header(stream, path.stat().st_size, max_bytes)
+            require_room(folder, sum(part.bytes for _, parts in files.values() for part in parts))
             for name, (expected, parts) in files.items():
                 digest = hashlib.sha256()
                 with open(folder / name, "wb") as file:

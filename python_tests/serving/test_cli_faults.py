@@ -15,6 +15,7 @@ import pytest
 
 from case_fast import cli
 from case_fast.data.travel import pack_store
+from case_fast.errors import DataError, PlaceError
 
 SMALL = ["--model.d_model", "16", "--model.ffn", "16"]
 BUNDLED = ["--conceptnet", "bundled", "--lexicon", "bundled"]
@@ -236,6 +237,13 @@ def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_training(files
     assert not (tmp_path / "run" / "config.json").exists(), line
 
 
+def test_a_disk_without_room_for_what_is_unpacked_is_found_before_it(files, no_work, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    refused(files.words(["unpack", "{travel}", "{out}"], out=tmp_path / "s.store"), capsys, "MiB are needed and 0 MiB are left")
+    assert not listing(tmp_path)
+
+
 def test_figures_that_took_long_are_shown_where_they_cannot_be_written(files, tmp_path, capsys, monkeypatch):
     """The disk fills up during the work."""
     run = linked_run(files, tmp_path, tmp_path / "there")
@@ -265,6 +273,7 @@ INPUTS = [
     ("file", ["unpack", "{bad}", "{tmp}/o"]),
     ("file", ["merge-cache", "{tmp}/all.sqlite", "{bad}"]),
     ("file", ["table", "1", "--data", "{store}", "--out", "{tmp}/o", "--settings", "{bad}"]),
+    ("file", ["train", "--data", "{store}", "--out", "{tmp}/o", "--config", "{bad}"]),
     ("dialogues", ["prepare", "--dialogues", "{bad}", *SOURCES, "--out", "{tmp}/o"]),
     ("release", ["import", "{bad}", "--check"]),
     ("store", ["inspect", "{bad}"]),
@@ -306,8 +315,8 @@ UNREADABLE = {"under a file": under_a_file, "a circle of links": in_a_circle, "t
 @pytest.mark.parametrize("fault", [*UNREADABLE, "unreadable", "without permission"])
 @pytest.mark.parametrize(("kind", "words"), INPUTS, ids=lambda of: of if isinstance(of, str) else " ".join([of[0], *of[-2:]]))
 def test_what_cannot_be_read_is_found_before_the_work(kind, words, fault, files, tmp_path, capsys, monkeypatch, request):
-    if fault == "unreadable" and words[0] == "report":
-        return  # it tells of whatever is there: see test_report.py
+    if (fault == "unreadable" and words[0] == "report") or (fault != "unreadable" and "--config" in words):
+        return  # a report tells of whatever is there (test_report.py); that there is no such file of settings, the parser says
     if kind not in ("dialogues", "release"):  # to read those is the work
         request.getfixturevalue("no_work")
     if fault == "without permission":
@@ -399,3 +408,31 @@ def test_a_number_or_device_that_cannot_work_is_named(words, said, files, no_wor
     monkeypatch.chdir(tmp_path)
     refused(files.words(words), capsys, said)
     assert not listing(tmp_path)
+
+
+# ---- the one place that says it
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), "a/b: No such file or directory. Check that it,"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free some space there, or give another place."),
+    (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "a: Invalid cross-device link. Check the path"),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer."),
+    (OSError("something else"), "something else."), (OSError(), "OSError."),
+    (PlaceError("x", OSError(errno.EROFS, "Read-only file system")), "x: cannot be written (Read-only file system). Nothing"),
+    (PlaceError("x", ValueError("I/O error: No space (os error 28)")), "x: cannot be written (No space left on device). Free"),
+    (MemoryError(), "there is not enough memory"), (MemoryError("8 GiB"), "there is not enough memory (8 GiB)"),
+    (DataError("a\nb\x1b[31m\udcff", "odd"), "a b\\x1b[31m\\udcff: odd."),
+])  # fmt: skip
+def test_whatever_a_command_raises_of_that_kind_is_one_line(error, said, capsys, monkeypatch):
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], broken))
+    assert refused(["report", "x"], capsys).startswith(f"error: {said}")
+
+
+def test_what_is_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["report", "x"])
