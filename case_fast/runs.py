@@ -41,7 +41,7 @@ from safetensors import SafetensorError
 import case_fast
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
-from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of
+from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
 from case_fast.files import kind_of, plain, require_folder_place, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
@@ -95,7 +95,7 @@ class Run:
             raise CheckpointError(f"{self.path} already holds a run ({held}). Resume it (--resume), or choose another folder")
         if not there and resume:
             raise CheckpointError(f"{self.path} holds no run to resume. Check the folder, or train without --resume")
-        with writing("the run", self.path):
+        with writing("the run", self.path, begun=resume):
             require_folder_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -194,15 +194,14 @@ class Run:
 
 
 @contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
-    """Turns a failure to write a part of a run into a `CheckpointError` with the reason and what to do."""
+def writing(what: str, path: Path, begun: bool = True) -> Iterator[None]:
+    """Turns a failure to write a part of a run into a `CheckpointError` with the reason and what to do; ``begun``: the run may
+    have checkpoints."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors gives its own error when a disk is full
-        raise CheckpointError(
-            f"{what} could not be written to {path} ({reason_of(error)}). "
-            "The checkpoints before it are untouched: mend that, then resume"
-        ) from error
+        remedy = "The checkpoints before it are untouched: mend that, then resume" if begun else remedy_of(error)
+        raise CheckpointError(f"{what} could not be written to {path} ({reason_of(error)}). {remedy}") from error
 
 
 def _object(path: Path) -> dict[str, Any]:

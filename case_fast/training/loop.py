@@ -159,7 +159,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
-        with writing("the run", run.path):
+        with writing("the run", run.path, begun=resume):
             # a checkpoint holds both moments of Adam too; it is written before the one in whose place it comes is removed
             require_room(run.path, self._weight_bytes * (3 if resume else 7))
         run.set_up(config.as_dict(), store, device)

@@ -81,7 +81,7 @@ def test_a_path_is_shown_as_it_is(name, packed, sample_store, sample_run, tmp_pa
     monkeypatch.setattr("case_fast.evaluation.report._page", lambda run: "")
     place, cache = tmp_path / name / "x", sample_store.knowledge["cache"]
     for words in (["unpack", str(packed), f"{place}.store"], ["report", str(sample_run), "--out", f"{place}.html"],
-                  ["merge-cache", f"{place}.sqlite", cache], ["bench", "--show", "linear", "--out", str(place)],
+                  ["merge-cache", f"{place}.sqlite", cache],
                   ["prepare", "--dialogues", str(place), "--out", f"{tmp_path}/o", "--knowledge", "bundled", "--conceptnet",
                    "bundled", "--lexicon", "bundled"]):
         assert cli.main(words) == (words[0] == "prepare")

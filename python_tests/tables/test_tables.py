@@ -174,7 +174,8 @@ def test_a_dry_run_says_what_there_is_and_does_nothing(sample_store, tmp_path, c
     assert "w/o Align (paper), seed 0: new" in shown and "0 of 7 runs finished" in shown
     assert "7 runs whose speed is not known" in shown
     assert not out.exists()
-    for words, said in ((["--seeds", "0"], "at least 1"), (["--settings", str(tmp_path / "no.yaml")], "no YAML or JSON file"),
+    for words, said in ((["--seeds", "0"], "at least 1"),
+                        (["--settings", str(tmp_path / "no.yaml")], "no.yaml: file of settings not found"),
                         (["--runs", f"{tmp_path},{tmp_path / 'no'}"], f"there is no folder {tmp_path / 'no'}. Name runs")):
         assert cli.main(["table", "2", "--data", str(sample_store.path), "--out", str(out), *words]) == 1
         assert said in " ".join(capsys.readouterr().err.split())
