@@ -251,7 +251,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     Attributes:
         needs: parts of the `Batch` that it reads.
-        title: its name for people; empty: that of the class.
+        title: its name for people; none of its own: that of the class.
         phases: of training, in order; the last one trains the whole objective.
         presets: named changes to the training recipe, the first one the default.
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
