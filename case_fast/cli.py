@@ -164,7 +164,7 @@ def _table(args: Namespace, console: Console) -> None:
     changes = _settings(args.settings) if args.settings else {}
     if changes is None:
         raise ConfigError(f"{args.settings} is no YAML or JSON file of settings")
-    changes |= {"max_steps": args.max_steps} if args.max_steps else {}
+    changes |= {name: args[name] for name in ("max_steps", "cooldown") if args[name]}
     changes["matmul_precision"] = args.matmul_precision
     rows = tables.rows_of(args.number, _listed(args.recipe), _listed(args.models))
     planned = tables.plan(rows, range(args.seeds), store, out, changes, [Path(run) for run in _listed(args.runs)])

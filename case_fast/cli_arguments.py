@@ -70,6 +70,7 @@ def table(parser: ArgumentParser) -> None:
     parser.add_argument("--runs", type=str, default="", help="runs elsewhere, or folders of such, parted by commas: used where "
                         "their settings and store are those of a row")
     parser.add_argument("--max_steps", type=int | None, default=None, help="most steps of the last phase, the same for all")
+    parser.add_argument("--cooldown", type=int, default=0, help="as of train, the same for all")
     parser.add_argument("--matmul_precision", type=str, default="highest", help="as of train, the same for all")
     parser.add_argument("--settings", type=str | None, default=None, help="YAML or JSON file of further settings, for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")

@@ -40,11 +40,13 @@ class Length:
         validate_every: steps between validations, of which early stopping counts those that are no better; None: there are none,
             and the phase has just as many ``steps``.
         min_steps: before early stopping counts.
+        cooldown: of the ``steps`` the last ones, in which the learning rate falls linearly.
     """
 
     steps: int | None
     validate_every: int | None = None
     min_steps: int = 0
+    cooldown: int = 0
 
 
 @dataclass(frozen=True)
