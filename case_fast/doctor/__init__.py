@@ -14,13 +14,10 @@ from dataclasses import asdict
 from typing import Any
 
 from case_fast import __version__
+from case_fast.doctor import machine, native, privacy, software
 from case_fast.doctor.check import STATES, Check, carried_out
 from case_fast.doctor.given import Given
-from case_fast.doctor.machine import machine
-from case_fast.doctor.native import native, native_on_gpu
 from case_fast.doctor.next_step import NextStep
-from case_fast.doctor.privacy import privacy, redacted
-from case_fast.doctor.software import software
 
 FORMAT = "case_fast doctor 1"
 
@@ -45,16 +42,16 @@ def examine(paths: Sequence[str] = (), purpose: str | None = None, full: bool = 
 
 def _groups(paths: Sequence[str], purpose: str | None, full: bool, chosen: Collection[str], done: list[Check]
             ) -> Iterator[Iterator[Check]]:
-    yield carried_out("software", software(chosen))
-    yield carried_out("machine", machine())
-    yield carried_out("native", native())
-    yield carried_out("native on GPU", native_on_gpu())
+    yield carried_out("software", software.looks(chosen))
+    yield carried_out("machine", machine.looks())
+    yield carried_out("native", native.looks())
+    yield carried_out("native on GPU", native.looks_on_gpu())
     given = Given(paths)
     yield carried_out("data", given.looks(purpose))
     for thing, group in [*((store, "store") for store in given.stores), *((run, "run") for run in given.runs)]:
         yield carried_out(group, thing.looks(), thing.path)
     yield carried_out("next step", NextStep(purpose or "", paths, given, done).looks())
-    yield carried_out("privacy", privacy(done, full))
+    yield carried_out("privacy", privacy.looks(done, full))
 
 
 @contextmanager
@@ -85,5 +82,5 @@ def report(checks: Sequence[Check], purpose: str | None, full: bool) -> dict[str
         "full": full,
         "status": status(checks),
         "states": {state: sum(check.state == state for check in checks) for state in STATES},
-        "checks": [asdict(check if full else redacted(check)) for check in checks],
+        "checks": [asdict(check if full else privacy.redacted(check)) for check in checks],
     }

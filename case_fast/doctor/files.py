@@ -64,7 +64,7 @@ _MARKS = {  # the first bytes of what is no data set -> what it is, and a line f
 def look(path: Path, depth: int = 0) -> Iterator[tuple[Path, str, Finding]]:
     """What a file or folder of data is, a name of `SOURCES`, and how it is; else "missing", "damaged", "other" or "unknown".
 
-    A folder that is no data set itself is searched, two folders deep, for those that lie in it.
+    A folder that is no data set itself is searched for those that lie in it, and so are the folders in it.
     """
     kind = _folder(path) if path.is_dir() else ""
     if kind or not path.is_dir():
@@ -95,6 +95,8 @@ def _looked_at(path: Path, kind: str) -> tuple[str, Finding]:
         if not kind:
             with open(path, "rb") as stream:
                 first = stream.read(16)
+            if not first:
+                return "damaged", fail(f"{path}: an empty file", remedy)
             for mark, (what, line) in _MARKS.items():
                 if first.startswith(mark):
                     return "other", skip(f"{path}: {what}", line.format(file=command(path), folder=command(path.parent)))

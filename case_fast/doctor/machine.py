@@ -18,7 +18,7 @@ _ENOUGH = 2 << 30  # bytes: training at the paper's size on CPU had a peak of 1.
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-def machine() -> Iterator[Look]:
+def looks() -> Iterator[Look]:
     yield Look("cores", _cores, "nproc")
     yield Look("threads", _threads, "unset OMP_NUM_THREADS")
     yield Look("memory", _memory, "free -h")

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 _FLOOR = 1e-5  # an op may be off by this and twice what plain torch is, as in the tests
 
 
-def native() -> Iterator[Look]:
+def looks() -> Iterator[Look]:
     yield Look("module", _module, reinstall())
     yield Look("CUDA", _cuda, reinstall())
     for family in _calls("cpu"):
         yield Look(family, lambda family=family: _op(family, "cpu"), f"export CASE_FAST_BACKEND={family}=reference")
 
 
-def native_on_gpu() -> Iterator[Look]:
-    """The families on the first GPU; none where there is no GPU, which `machine` says."""
+def looks_on_gpu() -> Iterator[Look]:
+    """The families on the first GPU; none where there is no GPU, as another check says."""
     import torch
 
     for family in _calls("cpu") if torch.cuda.is_available() else ():

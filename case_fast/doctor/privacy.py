@@ -21,7 +21,7 @@ def redacted(check: Check) -> Check:
     return replace(check, **{name: _without(getattr(check, name)) for name in _QUOTING})
 
 
-def privacy(checks: Sequence[Check], full: bool) -> Iterator[Look]:
+def looks(checks: Sequence[Check], full: bool) -> Iterator[Look]:
     yield Look("--json", lambda: _json(checks, full), "case-fast doctor --json | less")
 
 

@@ -25,24 +25,16 @@ class Display:
     def show(self, check: Check) -> None:
         heading = f"{check.group} {check.path}".strip()
         if heading != self._heading:
-            self.console.print(Text("\n" * bool(self._heading) + heading, style="bold"), soft_wrap=True)
+            self._print(Text("\n" * bool(self._heading) + heading, style="bold"))
             self._heading = heading
         start = Text.assemble("  ", (f"{check.state:<5}", _STYLES[check.state]), f"{check.name:<{_NAME}} ")
         reason = Text(check.reason, style="dim" * (check.state == "skip"))
-        indent, narrow = start.cell_len, self.console.width < _NARROW
-        if narrow:
+        if self.console.width < _NARROW:
             self._print(start)
-            start, indent = Text(" " * _INDENT), _INDENT
-        for line in reason.wrap(self.console, self.console.width - indent, overflow="fold"):
-            line.rstrip()
-            self._print(start + line)
-            start = Text(" " * indent)
+            start = Text(" " * _INDENT)
+        self._wrapped(start, reason)
         if check.remedy:  # never wrapped: a line that the terminal itself breaks is still copied as one
             self._print(Text(" " * _INDENT + check.remedy, style="cyan"))
-
-    def _print(self, line: Text) -> None:
-        line.rstrip()
-        self.console.print(line, soft_wrap=True)
 
     def end(self, checks: Sequence[Check]) -> None:
         """How many of each state, and what failed."""
@@ -50,5 +42,17 @@ class Display:
                                for state in STATES)
         failed = [f"{check.name}{f' of {check.path}' if check.path else ''}" for check in checks if check.state == "fail"]
         said.append(f" ({', '.join(dict.fromkeys(failed))})" * bool(failed))
-        self.console.print(Text("\n").append(said).append(
-            ". Below what is not ok stands a line that mends it or tells more. For an issue: case-fast doctor --json"))
+        self._print(Text())
+        said.append(". Below what is not ok stands a line that mends it or tells more. For an issue: case-fast doctor --json")
+        self._wrapped(Text(), said)
+
+    def _wrapped(self, start: Text, text: Text) -> None:
+        """The text behind what its first line starts with."""
+        indent = start.cell_len
+        for line in text.wrap(self.console, max(1, self.console.width - indent), overflow="fold"):
+            self._print(start + line)
+            start = Text(" " * indent)
+
+    def _print(self, line: Text) -> None:
+        line.rstrip()
+        self.console.print(line, soft_wrap=True)

@@ -23,7 +23,7 @@ _CHECKOUT = Path(case_fast.__file__).resolve().parents[1]
 _PINS = _CHECKOUT / "constraints.txt"  # in a checkout; it is not installed with the package
 
 
-def software(chosen: Collection[str]) -> Iterator[Look]:
+def looks(chosen: Collection[str]) -> Iterator[Look]:
     """chosen: names of variables whose values are the command line's own."""
     yield Look("case_fast", _package, reinstall())
     yield Look("python", _python, "python3 --version")
