@@ -7,6 +7,7 @@ so: one that raises has failed, one that was not carried out is skip. Nothing is
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from case_fast.doctor.given import Given
 from case_fast.doctor.next_step import NextStep
 
 FORMAT = "case_fast doctor 1"
+_SECONDS = 4.0  # of all of it, which with the start of the program is less than 5; the probe at its end takes what is left
 
 
 def examine(paths: Sequence[str] = (), purpose: str | None = None, full: bool = False, chosen: Collection[str] = ()
@@ -42,6 +44,7 @@ def examine(paths: Sequence[str] = (), purpose: str | None = None, full: bool = 
 
 def _groups(paths: Sequence[str], purpose: str | None, full: bool, chosen: Collection[str], done: list[Check]
             ) -> Iterator[Iterator[Check]]:
+    until = time.monotonic() + _SECONDS
     yield carried_out("software", software.looks(chosen))
     yield carried_out("machine", machine.looks())
     yield carried_out("native", native.looks())
@@ -50,7 +53,7 @@ def _groups(paths: Sequence[str], purpose: str | None, full: bool, chosen: Colle
     yield carried_out("data", given.looks(purpose))
     for thing, group in [*((store, "store") for store in given.stores), *((run, "run") for run in given.runs)]:
         yield carried_out(group, thing.looks(), thing.path)
-    yield carried_out("next step", NextStep(purpose or "", paths, given, done).looks())
+    yield carried_out("next step", NextStep(purpose or "", paths, given, done, until).looks())
     yield carried_out("privacy", privacy.looks(done, full))
 
 

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _LINES = 2_000  # of a file, which are read
 _CONVERSATIONS = 100
-_DEPTH = 2  # folders
+_FILES = 100  # of a folder that is searched
 _SOUND = 0.02  # at most such a share of the rows may be malformed; in the released files it is less
 
 
@@ -61,7 +62,7 @@ _MARKS = {  # the first bytes of what is no data set -> what it is, and a line f
 }
 
 
-def look(path: Path, depth: int = 0) -> Iterator[tuple[Path, str, Finding]]:
+def look(path: Path) -> Iterator[tuple[Path, str, Finding]]:
     """What a file or folder of data is, a name of `SOURCES`, and how it is; else "missing", "damaged", "other" or "unknown".
 
     A folder that is no data set itself is searched for those that lie in it, and so are the folders in it.
@@ -70,12 +71,28 @@ def look(path: Path, depth: int = 0) -> Iterator[tuple[Path, str, Finding]]:
     if kind or not path.is_dir():
         yield path, *_looked_at(path, kind)
         return
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    inside = [found for entry in entries if depth < _DEPTH for found in look(entry, depth + 1)]
-    inside = [found for found in inside if found[1] not in ("other", "unknown")]
-    yield from inside
-    if depth == 0 and not inside:
+    inside, known = list(islice(_inside(path), _FILES + 1)), 0
+    for place, kind in inside[:_FILES]:
+        kind, finding = _looked_at(place, kind)
+        if kind not in ("other", "unknown"):
+            known += 1
+            yield place, kind, finding
+    if len(inside) > _FILES:
+        yield path, "other", skip(f"{path}: only the first {_FILES} files in this folder were looked at",
+                                  command("case-fast", "doctor", f"{path}/FILE"))
+    elif not known:
         yield path, "unknown", fail(f"{path}: nothing in this folder is read; read are {', '.join(SOURCES)}", command("ls", path))
+
+
+def _inside(folder: Path, depth: int = 2) -> Iterator[tuple[Path, str]]:
+    """Files and folders of data sets, with what is known of them, in a folder and in those in it."""
+    for entry in sorted(folder.iterdir()):
+        if not entry.name.startswith("."):
+            kind = _folder(entry) if entry.is_dir() else ""
+            if kind or not entry.is_dir():
+                yield entry, kind
+            elif depth > 1:
+                yield from _inside(entry, depth - 1)
 
 
 def _folder(folder: Path) -> str:
@@ -93,6 +110,8 @@ def _looked_at(path: Path, kind: str) -> tuple[str, Finding]:
     remedy = command("ls", "-l", path)
     try:
         if not kind:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                return "unknown", fail(f"{path}: neither a file nor a folder", remedy)
             with open(path, "rb") as stream:
                 first = stream.read(16)
             if not first:

@@ -102,7 +102,7 @@ def _gpu() -> Finding:
         return warn(f"there is a driver ({driver}), but torch is built for the CPU", "pip install --force-reinstall torch")
     if driver:
         return warn(f"there is a driver ({driver}), but torch sees no GPU{f': {status}' if status else ''}", "nvidia-smi")
-    return skip(f"torch sees none{f': {status}' if status else ''}; all runs on the CPU", "nvidia-smi")
+    return skip(f"none that torch sees{f' ({status})' if status else ''}", "nvidia-smi")
 
 
 def _compilers() -> Finding:

@@ -76,7 +76,7 @@ def _op(family: str, device: str) -> Finding:
                         f"export CASE_FAST_BACKEND={family}=reference")
         if error >= off:
             worst, off = name, error
-    return ok(f"{runs} ({why}); off by {off:.0e} at most ({worst})")
+    return ok(f"{runs} ({why}), off by {off:.0e} ({worst})")
 
 
 class _Call(NamedTuple):
@@ -101,8 +101,8 @@ def _results(function: Callable, call: _Call) -> dict[str, Tensor]:
     whole = sum((x * torch.arange(1, x.numel() + 1, device=x.device).view(x.shape).to(x.dtype).cos()).sum()
                 for x in outputs if x.requires_grad)
     gradients = torch.autograd.grad(whole, list(leaves.values()))
-    named = {f"result {number}" if len(outputs) > 1 else "the result": x.detach() for number, x in enumerate(outputs, 1)}
-    return named | {f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+    named = {f"result {number}" if len(outputs) > 1 else "result": x.detach() for number, x in enumerate(outputs, 1)}
+    return named | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

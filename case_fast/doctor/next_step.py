@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _OF_DIALOGUES = 15  # bytes of store and cache for each of the dialogues: EmpatheticDialogues with inferences from ATOMIC
 _LITTLE = 64 << 20  # bytes: of an evaluation, a chat, the demo, more than any of them took
 _LEAST_TRAINING = 1 << 30
-SECONDS = 2.0  # of a probe
+SECONDS, LEAST_SECONDS = 2.0, 0.5  # that a probe may take, and that it may even where all has to end before
 
 
 class NextStep:
@@ -29,10 +30,11 @@ class NextStep:
     Args:
         asked: "prepare", "train", "evaluate" or "chat"; "" leaves it open.
         before: the checks so far.
+        until: when all has to end, by `time.monotonic`.
     """
 
-    def __init__(self, asked: str, paths: Sequence[str], given: Given, before: Sequence[Check]):
-        self.asked, self.paths, self.data = asked, paths, given.data
+    def __init__(self, asked: str, paths: Sequence[str], given: Given, before: Sequence[Check], until: float):
+        self.asked, self.paths, self.data, self.until = asked, paths, given.data, until
         self.store, self.run = next(iter(given.stores), None), next(iter(given.runs), None)
         self.failed = [check for check in before if check.state == "fail"]
 
@@ -132,7 +134,9 @@ class NextStep:
         store, config = self.store.opened, self.config
         if self.run is not None and self.run.result:
             return ok("none: training has finished")
-        seconds = training_steps(store, config, SECONDS)
+        began = time.monotonic()
+        seconds = training_steps(store, config, self._seconds())
+        probe = time.monotonic() - began
         lengths = dict(zip(seconds, map(config.fewest, config.lengths(store.size("train"))), strict=True))
         done = self.run.step if self.run is not None else 0
         whole, parts = 0.0, []
@@ -141,14 +145,20 @@ class NextStep:
             whole += left * seconds[phase]
             if left:
                 parts.append(f"{left:,} steps{f' of phase {phase}' if len(lengths) > 1 else ''} at {1e3 * seconds[phase]:.0f} ms")
-        return ok(f"about {in_words(whole)} at least, by a probe of {SECONDS:g} s: {' and '.join(parts) or 'no step is left'}; "
+        return ok(f"about {in_words(whole)} at least, by a probe of {probe:.1f} s: {' and '.join(parts) or 'no step is left'}; "
                   "validations not counted")
 
     def _evaluation(self) -> Finding:
         if self.run is None:
             return skip("not estimated: no run given", command("case-fast", "doctor", "RUN", *self.paths))
-        whole = evaluation_seconds(self.run.model, self.store.opened, "test", SECONDS)
-        return ok(f"about {in_words(whole)} for the split test, by a probe of {SECONDS:g} s, replies decoded greedily")
+        began = time.monotonic()
+        whole = evaluation_seconds(self.run.model, self.store.opened, "test", self._seconds())
+        probe = time.monotonic() - began
+        return ok(f"about {in_words(whole)} for the split test on the CPU, by a probe of {probe:.1f} s, replies decoded greedily")
+
+    def _seconds(self) -> float:
+        """That a probe may take now."""
+        return min(SECONDS, max(LEAST_SECONDS, self.until - time.monotonic()))
 
     def _command(self) -> Finding:
         if self.lacking:

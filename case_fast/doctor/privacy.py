@@ -32,7 +32,7 @@ def _json(checks: Sequence[Check], full: bool) -> Finding:
             return warn(f"tells {' and '.join(found)}, since --full asks for it", "case-fast doctor --json")
     elif found := _told([redacted(check) for check in checks]):
         return fail(f"tells {' and '.join(found)}", "case-fast doctor --json | less")
-    return ok("tells no home folder, user or host" + ("" if full else "; --full leaves paths as they are"))
+    return ok("tells no home folder, user or host" + ("" if full else "; --full does"))
 
 
 def _told(checks: Sequence[Check]) -> list[str]:

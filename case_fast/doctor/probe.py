@@ -1,4 +1,4 @@
-"""How fast this machine is at the next step: a few steps of training, or a few replies, for about two seconds."""
+"""How fast this machine is at the next step: as many steps of training, or replies, as a moment holds, and one at least."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from case_fast.models import DialogueModel
     from case_fast.training import TrainConfig
 
-_BATCH = 32  # as `case-fast evaluate` has it
+_BATCH = 16  # half of what `case-fast evaluate` takes at once, so that a look is enough for it
 
 
 def training_steps(store: Store, config: TrainConfig, seconds: float) -> dict[str, float]:
@@ -50,7 +50,7 @@ def training_steps(store: Store, config: TrainConfig, seconds: float) -> dict[st
 
 
 def evaluation_seconds(model: DialogueModel, store: Store, split: str, seconds: float) -> float:
-    """Seconds that evaluating a split would take, from batches spread over it: its references, and a greedy reply to each."""
+    """Seconds that evaluating a split takes on the CPU, by batches from all over it: references, and a greedy reply to each."""
     from case_fast.generation import generate_all
     from case_fast.references import read_references
 
@@ -65,11 +65,13 @@ def evaluation_seconds(model: DialogueModel, store: Store, split: str, seconds: 
 
 
 def _until(seconds: float) -> Iterator[int]:
-    """0, 1, ... until so many have passed, 0 always."""
-    until, number = time.perf_counter() + seconds, 0
-    while number == 0 or time.perf_counter() < until:
+    """0, 1, ... until another one, if it takes as long as the last, would end after so many; 0 always."""
+    now = time.perf_counter()
+    until, number, last = now + seconds, 0, 0.0
+    while number == 0 or now + last < until:
         yield number
-        number += 1
+        number, before, now = number + 1, now, time.perf_counter()
+        last = now - before
 
 
 def in_words(seconds: float) -> str:

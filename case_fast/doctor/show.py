@@ -11,7 +11,7 @@ from case_fast.doctor.check import STATES, Check
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 _NAME = 20  # columns: the longest name of a family of ops
-_INDENT = 7  # columns
+_INDENT, _OF_REMEDY = 7, 4  # columns
 _NARROW = 72  # columns of a terminal below which a reason stands under its name
 
 
@@ -23,7 +23,7 @@ class Display:
         self._heading = ""
 
     def show(self, check: Check) -> None:
-        heading = f"{check.group} {check.path}".strip()
+        heading = f"{check.group}: {check.path}" if check.path else check.group
         if heading != self._heading:
             self._print(Text("\n" * bool(self._heading) + heading, style="bold"))
             self._heading = heading
@@ -34,7 +34,7 @@ class Display:
             start = Text(" " * _INDENT)
         self._wrapped(start, reason)
         if check.remedy:  # never wrapped: a line that the terminal itself breaks is still copied as one
-            self._print(Text(" " * _INDENT + check.remedy, style="cyan"))
+            self._print(Text(" " * _OF_REMEDY + check.remedy, style="cyan"))
 
     def end(self, checks: Sequence[Check]) -> None:
         """How many of each state, and what failed."""

@@ -159,13 +159,15 @@ def _openmp() -> Finding:
 def _variables(chosen: Collection[str]) -> Finding:
     found = {name: value for name, value in sorted(os.environ.items())
              if name.startswith(_PREFIXES) or name == "CUDA_VISIBLE_DEVICES"}
-    said = ", ".join(f"{name}={value}" + " (by case-fast)" * (name in chosen) for name, value in found.items())
+    own, others = (", ".join(f"{name}={value}" for name, value in found.items() if (name in chosen) == whose)
+                   for whose in (True, False))
+    said = (others or "none set") + f"; by case-fast: {own}" * bool(own)
     if found.get("CASE_FAST_BACKEND"):
         from case_fast.ops import backend_name
 
         backend_name()  # raises where the value names no backend
         return warn(f"{said}; CASE_FAST_BACKEND takes the choice of kernels away from case_fast", "unset CASE_FAST_BACKEND")
-    return ok(said or "none set")
+    return ok(said)
 
 
 def _declared() -> tuple[str, list[str]]:
