@@ -122,11 +122,11 @@ def diagnose(parser: ArgumentParser) -> None:
 
 def doctor(parser: ArgumentParser) -> None:
     parser.add_argument("paths", type=str, nargs="*", default=[], metavar="PATH", help="data sets, stores and runs, in any order")
-    parser.add_argument("--for", type=Literal["prepare", "train", "evaluate", "chat"] | None, default=None,
+    parser.add_argument("--for", type=Literal["prepare", "train", "evaluate", "chat"] | None, default=None, metavar="COMMAND",
                         help="look at what this needs: prepare, train, evaluate or chat; default: what the paths lead to")
-    parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON, to paste into an issue")
-    parser.add_argument("--full", type=bool, default=False, nargs="?", const=True,
-                        help="with --json: leave home folder, user and host in it")
+    # these take no value: the word behind them is a path
+    parser.add_argument("--json", action="store_true", help="print JSON, to paste into an issue")
+    parser.add_argument("--full", action="store_true", help="with --json: leave home folder, user and host in it")
 
 
 def chat(parser: ArgumentParser) -> None:
