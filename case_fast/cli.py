@@ -462,7 +462,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
+    """Run one command; the exit status: 0 done, 1 a known error, said in one line, or failed check, 2 usage, 130 interrupted."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     # Read when torch loads. Not to be chosen for `bench`, whose peers are measured as people run them.
     if words[:1] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ:

@@ -322,6 +322,19 @@ def test_the_next_step_follows_from_what_is_given(copy):
     assert found["command"].reason == "goes on with the run" and parsed(found["command"].remedy)
 
 
+def test_what_is_sound_but_does_not_go_together_is_no_next_step(copy):
+    store, run = copy / "store", copy / "run"
+    _change(store / "manifest.json", fingerprint="0" * 64)
+    found = of_next(run, store, asked="train")
+    assert found["command"].state == "fail" and "was trained on another store" in found["command"].reason
+    assert found["time"].state == "skip" and parsed(found["command"].remedy)
+    shutil.rmtree(run / "best")
+    for asked in ("evaluate", "chat"):
+        found = of_next(run, store, asked=asked)
+        assert found["command"].state == "fail" and f"no weights to {asked} with yet" in found["command"].reason
+        assert found["command"].remedy.endswith("--resume")
+
+
 def test_the_time_of_training_is_estimated_by_steps_of_each_phase(sample, monkeypatch):
     found = of_next(sample / "store")["time"]
     assert found.state == "ok" and "of phase bow at" in found.reason and "of phase all at" in found.reason

@@ -96,7 +96,7 @@ class NextStep:
             path = Path(self.data["EmpatheticDialogues"])
             files = path.iterdir() if path.is_dir() else [path]
             return _OF_DIALOGUES * sum(file.stat().st_size for file in files if file.is_file())
-        if self.step == "train" and not self.lacking:
+        if self.step == "train" and not self.lacking and not self.failed:
             # the best weights; weights and Adam's two moments in each checkpoint, of which there is one more while it is written
             return 4 * self._parameters() * (1 + 3 * (self.config.keep_checkpoints + 1)) + _LITTLE
         return _LEAST_TRAINING if self.step in ("prepare", "train") else _LITTLE
@@ -126,9 +126,20 @@ class NextStep:
             return skip("not estimated: a reply takes well below a second, with COMET on a CPU some seconds more", again)
         if self.store is None:
             return skip("not estimated: no store given", f"{again} STORE")
-        if any(check.path in (self.store.path, self._place()) for check in self.failed):
-            return skip("not estimated: what failed above comes first", self.failed[0].remedy)
+        if self._obstacle() or any(check.path in (self.store.path, self._place()) for check in self.failed):
+            return skip("not estimated: what is wrong comes first", again)
         return self._evaluation() if self.step == "evaluate" else self._training()
+
+    def _obstacle(self) -> tuple[str, str] | None:
+        """Why what was given cannot be used together, though each part may be sound, and a line that can; None where it can."""
+        if self.run is None:
+            return None
+        if self.step in ("evaluate", "chat") and not self.run.has_weights:
+            return f"{self.run.path} has no weights to {self.step} with yet: its first validation writes them", self.run.resume()
+        if self.step == "train" and self.store is not None and not self.run.fits(self.store):
+            return (f"{self.run.path} was trained on another store than {self.store.path}: it cannot be resumed with that",
+                    command("case-fast", "train", "--data", self.store.path, "--out", f"{self.run.path}.new"))
+        return None
 
     def _training(self) -> Finding:
         store, config = self.store.opened, self.config
@@ -161,10 +172,12 @@ class NextStep:
         return min(SECONDS, max(LEAST_SECONDS, self.until - time.monotonic()))
 
     def _command(self) -> Finding:
+        finding = fail if self.asked else warn
+        if obstacle := self._obstacle():
+            return finding(*obstacle)
         if self.lacking:
             wanted = [name.removeprefix("a ").upper() if name.startswith("a ") else name for name in self.lacking]
             line = command("case-fast", "doctor", *self.paths, *wanted, "--for", self.step)
-            finding = fail if self.asked else warn
             return finding(f"to {self.step} takes {' and '.join(self.lacking)} too, which was not given", line)
         if self.failed:
             first = self.failed[0]

@@ -53,13 +53,32 @@ class GivenRun:
         return int(self.record.newest("step", "checkpoint", "validation", "end").get("step") or 0)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether its first validation is over."""
+        return self.record.files.best.is_dir()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the store that it was trained on; "" where its manifest does not say."""
+        from case_fast.runs import lookup
+
+        return str(lookup(self.record.manifest, "store.fingerprint") or "")
+
+    def fits(self, store: GivenStore) -> bool:
+        """Whether it was trained on this store, of which alone it can be resumed."""
+        from case_fast.errors import DataError
+
+        try:
+            return store.manifest["fingerprint"] == self.fingerprint
+        except DataError:  # as the store's own checks say
+            return False
+
+    @property
     def trained_on(self) -> str:
         """The path of its store: of those given the one that it was trained on or the first, else as its manifest has it."""
         from case_fast.runs import lookup
 
-        fingerprint = lookup(self.record.manifest, "store.fingerprint")
-        own = [store for store in self.stores if _fingerprint(store) == fingerprint]
-        given = [*own, *self.stores]
+        given = [*filter(self.fits, self.stores), *self.stores]
         return given[0].path if given else str(lookup(self.record.manifest, "store.path") or "STORE")
 
     def resume(self) -> str:
@@ -101,7 +120,7 @@ class GivenRun:
         return ok(f"begun, not finished: step {self.step:,}")
 
     def _weights(self) -> Finding:
-        if not self.record.files.best.is_dir():
+        if not self.has_weights:
             return skip("none yet: the first validation writes them", self.resume())
         bad = [name for name, x in self.model.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
         if bad:
@@ -112,7 +131,7 @@ class GivenRun:
         """That of the run beside the model's and that of each store that was given."""
         from case_fast.runs import load_features
 
-        if not self.record.files.best.is_dir():
+        if not self.has_weights:
             return skip("no weights yet to compare it with", self.resume())
         words = self.model.config.vocab_size
         featurizer, _ = load_features(self.path, words)
@@ -127,12 +146,11 @@ class GivenRun:
         """Whether what it was trained on is there."""
         from case_fast.runs import lookup
 
-        fingerprint, path = (lookup(self.record.manifest, f"store.{name}") for name in ("fingerprint", "path"))
+        path, fingerprint = lookup(self.record.manifest, "store.path"), self.fingerprint
         if not fingerprint:
             return warn("the manifest does not say what it was trained on", self.resume())
-        for store in self.stores:
-            if _fingerprint(store) == fingerprint:
-                return ok(f"trained on {store.path}")
+        for store in filter(self.fits, self.stores):
+            return ok(f"trained on {store.path}")
         if self.stores:
             return warn(f"trained on {path} ({fingerprint[:12]}), not on {self.stores[0].path}: it cannot be resumed with that",
                         command("case-fast", "doctor", self.path, path))
@@ -169,7 +187,7 @@ class GivenRun:
         """Whether chat finds where inferences come from."""
         from case_fast.runs import load_features
 
-        if not self.record.files.best.is_dir():
+        if not self.has_weights:
             return skip("no weights yet to chat with", self.resume())
         spec = load_features(self.path, self.model.config.vocab_size)[1]["spec"]
         kind, _, path = spec.partition(":")
@@ -179,16 +197,6 @@ class GivenRun:
         if path and not Path(path).exists():
             return warn(f"{spec} is not there any more: chat asks for it", other)
         return ok(f"{spec}, which is there" if path else "the bundled sample's")
-
-
-def _fingerprint(store: GivenStore) -> str:
-    """"" of a store whose manifest is damaged, as its own checks say."""
-    from case_fast.errors import DataError
-
-    try:
-        return store.manifest["fingerprint"]
-    except DataError:
-        return ""
 
 
 def _listed(problems: Sequence[str]) -> str:
