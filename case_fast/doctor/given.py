@@ -41,7 +41,7 @@ class Given:
                     self.data.setdefault(kind, str(place))
 
     def _found(self, name: str, finding: Finding) -> None:
-        self._looks.append(Look(name, lambda: finding, ""))
+        self._looks.append(Look(name, lambda: finding, "case-fast doctor"))
 
     def looks(self, purpose: str | None) -> Iterator[Look]:
         """Those of data sets; of `prepare` also those that were not given."""
@@ -51,7 +51,7 @@ class Given:
                 yield Look(name, lambda name=name: absent(name), SOURCES[name].get)
         elif not (self._looks or self.stores or self.runs):
             yield Look("files", lambda: skip("no path given, so no data set, store or run was looked at",
-                                             "case-fast doctor ed.store ed.run"), "")
+                                             "case-fast doctor ed.store ed.run"), "case-fast doctor")
 
 
 def _kind_of(path: Path) -> str:
