@@ -239,6 +239,23 @@ def _diagnose(args: Namespace, console: Console) -> None:
         console.print(table(found), *answers(found), *paths, sep="\n", highlight=False, soft_wrap=True)
 
 
+def _doctor(args: Namespace, console: Console) -> int:
+    from case_fast.doctor import examine, report, status
+    from case_fast.doctor.show import Display
+
+    own = [name for name, value in WAITING.items() if os.environ.get(name) == value]
+    checks, display = [], None if args.json else Display(console)
+    for check in examine(args.paths, args["for"], args.full, own):
+        checks.append(check)
+        if display:
+            display.show(check)
+    if display:
+        display.end(checks)
+    else:
+        print(json.dumps(report(checks, args["for"], args.full), ensure_ascii=False, indent=2))
+    return status(checks)
+
+
 def _chat(args: Namespace, console: Console) -> None:
     from case_fast.generation import GenerationConfig
     from case_fast.serving import load
@@ -361,8 +378,8 @@ def _print_paths(paths: Sequence[Path], console: Console) -> None:
         console.print(f"{path}", highlight=False, soft_wrap=True)
 
 
-# name -> what it does, its arguments, what carries it out; a command imports only what it needs
-_COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Console], None]]] = {
+# name -> what it does, its arguments, what carries it out and may give an exit status; a command imports only what it needs
+_COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Console], int | None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
                 arguments.prepare, _prepare),
     "import": ("What was released with CASE, CEM and their sisters to a store, read without running it; --check looks at it.",
@@ -377,6 +394,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
               arguments.train, _train),
     "table": ("Table 1 or 2 of the paper: train what is missing, evaluate it, and compare over seeds.", arguments.table, _table),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", arguments.evaluate, _evaluate),
+    "doctor": ("Is all in order here: software, machine, kernels, data, stores, runs; and can what comes next be done.",
+               arguments.doctor, _doctor),
     "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
                  arguments.diagnose, _diagnose),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", arguments.chat, _chat),
@@ -443,7 +462,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
+    """Run one command; the exit status: 0 done, 1 a known error, said in one line, or failed check, 2 usage, 130 interrupted."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     # Read when torch loads. Not to be chosen for `bench`, whose peers are measured as people run them.
     if words[:1] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ:
@@ -481,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.set_defaults(values | {"preset": preset or parser.get_default("preset")})
         else:
             add_arguments(parser)
-        run(parser.instantiate(parser.parse_args(rest)), console)
+        return run(parser.instantiate(parser.parse_args(rest)), console) or 0
     except Interrupted as stopped:
         errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)
         return 130
@@ -494,7 +513,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]  # the reader went away; nothing more can be said there
         return 0
-    return 0
 
 
 def _underscored(word: str) -> str:

@@ -13,6 +13,8 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,6 +80,19 @@ class ReadReport:
         }
 
 
+_most_lines: ContextVar[int | None] = ContextVar("most_lines", default=None)
+
+
+@contextmanager
+def first_lines(most: int) -> Iterator[None]:
+    """Inside, every file ends after so many lines for `read_lines`: a look at a large one by the reader that reads all of it."""
+    before = _most_lines.set(most)
+    try:
+        yield
+    finally:
+        _most_lines.reset(before)
+
+
 def require_file(path: str | Path, what: str, remedy: str = "") -> Path:
     """The path of an existing regular file, or a `DataError` that names what was looked for."""
     path = Path(path)
@@ -131,9 +146,9 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
             stream = open(path, "rb")
         except OSError as error:
             raise DataError(path, f"cannot be opened ({error.strerror or error})", "Check its permissions") from error
-    number = 0
+    number, most = 0, _most_lines.get()
     with stream:
-        while True:
+        while number != most:
             number += 1
             try:
                 if number == 1:
