@@ -132,7 +132,8 @@ def _table(args: Namespace, console: Terminal) -> None:
     changes = _settings(require_file(args.settings, "file of settings")) if args.settings else {}
     if changes is None:
         raise ConfigError(f"{args.settings} is no YAML or JSON file of settings")
-    changes |= {} if args.max_steps is None else {"max_steps": args.max_steps}
+    given = {"max_steps": args.max_steps, "cooldown": args.cooldown or None}
+    changes |= {name: value for name, value in given.items() if value is not None}
     changes["matmul_precision"] = args.matmul_precision
     rows = tables.rows_of(args.number, _listed(args.recipe), _listed(args.models))
     planned = tables.plan(rows, range(args.seeds), store, out, changes, [Path(run) for run in _listed(args.runs)])
@@ -205,6 +206,23 @@ def _diagnose(args: Namespace, console: Terminal) -> None:
         print_json(plain(found))
     else:
         console.print(table(found), *answers(found), *paths, sep="\n", soft_wrap=True)
+
+
+def _doctor(args: Namespace, console: Terminal) -> int:
+    from case_fast.doctor import examine, report, status
+    from case_fast.doctor.show import Display
+
+    own = [name for name, value in WAITING.items() if os.environ.get(name) == value]
+    checks, display = [], None if args.json else Display(console)
+    for check in examine(args.paths, args["for"], args.full, own):
+        checks.append(check)
+        if display:
+            display.show(check)
+    if display:
+        display.end(checks)
+    else:
+        print_json(report(checks, args["for"], args.full))
+    return status(checks)
 
 
 def _chat(args: Namespace, console: Terminal) -> None:
@@ -338,8 +356,8 @@ def _print_paths(paths: Sequence[str | Path], console: Terminal) -> None:
 
 
 
-# name -> what it does, its arguments, what carries it out; a command imports only what it needs
-_COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Terminal], None]]] = {
+# name -> what it does, its arguments, what carries it out and may give an exit status; a command imports only what it needs
+_COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Terminal], int | None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
                 arguments.prepare, _prepare),
     "import": ("What was released with CASE, CEM and their sisters to a store, read without running it; --check looks at it.",
@@ -354,6 +372,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
               arguments.train, _train),
     "table": ("Table 1 or 2 of the paper: train what is missing, evaluate it, and compare over seeds.", arguments.table, _table),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", arguments.evaluate, _evaluate),
+    "doctor": ("Is all in order here: software, machine, kernels, data, stores, runs; and can what comes next be done.",
+               arguments.doctor, _doctor),
     "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
                  arguments.diagnose, _diagnose),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", arguments.chat, _chat),
@@ -424,7 +444,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status: 0 done, 1 a known error (said in one line), 2 usage, 130 interrupted."""
+    """Run one command; the exit status: 0 done, 1 a known error, said in one line, or failed check, 2 usage, 130 interrupted."""
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     # Read when torch loads. Not to be chosen for `bench`, whose peers are measured as people run them.
     if words[:1] != ["bench"] and "OMP_WAIT_POLICY" not in os.environ:
@@ -457,7 +477,7 @@ def _carry_out(words: list[str]) -> int:
     try:
         _require_a_folder_to_run_in()
         run, args = _parsed(name, rest)
-        run(args, console)
+        return run(args, console) or 0
     except Interrupted as stopped:
         return end(130, "interrupted", "yellow", str(stopped))
     except KeyboardInterrupt:
@@ -468,7 +488,6 @@ def _carry_out(words: list[str]) -> int:
         return end(1, "error", "red", sentence_of(error))
     except MemoryError as error:
         return end(1, "error", "red", f"there is not enough memory ({error})" if str(error) else "there is not enough memory")
-    return 0
 
 
 def _require_a_folder_to_run_in() -> None:
@@ -478,7 +497,7 @@ def _require_a_folder_to_run_in() -> None:
         raise ConfigError("the folder that this command runs in is not there any more; change into another one") from error
 
 
-def _parsed(name: str, words: list[str]) -> tuple[Callable[[Namespace, Terminal], None], Namespace]:
+def _parsed(name: str, words: list[str]) -> tuple[Callable[[Namespace, Terminal], int | None], Namespace]:
     """What carries a command out, and its arguments."""
     description, add_arguments, run = _COMMANDS[name]
     parser = ArgumentParser(prog=f"case-fast {name}", description=description)

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,6 +79,19 @@ class ReadReport:
             "ignored": dict(self.ignored),
             "notes": list(self.notes),
         }
+
+
+_most_lines: ContextVar[int | None] = ContextVar("most_lines", default=None)
+
+
+@contextmanager
+def first_lines(most: int) -> Iterator[None]:
+    """Inside, every file ends after so many lines for `read_lines`: a look at a large one by the reader that reads all of it."""
+    before = _most_lines.set(most)
+    try:
+        yield
+    finally:
+        _most_lines.reset(before)
 
 
 def require_file(path: str | Path, what: str, remedy: str = "") -> Path:
@@ -147,9 +161,9 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
         path = require_file(path, "input file")
         with reading(path, "input file"):
             stream = open(path, "rb")
-    number = 0
+    number, most = 0, _most_lines.get()
     with stream:
-        while True:
+        while number != most:
             number += 1
             try:
                 if number == 1:

@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "generation": {"models", "data", "equations"},
     "evaluation": {"models", "data", "runs", "references", "diagnosis", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},
+    "doctor": {"ops", "equations", "models", "knowledge", "data", "runs", "references", "generation", "training"},
     "tables": {"models", "data", "runs", "training", "evaluation"},
 }
 # What these parts may import from outside the standard library.

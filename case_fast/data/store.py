@@ -272,18 +272,11 @@ class Store:
         """`DataError` if a split has no field for one of the parts of a batch."""
         for part in set(parts) & set(self._lacking(split)):
             raise DataError(self._split(split).path, f"it has no field {part}, of which the part {part} of a batch is made: an "
-                            "earlier version prepared it", f"Prepare the store again: {self._prepare_command()}")
+                            "earlier version prepared it", f"Prepare the store again: {prepare_command(self.manifest)}")
 
     def _lacking(self, split: str) -> list[str]:
         """Fields that a split lacks; such a field has the name of the part that is made of it."""
         return [name for name in _LATER if name not in self._split(split).ragged]
-
-    def _prepare_command(self) -> str:
-        """The command that made it, as far as its manifest tells."""
-        settings = self.manifest.get("settings", {})
-        given = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
-                 if value is not None and not isinstance(value, dict)]
-        return " ".join(["case-fast prepare", *given])
 
     def costs(self, split: str) -> np.ndarray:
         """(size,) about what each example adds to a step, in rows that a layer of an encoder reads: those of its texts, those
@@ -327,6 +320,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if stored != ours:
             raise DataError(path, f"emotion {label} is {stored!r} in this store and {ours!r} in this version", _REMEDY)
     return found
+
+
+def prepare_command(manifest: dict[str, Any], out: str | Path | None = None) -> str:
+    """The command that made a store, as far as its manifest tells; ``out``: where the store is now."""
+    settings = manifest.get("settings", {}) | ({} if out is None else {"out": out})
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
+             if value is not None and not isinstance(value, dict)]
+    return " ".join(["case-fast prepare", *given])
+
+
+def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files of a store whose bytes are not those that its manifest knows; `DataError` if one is missing."""
+    parts = {name: require_file(folder / name, "part of the store", _REMEDY) for name in manifest["files"]}
+    return [name for name, path in parts.items() if sha256(path) != manifest["files"][name]]
 
 
 def open_store(path: str | Path) -> Store:

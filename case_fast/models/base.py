@@ -40,11 +40,13 @@ class Length:
         validate_every: steps between validations, of which early stopping counts those that are no better; None: there are none,
             and the phase has just as many ``steps``.
         min_steps: before early stopping counts.
+        cooldown: of the ``steps`` the last ones, in which the learning rate falls linearly.
     """
 
     steps: int | None
     validate_every: int | None = None
     min_steps: int = 0
+    cooldown: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     Attributes:
         needs: parts of the `Batch` that it reads.
-        title: its name for people; empty: that of the class.
+        title: its name for people; none of its own: that of the class.
         phases: of training, in order; the last one trains the whole objective.
         presets: named changes to the training recipe, the first one the default.
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.

@@ -42,7 +42,7 @@ from case_fast.training.config import TrainConfig, refuse_changes
 from case_fast.training.log import Display, RunLog
 from case_fast.training.process import StopRequest, matmul_precision, peak_memory, reproducible
 from case_fast.training.sampler import Sampler, step_seed
-from case_fast.training.schedule import EarlyStopping, noam
+from case_fast.training.schedule import EarlyStopping, cooling, noam
 from case_fast.training.step import Prepared, Taken, make_step
 
 if TYPE_CHECKING:
@@ -304,6 +304,7 @@ class Trainer:
             return f"{length.steps:,} steps of phase {number + 1}" if length.steps else ""
         ends = "training" if number + 1 == len(self.lengths) else f"phase {number + 1}"
         most = f"; {length.steps:,} steps at most" if length.steps else ""
+        most += f", the learning rate falling over the last {length.cooldown:,}" if length.cooldown else ""
         return (f"{config.fewest(length):,} steps at least: {config.patience} validations in a row without a better perplexity "
                 f"end {ends}, one every {length.validate_every:,} steps, counted from step {length.min_steps:,} on{most}")
 
@@ -373,6 +374,7 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         batch = next(self.batches)
         lr = noam(self.step + 1, config.model.d_model, config.warmup, config.lr_scale)
+        lr *= cooling(self.phase_step + 1, self.length.steps, self.length.cooldown)
         self.model.set_turn(self.phase_step)
         self.form.take(batch, lr)
         # step and phase before the count moves on: the last step of phase 1 is one of phase 1
@@ -530,13 +532,14 @@ class Trainer:
     def _take(self, found: Checkpoint) -> None:
         try:
             ran, ran_on, state = found.state["config"], found.state["store"], found.state["stopping"]
-            refuse_changes(self.run.path, ran, ran_on, self.config, self.store)
             if retired := self.model.load_tensors(found.tensors["model"]):
                 self.display.line(f"the run is of an earlier version ({', '.join(retired)} is not used any more): dropout and "
                                   "drawn negatives follow another rule from here on")
             load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
             self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])
             self.began = list(found.state.get("began", self._began_by(found.step)))  # not there: of an earlier version
+            done = self.phase_step if self.phase_name == self.config.open_phase else 0
+            refuse_changes(self.run.path, ran, ran_on, self.config, self.store, done)
             self.stopping = EarlyStopping(self.config.patience, self.length.min_steps, **state)
             set_rng_state(found.state["rng"], self.device)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

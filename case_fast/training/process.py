@@ -16,9 +16,14 @@ import torch
 
 
 class StopRequest:
-    """Notices Ctrl-C and SIGTERM: the first one asks (``signal`` is its name), the second raises KeyboardInterrupt."""
+    """Notices Ctrl-C and SIGTERM: the first one asks (``signal`` is its name), the second raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    Args:
+        saying: what is told to happen then.
+    """
+
+    def __init__(self, saying: str = "finishing this step and saving") -> None:
+        self.saying = saying
         self.signal: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -37,7 +42,7 @@ class StopRequest:
         self.signal = signal.Signals(number).name
         # not through the display: this runs between any two instructions, one of the display's own included
         with suppress(OSError):  # nobody reads it any more
-            os.write(2, f"\n{self.signal}: finishing this step and saving; once more aborts at once\n".encode())
+            os.write(2, f"\n{self.signal}: {self.saying}; once more aborts at once\n".encode())
 
 
 @contextmanager

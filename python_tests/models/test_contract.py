@@ -12,6 +12,7 @@ from helpers import (
     as_double,
     close,
     handmade_examples,
+    model_outputs,
     random_batch,
     random_examples,
     same,
@@ -44,15 +45,6 @@ def tiny(name: str, **changes: object) -> DialogueModel:
     return build(name, **TINY | own | changes)
 
 
-def outputs(model: DialogueModel, batch) -> list[dict[str, Tensor]]:
-    """hidden, nll and emotion of each dialogue."""
-    out = model(batch)
-    found = {"hidden": split_rows(out.hidden, batch.cu_target), "nll": split_rows(out.nll, batch.cu_target)}
-    if out.emotion_logits is not None:
-        found["emotion"] = list(out.emotion_logits)
-    return [{name: rows[b] for name, rows in found.items()} for b in range(batch.size)]
-
-
 pytestmark = pytest.mark.parametrize("name", MODELS)
 
 
@@ -69,9 +61,9 @@ def test_a_dialogue_does_not_depend_on_its_batch_and_gradients_add_up(name):
     model = tiny(name).double().eval()
     whole = as_double(make_batch(examples, texts))
     alone = [as_double(make_batch([e], texts)) for e in examples]
-    backwards = outputs(model, as_double(make_batch(examples[::-1], texts)))[::-1]
-    for found, other, one in zip(outputs(model, whole), backwards, alone, strict=True):
-        (own,) = outputs(model, one)
+    backwards = model_outputs(model, as_double(make_batch(examples[::-1], texts)))[::-1]
+    for found, other, one in zip(model_outputs(model, whole), backwards, alone, strict=True):
+        (own,) = model_outputs(model, one)
         for part, value in own.items():
             same(found[part], value, 1e-10)
             same(other[part], value, 1e-10)

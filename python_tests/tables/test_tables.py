@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,12 @@ import pytest
 
 from case_fast import cli
 from case_fast.data.store import Store
-from case_fast.errors import CheckpointError, ConfigError
+from case_fast.errors import CheckpointError, ConfigError, Interrupted
 from case_fast.models import MODELS
 from case_fast.runs import Run
 from case_fast.tables import plan, rows_of, table_of, write_table
 from case_fast.tables.numbers import METRICS, floors_of
-from case_fast.tables.plan import Planned, Row, digest
+from case_fast.tables.plan import Planned, Row, carry_out, digest
 from case_fast.tables.write import latex, markdown
 from case_fast.training import preset
 
@@ -179,6 +182,21 @@ def test_a_dry_run_says_what_there_is_and_does_nothing(sample_store, tmp_path, c
                         (["--runs", f"{tmp_path},{tmp_path / 'no'}"], f"there is no folder {tmp_path / 'no'}. Name runs")):
         assert cli.main(["table", "2", "--data", str(sample_store.path), "--out", str(out), *words]) == 1
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_the_runs_too(sample_store, tmp_path, monkeypatch, name):
+    begun = []
+
+    def begin(*_: object) -> subprocess.Popen[bytes]:
+        begun.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True))
+        return begun[-1]
+
+    monkeypatch.setitem(carry_out.__globals__, "_begin", begin)
+    planned = plan(rows_of(2), [0], sample_store, tmp_path)
+    with pytest.raises(Interrupted, match=f"stopped by {name}; each run has its checkpoint"):
+        carry_out(planned, sample_store, "cpu", 1, lambda *_: signal.raise_signal(signal.Signals[name]))
+    assert len(begun) == 1 and begun[0].returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
 from case_fast.training.process import matmul_precision, reproducible
+from case_fast.training.schedule import cooling, noam
 
 STEPS = PHASE_1 + PHASE_2
 
@@ -236,6 +237,21 @@ def test_bf16_and_clipping_train_float32_weights_to_another_outcome(store, tmp_p
 
 
 # ---- determinism, interruption, resumption
+
+
+def test_a_cooldown_goes_on_from_a_run_without_one(store, tmp_path):
+    whole = run(store, tmp_path / "whole", tiny_run(max_steps=PHASE_2 + 3, cooldown=3))
+    rates = [record["lr"] for record in records(tmp_path / "whole", "step") if record["phase"] == 2]
+    late = [noam(PHASE_1 + step, 16, 8) * cooling(step, PHASE_2 + 3, 3) for step in range(2, PHASE_2 + 4, 2)]
+    assert rates == pytest.approx(late, rel=1e-6)
+    run(store, tmp_path / "parts")
+    with pytest.raises(ConfigError, match=r"cooldown are 9 and 0 in the run and 9 and 3 now, and after 9 steps"):
+        run(store, tmp_path / "parts", tiny_run(cooldown=3), resume=True)
+    run(store, tmp_path / "parts", tiny_run(max_steps=PHASE_2 + 3, cooldown=3), resume=True)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"12 and 3 in the run and 15 and 3 now"):
+        run(store, tmp_path / "parts", tiny_run(max_steps=PHASE_2 + 6, cooldown=3), resume=True)
+    assert whole.stopped == "max_steps"
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(store, whole, tmp_path):
