@@ -39,6 +39,7 @@ import torch
 from safetensors import SafetensorError
 
 import case_fast
+from case_fast import checksums
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
@@ -163,8 +164,8 @@ class Run:
             write_json(self.manifest, self.read_manifest() | {"finished": _now(), **plain(facts)})
 
     def save_best(self, model: DialogueModel, phase: str = "") -> None:
-        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights differ within a run, so replacing each
-        replaces all at once."""
+        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights and their checksum differ within a run;
+        until both are replaced the checksums are of the old weights and of the new ones."""
         best = self.best_of(phase) if phase else self.best
         with (
             writing("the best weights", best),
@@ -177,9 +178,11 @@ class Run:
                 sync(file)
             sync(folder)
             if best.is_dir():
-                for file in folder.iterdir():
-                    os.replace(file, best / file.name)
+                checksums.write(folder, before=best)
                 sync(best)
+                for name in sorted((file.name for file in folder.iterdir()), key=checksums.NAME.__eq__):  # that one last
+                    os.replace(folder / name, best / name)
+                    sync(best)
             else:
                 folder.rename(best)
             sync(self.path)
@@ -282,7 +285,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
             config = files.read_config()
             settings = {"model": config.get("kind", "case"), **config.get("model", {})}
         model = build(settings.pop("model", "case"), saved=True, **settings)
-        model.load_weights(weights / _WEIGHTS)
+        model.load_weights(weights / _WEIGHTS, checksums.NAME if checkpoint == "best" else "manifest.json")
     except (ValueError, TypeError, RuntimeError) as error:
         reason = error.__cause__ or error  # the model's own sentence would say the same twice
         raise CheckpointError(f"{weights}: damaged, or not of this model ({reason}). {remedy}") from error
