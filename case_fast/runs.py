@@ -5,7 +5,7 @@
     RUN/best/             weights of the best validation, as `from_pretrained` takes them
     RUN/checkpoints/<step>/   the whole state at a step, see `training.checkpoint`
     RUN/log.jsonl, RUN/tensorboard/   see `training.log`
-    RUN/failure/          what was known when a loss or gradient stopped being finite
+    RUN/failure/          what was known when a loss or gradient stopped being finite: batch and losses, and the weights before
     RUN/evaluation/<split>/   see `evaluation.evaluate`
     RUN/diagnosis/<split>/    see `evaluation.diagnose`
     RUN/report.html       see `evaluation.report`
@@ -28,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,13 +37,15 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 import case_fast
 from case_fast import checksums
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
-from case_fast.files import kind_of, plain, require_folder_place, sync, whole_folder, write_json
+from case_fast.files import kind_of, plain, require_folder_place, sha256, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
 from case_fast.text_files import ReadReport, read_lines, reading
@@ -187,12 +189,18 @@ class Run:
                 folder.rename(best)
             sync(self.path)
 
-    def dump(self, step: int, facts: Mapping[str, Any]) -> Path:
-        """Write RUN/failure/step-<step>.json."""
+    def dump(self, step: int, facts: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Write RUN/failure/step-<step>.json, and beside it the weights that the step began with, as far as there is room."""
         path = self.failures / f"step-{step:08d}.json"
         with writing("the dump", path):
             path.parent.mkdir(exist_ok=True)
-            write_json(path, plain({"time": _now(), "step": step, **facts}))
+            tensors, listed = path.with_suffix(".safetensors"), None
+            with suppress(OSError, SafetensorError):
+                save_file({name: x.detach().cpu().contiguous() for name, x in weights.items()}, tensors)
+                listed = {"name": tensors.name, "sha256": sha256(tensors), "bytes": tensors.stat().st_size}
+            if listed is None:
+                tensors.unlink(missing_ok=True)
+            write_json(path, plain({"time": _now(), "step": step, **facts, "weights": listed}))
         return path
 
 
