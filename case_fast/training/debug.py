@@ -25,7 +25,7 @@ from torch import Tensor
 from case_fast.batch import Batch
 from case_fast.data import Store, open_store
 from case_fast.devices import resolve_device
-from case_fast.errors import CaseFastError, CheckpointError, DataError
+from case_fast.errors import CaseFastError, CheckpointError, DataError, reason_of
 from case_fast.files import sha256
 from case_fast.models import DialogueModel, model_class
 from case_fast.models.base import raise_pending
@@ -71,7 +71,7 @@ class _Debugger:
             self.phase = self.facts["phase"]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(dump, f"no dump of a step ({error!r})", "Give a file that training wrote") from error
-        self.dump, self.run, self.forward = dump, Run(dump.absolute().parent.parent), forward
+        self.dump, self.run, self.forward = dump, Run(dump.parent.parent if dump.parent.name else dump.absolute().parent.parent), forward
         if not (config := self.run.read_config()):
             raise DataError(dump, f"{self.run.path} is not its run: there are no settings", "Give one in RUN/failure")
         self.config = TrainConfig.from_dict(config, saved=True)
@@ -102,7 +102,7 @@ class _Debugger:
                     return load(path.read_bytes()), "the dump holds them", True
                 problem = f"{path.name} is damaged"
             except (OSError, SafetensorError) as error:
-                problem = f"{path.name} cannot be read ({error})"
+                problem = f"{path.name} cannot be read ({reason_of(error)})"
         found = self._checkpoint()
         begun = 0 if found is None else found.step
         of = "the start of the run" if found is None else f"the checkpoint of step {begun:,}"
