@@ -71,7 +71,8 @@ class _Debugger:
             self.phase = self.facts["phase"]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(dump, f"no dump of a step ({error!r})", "Give a file that training wrote") from error
-        self.dump, self.run, self.forward = dump, Run(dump.parent.parent if dump.parent.name else dump.absolute().parent.parent), forward
+        where = dump if dump.parent.name else dump.absolute()
+        self.dump, self.run, self.forward = dump, Run(where.parent.parent), forward
         if not (config := self.run.read_config()):
             raise DataError(dump, f"{self.run.path} is not its run: there are no settings", "Give one in RUN/failure")
         self.config = TrainConfig.from_dict(config, saved=True)
@@ -141,7 +142,7 @@ class _Debugger:
         with tempfile.TemporaryDirectory(prefix="case_fast.debug.") as folder:
             out = Path(folder) / "run"
             if found is not None:
-                shutil.copytree(found.path, out / "checkpoints" / found.path.name)
+                shutil.copytree(found.path, Run(out).checkpoints / found.path.name)
                 for path in [self.run.config, *self.run.path.glob(f"{self.run.best.name}*")]:
                     shutil.copytree(path, out / path.name) if path.is_dir() else shutil.copy(path, out)
             with loop.trainer(self.store, out, self.config, _Silent(), resume=found is not None) as ready:
