@@ -208,6 +208,18 @@ def _diagnose(args: Namespace, console: Terminal) -> None:
         console.print(table(found), *answers(found), *paths, sep="\n", soft_wrap=True)
 
 
+def _debug(args: Namespace, console: Terminal) -> None:
+    from case_fast.training.debug import debug
+    from case_fast.training.debugged import lines
+
+    found = debug(args.dump, args.data, args.device, args.forward)
+    if args.json:
+        print_json(plain(found.as_dict()))
+        return
+    for what, said in lines(found):
+        console.say(f"{what:<18} {said}")
+
+
 def _doctor(args: Namespace, console: Terminal) -> int:
     from case_fast.doctor import examine, report, status
     from case_fast.doctor.show import Display
@@ -376,6 +388,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
                arguments.doctor, _doctor),
     "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
                  arguments.diagnose, _diagnose),
+    "debug": ("Replay a step whose loss or gradients were not finite: from which op on, by which dialogue, what to do.",
+              arguments.debug, _debug),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", arguments.chat, _chat),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", arguments.report, _report),
     "merge-cache": ("Add the inferences of other caches to one.", arguments.merge_cache, _merge_cache),

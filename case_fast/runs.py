@@ -5,7 +5,7 @@
     RUN/best/             weights of the best validation, as `from_pretrained` takes them
     RUN/checkpoints/<step>/   the whole state at a step, see `training.checkpoint`
     RUN/log.jsonl, RUN/tensorboard/   see `training.log`
-    RUN/failure/          what was known when a loss or gradient stopped being finite
+    RUN/failure/          what was known when a loss or gradient stopped being finite: batch and losses, and the weights before
     RUN/evaluation/<split>/   see `evaluation.evaluate`
     RUN/diagnosis/<split>/    see `evaluation.diagnose`
     RUN/report.html       see `evaluation.report`
@@ -28,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,12 +37,15 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 import case_fast
+from case_fast import checksums
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
-from case_fast.files import kind_of, plain, require_folder_place, sync, whole_folder, write_json
+from case_fast.files import kind_of, plain, require_folder_place, sha256, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
 from case_fast.text_files import ReadReport, read_lines, reading
@@ -163,8 +166,8 @@ class Run:
             write_json(self.manifest, self.read_manifest() | {"finished": _now(), **plain(facts)})
 
     def save_best(self, model: DialogueModel, phase: str = "") -> None:
-        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights differ within a run, so replacing each
-        replaces all at once."""
+        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights and their checksum differ within a run;
+        until both are replaced the checksums are of the old weights and of the new ones."""
         best = self.best_of(phase) if phase else self.best
         with (
             writing("the best weights", best),
@@ -177,19 +180,27 @@ class Run:
                 sync(file)
             sync(folder)
             if best.is_dir():
-                for file in folder.iterdir():
-                    os.replace(file, best / file.name)
+                checksums.write(folder, before=best)
                 sync(best)
+                for name in sorted((file.name for file in folder.iterdir()), key=checksums.NAME.__eq__):  # that one last
+                    os.replace(folder / name, best / name)
+                    sync(best)
             else:
                 folder.rename(best)
             sync(self.path)
 
-    def dump(self, step: int, facts: Mapping[str, Any]) -> Path:
-        """Write RUN/failure/step-<step>.json."""
+    def dump(self, step: int, facts: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Write RUN/failure/step-<step>.json, and beside it the weights that the step began with, as far as there is room."""
         path = self.failures / f"step-{step:08d}.json"
         with writing("the dump", path):
             path.parent.mkdir(exist_ok=True)
-            write_json(path, plain({"time": _now(), "step": step, **facts}))
+            tensors, listed = path.with_suffix(".safetensors"), None
+            with suppress(OSError, SafetensorError):
+                save_file({name: x.detach().cpu().contiguous() for name, x in weights.items()}, tensors)
+                listed = {"name": tensors.name, "sha256": sha256(tensors), "bytes": tensors.stat().st_size}
+            if listed is None:
+                tensors.unlink(missing_ok=True)
+            write_json(path, plain({"time": _now(), "step": step, **facts, "weights": listed}))
         return path
 
 
@@ -282,7 +293,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
             config = files.read_config()
             settings = {"model": config.get("kind", "case"), **config.get("model", {})}
         model = build(settings.pop("model", "case"), saved=True, **settings)
-        model.load_weights(weights / _WEIGHTS)
+        model.load_weights(weights / _WEIGHTS, checksums.NAME if checkpoint == "best" else "manifest.json")
     except (ValueError, TypeError, RuntimeError) as error:
         reason = error.__cause__ or error  # the model's own sentence would say the same twice
         raise CheckpointError(f"{weights}: damaged, or not of this model ({reason}). {remedy}") from error

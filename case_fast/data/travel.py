@@ -80,7 +80,7 @@ def pack_store(store: str | Path | Store, out: str | Path) -> int:
         DataError: the store is damaged, or a file of it is not the one that its manifest knows.
         ConfigError: ``out`` is there already. PlaceError: it cannot be written.
     """
-    store, out = store if isinstance(store, Store) else open_store(store), Path(out)
+    store, out = store if isinstance(store, Store) else open_store(store, check=False), Path(out)
     if os.path.lexists(out):
         raise ConfigError(f"{out} is there already; remove it, or name another file")
     require_file_place(out)

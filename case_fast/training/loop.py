@@ -284,8 +284,7 @@ class Trainer:
     def _introduce(self) -> None:
         self.display.line(
             f"{type(self.model).__name__} with {self.parameter_count:,} trained parameters on {self.device} "
-            f"({device_name(self.device)}); "
-            f"{self.sampler.examples:,} training dialogues, "
+            f"({device_name(self.device)}); {self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
         self.display.line(", then ".join(said for number in range(len(self.lengths)) if (said := self._said_of(number))))
@@ -337,9 +336,8 @@ class Trainer:
         result = TrainResult(self.run.path, self.step, self.began[-1], self.stopped, self.best_step, self.best)
         self.log.write("end", self.phase, self.step, stopped=self.stopped, best_step=self.best_step, best=self.best)
         self.run.finish(parameters=self.parameter_count, result=asdict(result) | {"run": str(self.run.path)})
-        self.display.line(
-            f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: {_in_words(self.best)}"
-        )
+        self.display.line(f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: "
+                          f"{_in_words(self.best)}")
         return result
 
     # ---- batches
@@ -402,23 +400,25 @@ class Trainer:
 
     def _fail(self, step: int, numbers: Taken) -> None:
         self.step = step - 1  # where the weights are
+        self.model.set_turn(self.phase_step)
         losses, norm = numbers.losses, numbers.norm
-        seed = step_seed(self.config.seed, self.step)
-        self.form.examine(lambda: self.form.prepared(
-            self.store.batch("train", self.sampler.indices(self.step), self.model.needs, seed)
-        ))
-        bad = [
-            name
-            for name, p in zip(self.names, self.parameters, strict=True)
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        indices = self.sampler.indices(self.step)
-        facts = {"phase": self.phase, "split": "train", "indices": indices, "losses": losses, "grad_norm": norm}
-        path = self.run.dump(step, facts | {"parameters_with_bad_gradients": bad})
-        self.log.write("failure", self.phase, step, losses=losses, grad_norm=norm)
+        indices, seed = self.sampler.indices(self.step), step_seed(self.config.seed, self.step)
+        self.form.examine(lambda: self.form.prepared(self.store.batch("train", indices, self.model.needs, seed)))
+        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        kept = self._dump("train", step, indices=indices, seed=seed, losses=losses, grad_norm=norm,
+                          parameters_with_bad_gradients=bad)
         what = f"loss {losses['loss']}" if not math.isfinite(losses["loss"]) else f"norm of the gradients {norm}"
-        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. Batch and losses are in {path}; "
-                        "the last checkpoint is untouched")
+        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. {kept}; the last checkpoint is untouched")
+
+    def _dump(self, split: str, step: int, **facts: Any) -> str:
+        """Keep what is known of a failure; in words, where. A disk that is full as well does not hide the failure."""
+        at = {"phase": self.phase, "phase_name": self.phase_name, "phase_step": self.phase_step, "split": split}
+        try:
+            path = self.run.dump(step, at | facts, self.model.state_dict())
+            self.log.write("failure", self.phase, step, **facts)
+        except CheckpointError as error:
+            return f"What is known could not be kept ({error})"
+        return f"Batch and losses are in {path}, and case-fast debug {path} looks into them"
 
     # ---- numbers of the latest steps
 
@@ -465,8 +465,8 @@ class Trainer:
                                    "accuracy": found.accuracy, "loss": losses.pop("loss"), "losses": losses,
                                    "examples": self.valid_size, "target_words": found.words}
         if not math.isfinite(mean):
-            path = self.run.dump(self.step, {"phase": self.phase, "split": "valid", "metrics": metrics})
-            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")
+            kept = self._dump("valid", self.step, metrics=metrics)
+            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}. {kept}")
         better = self.stopping.update(self.phase_step, mean)
         if better:
             self.best = metrics
@@ -474,10 +474,8 @@ class Trainer:
         self.validated = self.step
         diagnosis = self._diagnosis()
         seconds = time.perf_counter() - started
-        self.log.write(
-            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures, diagnosis=diagnosis,
-            seconds=round(seconds, 2),
-        )
+        self.log.write("validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures,
+                       diagnosis=diagnosis, seconds=round(seconds, 2))
         verdict = "the best so far" if better else f"not better than at step {self.best_step:,}"
         if self.stopping.failures:
             verdict += f", {self.stopping.failures} of {self.config.patience} before stopping"

@@ -24,6 +24,7 @@ from helpers import (
 from torch import Tensor
 from training_helpers import MemoryStore, interrupt_at, outcome, records, run, tiny_run
 
+from case_fast import checksums
 from case_fast.data.pack import make_batch
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.generation import GenerationConfig, generate, generate_uncached
@@ -229,6 +230,7 @@ def test_saved_weights_come_back_as_the_model_they_are(name, tmp_path):
         model_class(other).from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model": "oracle"}))
+    checksums.write(tmp_path)
     with pytest.raises(CheckpointError, match="'oracle', which this version does not know; it knows case, "):
         load(tmp_path)
 

@@ -99,7 +99,7 @@ OUTPUTS = {
     "bench": (["bench", "linear", "--quick", "--out", "{out}"], True),
     "bench --show": (["bench", "--show", "linear", "--out", "{out}"], True),
 }
-NOTHING_WRITTEN = {"inspect", "doctor", "chat"}  # but for the inferences that chat keeps where it can
+NOTHING_WRITTEN = {"inspect", "doctor", "debug", "chat"}  # but for the inferences that chat keeps where it can
 
 
 def under_a_file(tmp: Path) -> Path:
@@ -271,6 +271,7 @@ INPUTS = [
     ("file", ["prepare", "--dialogues", "bundled", *SOURCES, "--out", "{tmp}/o", "--conceptnet", "{bad}"]),
     ("file", ["prepare", "--dialogues", "bundled", *SOURCES, "--out", "{tmp}/o", "--lexicon", "{bad}"]),
     ("file", ["unpack", "{bad}", "{tmp}/o"]),
+    ("file", ["debug", "{bad}"]),
     ("file", ["merge-cache", "{tmp}/all.sqlite", "{bad}"]),
     ("file", ["table", "1", "--data", "{store}", "--out", "{tmp}/o", "--settings", "{bad}"]),
     ("file", ["train", "--data", "{store}", "--out", "{tmp}/o", "--config", "{bad}"]),
