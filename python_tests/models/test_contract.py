@@ -239,6 +239,7 @@ def test_saved_weights_come_back_as_the_model_they_are(name, tmp_path):
     with pytest.raises(CheckpointError, match=f"holds the model {name}, not {other}"):
         model_class(other).from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "checksums.json").unlink()  # as another version wrote it, not damaged
     (tmp_path / "config.json").write_text(json.dumps(config | {"model": "oracle"}))
     with pytest.raises(CheckpointError, match="'oracle', which this version does not know; it knows case, "):
         load(tmp_path)
