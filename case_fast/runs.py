@@ -79,6 +79,11 @@ class Run:
 
     # ---- training in it
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return any(os.path.lexists(path) for path in self._training)
+
     @contextmanager
     def held(self, resume: bool) -> Iterator[Self]:
         """Make the folder of a new run, or take up one to go on with, for this process alone. `set_up` fills it.
@@ -181,9 +186,12 @@ class Run:
                 folder.rename(best)
             sync(self.path)
 
+    def failure(self, step: int) -> Path:
+        return self.failures / f"step-{step:08d}.json"
+
     def dump(self, step: int, facts: Mapping[str, Any]) -> Path:
         """Write RUN/failure/step-<step>.json."""
-        path = self.failures / f"step-{step:08d}.json"
+        path = self.failure(step)
         with writing("the dump", path):
             path.parent.mkdir(exist_ok=True)
             write_json(path, plain({"time": _now(), "step": step, **facts}))

@@ -52,7 +52,7 @@ class Taken:
         return math.isfinite(self.losses["loss"]) and math.isfinite(self.norm)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """A batch on its way to a step; ``dialogues`` and ``words`` (of contexts and replies) are the real ones.
 
