@@ -78,9 +78,15 @@ def _fields(args: Namespace, kind: type) -> dict[str, Any]:
 
 
 def _prepare(args: Namespace, console: Console) -> None:
-    from case_fast.data.prepare import PrepareSettings, prepare
+    from case_fast.data.prepare import PrepareSettings, infer_knowledge, prepare
+    from case_fast.training.processes import together
 
-    _prepared(prepare(PrepareSettings(**_fields(args, PrepareSettings)), _Stages(console)), console)
+    settings = PrepareSettings(**_fields(args, PrepareSettings))
+    with together(settings.device) as processes:
+        if processes.first:
+            _prepared(prepare(settings, _Stages(console), infer=processes.infer), console)
+        else:
+            infer_knowledge(settings, infer=processes.infer)
 
 
 def _import(args: Namespace, console: Console) -> None:
@@ -469,7 +475,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for variable, value in WAITING.items():
             os.environ.setdefault(variable, value)
     keep_freed_memory()
-    console, errors = Console(), Console(stderr=True)
+    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 or os.environ.get("RANK", "0") == "0"  # or the first of several
+    console, errors = Console(quiet=not alone), Console(stderr=True)
     if not words or words[0] in ("--help", "-h", "--version"):
         print(__version__ if words[:1] == ["--version"] else _overview())
         return 0 if words else 2
@@ -481,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(message)s",
                         handlers=[RichHandler(console=errors, show_path=False, show_time=False)])
-    logging.getLogger("case_fast").setLevel(logging.INFO)
+    logging.getLogger("case_fast").setLevel(logging.INFO if alone else logging.WARNING)
     description, add_arguments, run = _COMMANDS[name]
     try:
         parser = ArgumentParser(prog=f"case-fast {name}", description=description)
@@ -502,10 +509,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_arguments(parser)
         return run(parser.instantiate(parser.parse_args(rest)), console) or 0
     except Interrupted as stopped:
-        errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)
+        if not stopped.said:
+            errors.print(f"[yellow]interrupted:[/yellow] {escape(str(stopped))}", highlight=False, soft_wrap=True)
         return 130
     except CaseFastError as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if not error.said:
+            errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         errors.print("[yellow]interrupted[/yellow]")

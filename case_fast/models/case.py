@@ -423,7 +423,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         if (others := batch.others) is not None and others.negatives:
             x, y, positive, sizes = others.pairs(eq.full_precision(x), eq.full_precision(y), positive)
             pairs, seed = sizes[0] * others.count, others.seed  # each process has its share of what all of them make
-            negatives = sizes[1] - 1, sizes[0] - eq.take(eq.group_sizes(positive, y.shape[0]), positive)
+            negatives = sizes[1] - 1, sizes[0] - eq.group_sizes(positive, y.shape[0])[positive]
         elif others is not None:
             pairs = others.total(pairs)
         if num_negatives is not None:

@@ -58,7 +58,8 @@ class Group:
         import torch.distributed as dist
 
         self._dist = dist
-        on_cpu = resolve_device(device).type == "cpu"
+        self.device = resolve_device(device)
+        on_cpu = self.device.type == "cpu"
         if not on_cpu:
             _check_gpus(device)
         patience, fresh = timedelta(seconds=_patience()), not dist.is_initialized()
@@ -68,7 +69,9 @@ class Group:
             said = f"{_who()}: the others were not found ({_first_line(error)})"
             raise Elsewhere(f"{said}. Look whether all were started, with one MASTER_ADDR and MASTER_PORT that every machine "
                             "reaches") from error
-        self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+        self.rank, self.count = state.process_index, state.num_processes
+        if not on_cpu:
+            self.device = state.device
         self.signal: str | None = None
         self.stop = StopRequest()
         if fresh:  # one group for the life of the process: a second run has it too

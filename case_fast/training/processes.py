@@ -26,6 +26,7 @@ from case_fast.batch import Batch
 from case_fast.data import Store
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, Interrupted
+from case_fast.knowledge import CachedSource
 from case_fast.models import DialogueModel, Output
 from case_fast.optional import PlainConsole
 from case_fast.references import References
@@ -106,6 +107,11 @@ class Processes:
     def joined(self, references: References) -> References:
         """What all of them read of their `part` of the batches."""
         return references
+
+    def infer(self, cached: CachedSource, texts: Sequence[str], relations: Sequence[str], k: int
+              ) -> list[dict[str, list[str]]]:
+        """`CachedSource.infer`, each process asking for its share until the cache has all of it; the first alone answers."""
+        return cached.infer(texts, relations, k)
 
     # ---- from the first process to all
 
@@ -222,6 +228,19 @@ class Several(Processes):
             for part in self.group.values(own)
         ])
 
+    def infer(self, cached: CachedSource, texts: Sequence[str], relations: Sequence[str], k: int
+              ) -> list[dict[str, list[str]]]:
+        group, progress = self.group, cached.progress
+        cached.progress = None
+        order = sorted(texts, key=len, reverse=True)
+        own, at_once = order[group.rank :: group.count], TEXTS * group.count
+        for done in range(0, len(order), at_once):
+            cached.infer(own[done // group.count : done // group.count + TEXTS], relations, k)
+            group.exchange()  # every few texts they meet, so that one that is gone is missed within the bound
+            if progress:
+                progress(min(done + at_once, len(order)) * len(relations), len(order) * len(relations))
+        return cached.infer(texts, relations, k) if self.first else [{} for _ in texts]
+
     # ---- from the first process to all
 
     def value(self, value: Any) -> Any:
@@ -249,23 +268,6 @@ class Several(Processes):
         for part in sorted(found.tensors):
             self.group.hand_out(found.tensors[part])
         return found
-
-
-def infer_together(group: Group, cached: Any, texts: Sequence[str], relations: Sequence[str], k: int
-                   ) -> list[dict[str, list[str]]]:
-    """As `CachedSource.infer`, each process asking for its share, until the cache has all of it; the first process alone answers.
-
-    Every few texts they meet, so that one that is gone is missed within the bound.
-    """
-    progress, cached.progress = cached.progress, None
-    order = sorted(texts, key=len, reverse=True)
-    own, at_once = order[group.rank :: group.count], TEXTS * group.count
-    for done in range(0, len(order), at_once):
-        cached.infer(own[done // group.count : done // group.count + TEXTS], relations, k)
-        group.exchange()
-        if progress:
-            progress(min(done + at_once, len(order)) * len(relations), len(order) * len(relations))
-    return cached.infer(texts, relations, k) if group.rank == 0 else [{} for _ in texts]
 
 
 def _span(group: Group, count: int) -> tuple[int, int]:
