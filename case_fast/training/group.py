@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -194,4 +195,5 @@ def _check_gpus(device: str | torch.device) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return re.sub(r"^\[[^\]]*\] ", "", line)[:200]  # without the place in gloo's source
