@@ -13,6 +13,7 @@ import re
 import signal
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,8 @@ class Group:
             learn of it by the same exchange.
     """
 
+    _opened: Any = None  # the store that the processes found one another by; for the life of this one, as the group is
+
     def __init__(self, device: str | torch.device):
         accelerate = needed("accelerate", "work in several processes")
         import torch.distributed as dist
@@ -63,9 +66,15 @@ class Group:
         on_cpu = self.device.type == "cpu"
         if not on_cpu:
             _check_gpus(device)
-        patience, fresh = timedelta(seconds=_patience()), not dist.is_initialized()
+        patience = timedelta(seconds=_patience())
         try:
-            state = accelerate.PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl", timeout=patience)
+            if self._opened is None:
+                Group._opened = _store(dist, patience)
+                atexit.register(self._close)
+            state = accelerate.PartialState(
+                cpu=on_cpu, backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl", timeout=patience, store=self._opened,
+                rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+            )
         except RuntimeError as error:
             said = f"{_who()}: the others were not found ({_first_line(error)})"
             raise Elsewhere(f"{said}. Look whether all were started, with one MASTER_ADDR and MASTER_PORT that every machine "
@@ -75,11 +84,6 @@ class Group:
             self.device = state.device
         self.signal: str | None = None
         self.stop = StopRequest()
-        if fresh:  # one group for the life of the process: a second run has it too
-            atexit.register(self._close)
-        if self.rank == 0:
-            self._store().delete_key(_FAILED)  # a launcher that starts its processes anew keeps its store
-        self.exchange()
 
     def stop_request(self) -> StopRequest:
         """A new `stop`, to be entered."""
@@ -93,16 +97,12 @@ class Group:
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
 
-    def _store(self) -> Any:
-        return self._dist.distributed_c10d._get_default_store()
-
     def fail(self, error: BaseException) -> None:
         """Let the others know why this one ends. Raises `Elsewhere` where one of them was faster, with another error."""
         sentence = str(error) if isinstance(error, CaseFastError) else f"{type(error).__name__}: {error}"
         own = sentence if isinstance(error, Elsewhere) else f"{_who()} has failed: {sentence}"
-        store = self._store()  # which may be of this process: it is there as long as this name is
         try:
-            first = store.compare_set(_FAILED, "", own).decode()
+            first = self._opened.compare_set(_FAILED, "", own).decode()
         except RuntimeError:
             first = own
         if self.device.type == "cpu":  # closes the connections: who waits for this process is told at once
@@ -118,7 +118,7 @@ class Group:
 
     def _lost(self, error: RuntimeError) -> Elsewhere:
         try:
-            known = self._store().get(_FAILED).decode() if self._store().check([_FAILED]) else ""
+            known = self._opened.get(_FAILED).decode() if self._opened.check([_FAILED]) else ""
         except RuntimeError:  # the store lay with a process that has ended
             known = ""
         return Elsewhere(known or f"{_who()}: another process has ended, or did not answer within {_patience():.0f} s "
@@ -169,6 +169,17 @@ class Group:
         """Give tensors of the same names, shapes and types the first process's content."""
         for name in sorted(tensors):
             self.call("broadcast", tensors[name], 0)
+
+
+def _store(dist: ModuleType, patience: timedelta) -> Any:
+    """Where the processes of this attempt leave what the others have to know.
+
+    A launcher that starts its processes anew keeps the store, and in it where those of the last attempt were to be found: each
+    attempt has names of its own, by how often it was and by how many came before.
+    """
+    store, _, count = next(dist.rendezvous("env://", timeout=patience))
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} {count}"
+    return dist.PrefixStore(f"{attempt} {(store.add(f'case_fast {attempt}', 1) - 1) // count}", store)
 
 
 def _who() -> str:

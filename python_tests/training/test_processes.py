@@ -439,6 +439,40 @@ def test_knowledge_is_inferred_by_all_and_each_text_asked_for_once(found):
     assert shares[0]["told"][-1] == [300, 300]
 
 
+KILLS_ITSELF = """
+import os, signal, sys
+from case_fast import cli
+from case_fast.training import loop
+
+taken = loop.Trainer.train_step
+
+def train_step(self):
+    taken(self)
+    if self.step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.Trainer.train_step = train_step
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_torchrun_starts_the_command_anew_from_the_last_checkpoint(sample_store, tmp_path):
+    """One process of two kills itself in the fifth step of the first attempt."""
+    (tmp_path / "script.py").write_text(KILLS_ITSELF)
+    settings = {"model.d_model": 16, "model.ffn": 16, "phase1_steps": 2, "max_steps": 5, "validate_every": 5, "valid_limit": 33,
+                "checkpoint_every": 3, "log_every": 1, "device": "cpu"}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+               str(tmp_path / "script.py"), "--data", str(sample_store.path), "--out", str(tmp_path / "run"), *words]
+    environment = os.environ | {"PYTHONPATH": PACKAGE, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("in 2 processes; 431 training dialogues") == 2  # said by the first process alone, in each attempt
+    assert done.stdout.count("done after 7 steps") == 1
+    assert [record["step"] for record in records(tmp_path / "run", "resume")] == [3]
+    assert [record["step"] for record in records(tmp_path / "run", "step")] == [*range(1, 8)]
+
+
 def test_a_bound_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("CASE_FAST_TIMEOUT", "soon")
     with pytest.raises(ConfigError, match="CASE_FAST_TIMEOUT must be a number of seconds above 0, not 'soon'"):
