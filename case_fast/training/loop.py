@@ -88,7 +88,7 @@ def train(
         DataError: the store lacks the splits train and valid, or a field that the model reads.
         Interrupted: stopped by the user, state saved.
         NotFinite: a loss or gradient became NaN or infinite.
-        Elsewhere: another process failed, or does not answer.
+        Elsewhere: another process failed, or does not answer; Unlike: has other weights.
     """
     with trainer(store, out, config, console, resume) as ready:
         return ready.train()
@@ -509,6 +509,7 @@ class Trainer:
 
     def _save(self) -> Path:
         self.collect()  # a checkpoint is of steps that are known to be sound
+        self.processes.compare(self.model)
         if not self.processes.first:
             return self.checkpoints.path(self.step)
         started = time.perf_counter()

@@ -25,7 +25,7 @@ from case_fast import __version__
 from case_fast.batch import Batch
 from case_fast.data import Store
 from case_fast.devices import resolve_device
-from case_fast.errors import ConfigError, Interrupted
+from case_fast.errors import CaseFastError, ConfigError, Interrupted
 from case_fast.knowledge import CachedSource
 from case_fast.models import DialogueModel, Output
 from case_fast.optional import PlainConsole
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TEXTS = 64  # that a process infers between two exchanges: with COMET on a slow CPU some minutes
+
+
+class Unlike(CaseFastError, ArithmeticError):
+    """The processes of a run, whose weights should be equal bit for bit, have other ones."""
 
 
 class Processes:
@@ -75,6 +79,9 @@ class Processes:
 
     def check(self, config: TrainConfig, store: Store) -> None:
         """`ConfigError` where the processes were not started alike."""
+
+    def compare(self, model: DialogueModel) -> None:
+        """`Unlike` where the processes' weights have come apart."""
 
     # ---- when to stop
 
@@ -195,6 +202,13 @@ class Several(Processes):
             if unlike := [name for name in own if other[name] != others[0][name]]:
                 raise ConfigError(f"process {rank + 1} of {self.group.count} has another {' and another '.join(unlike)} than the "
                                   "first. Start all by one command, with one version and one store on every machine")
+
+    def compare(self, model: DialogueModel) -> None:
+        bits = [x.flatten().view(torch.int32).sum(dtype=torch.int64) for x in model.state_dict().values()]
+        sums = self.group.exchange([int(torch.stack(bits).sum())])
+        if unlike := [rank + 1 for rank, own in enumerate(sums) if own != sums[0]]:
+            raise Unlike(f"the weights of process {unlike[0]} of {self.group.count} are not those of the first: nothing more is "
+                         "saved. Go on from the last checkpoint, on machines that are alike")
 
     # ---- when to stop
 

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))  # what tests share is imported by bare names
 
 from helpers import as_double, random_examples, tiny_config, tiny_vocabulary
-from training_helpers import MemoryStore, at_step, records, run, tiny_run
+from training_helpers import MemoryStore, records, run, tiny_run
 
 import case_fast
 from case_fast.data.pack import make_batch
@@ -98,12 +98,13 @@ def _child(work: Callable[[int], Any], rank: int, path: Path) -> None:
 
 
 def trained(out: Path, store: MemoryStore, config: TrainConfig = STILL, resume: bool | str = False, step: int = 0,
-            action: Callable[[], Any] | None = None, double: bool = False) -> dict[str, Any]:
+            action: Callable[[loop.Trainer], Any] | None = None, double: bool = False) -> dict[str, Any]:
     """A run of this process: its steps, and the sha256 of the weights at the end. ``action``: after a step; ``double``: in
     float64."""
     with pytest.MonkeyPatch.context() as patch:
         if action:
-            at_step(patch, step, action)
+            take = loop.Trainer.train_step
+            patch.setattr(loop.Trainer, "train_step", lambda self: (take(self), self.step == step and action(self)))
         if double:
             new_model = loop.Trainer._new_model
             patch.setattr(loop.Trainer, "_new_model", lambda self: new_model(self).double())
@@ -214,7 +215,12 @@ def poisoned(number: int, batch: Any) -> Any:
     return batch
 
 
-def interrupt() -> None:
+def shifted(trainer: loop.Trainer) -> None:
+    with torch.no_grad():
+        trainer.parameters[0].view(-1)[0] += 1e-6
+
+
+def interrupt(trainer: loop.Trainer) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -251,11 +257,12 @@ def program(folder: Path) -> None:
     together_in("leg 3", 1, out=legs, resume=True)
 
     often = replace(STILL, checkpoint_every=5)
-    together_in("killed", 3, config=often, step=17, action=[None, lambda: os.kill(os.getpid(), signal.SIGKILL), None])
+    together_in("killed", 3, config=often, step=17, action=[None, lambda _: os.kill(os.getpid(), signal.SIGKILL), None])
     together_in("after", 2, out=folder / "killed", config=often, resume="auto")
-    together_in("hangs", 3, step=17, action=[None, lambda: time.sleep(4), None])
+    together_in("hangs", 3, step=17, action=[None, lambda _: time.sleep(4), None])
     together_in("fails", 2, change=[lambda number, batch: batch, torn])
     together_in("nan", 2, change=[lambda number, batch: batch, poisoned])
+    together_in("apart", 2, config=often, step=3, action=[None, shifted])
     together_in("padded", 2, config=replace(STILL, step="padded"))
     together_in("unlike", 2, config=[STILL, replace(STILL, seed=1)])
     together_in("there", 2, out=folder / "one")
@@ -417,6 +424,12 @@ def test_a_loss_that_is_not_finite_in_one_share_stops_all_at_that_step(folder, f
     assert "step 14: loss nan; nothing was changed" in found["nan"][0]["message"]
     dump = json.loads((folder / "nan" / "failure" / "step-00000014.json").read_text())
     assert dump["indices"] == Sampler(22, 4, 0).indices(13)
+
+
+def test_weights_that_come_apart_are_noticed_before_they_are_saved(folder, found):
+    assert {answer["error"] for answer in found["apart"]} == {"Unlike"}
+    assert "the weights of process 2 of 2 are not those of the first" in found["apart"][0]["message"]
+    assert [path.name for path in (folder / "apart" / "checkpoints").iterdir()] == []
 
 
 def test_what_cannot_work_is_refused_by_name(found):
