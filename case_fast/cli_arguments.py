@@ -122,6 +122,17 @@ def diagnose(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON in place of the table")
 
 
+def debug(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
+
+    parser.add_argument("dump", type=str, help="RUN/failure/step-STEP.json, which training wrote")
+    parser.add_argument("--data", type=str | None, default=None, help="store of the run; default: where it was then")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
+    parser.add_argument("--forward", type=int, default=500, help="steps to train again at most, where the dump has no "
+                        "weights and the checkpoint is of an earlier step")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def doctor(parser: ArgumentParser) -> None:
     parser.add_argument("paths", type=str, nargs="*", default=[], metavar="PATH", help="data sets, stores and runs, in any order")
     parser.add_argument("--for", type=Literal["prepare", "train", "evaluate", "chat"] | None, default=None, metavar="COMMAND",

@@ -17,7 +17,7 @@ from doctor_helpers import of, of_next, of_run, of_store, parsed, states
 from rich.console import Console
 from safetensors.torch import save_file
 
-from case_fast import cli, doctor
+from case_fast import checksums, cli, doctor
 from case_fast.data import open_store
 from case_fast.data.prepare import PrepareSettings, prepare
 from case_fast.doctor import check, machine, next_step, privacy
@@ -273,6 +273,7 @@ def test_weights_that_are_not_finite_have_failed(copy):
     weights = load_file(path)
     next(x for x in weights.values() if x.is_floating_point()).view(-1)[0] = torch.nan
     save_file(weights, path)
+    checksums.write(path.parent)
     found = of_run(copy)["weights"]
     assert found.state == "fail" and "not finite" in found.reason
 

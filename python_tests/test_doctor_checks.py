@@ -303,7 +303,7 @@ def test_a_folder_is_searched_and_prepare_told_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "name", "kind", "state", "said"), [
-    (gzip.compress(b"happy\t0.9\t0.5\t0.4\n" * 3000)[:60], "lexicon.gz", "damaged", "fail", "damaged file"),
+    (gzip.compress(b"happy\t0.9\t0.5\t0.4\n" * 3000, mtime=0)[:60], "lexicon.gz", "damaged", "fail", "damaged file"),
     (b"\xff\xfe\x00" * 500, "noise", "unknown", "fail", "no reader takes its first 2,000 lines"),
     (b"", "empty", "damaged", "fail", "an empty file"),
     (b"word\tvalence\tarousal\tdominance\nhappy\t0.9\t0.5\t0.4\nsad\tlow\t0.5\t0.1\nglad\t0.8\t0.5\t0.4\n", "vad.txt", "NRC-VAD",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from case_fast.data.embeddings import read_glove
 from case_fast.data.empathetic_dialogues import SPLITS, DialogueExample, listener_turns, read_conversations
@@ -23,7 +24,7 @@ from case_fast.data.text import stop_words, tokenize
 from case_fast.data.vocabulary import UNK, Vocabulary
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError, Interrupted
-from case_fast.files import whole_folder
+from case_fast.files import require_file_place, require_place, whole_folder, writing
 from case_fast.knowledge import (
     RELATIONS,
     CachedSource,
@@ -166,6 +167,9 @@ def infer_knowledge(settings: PrepareSettings, stages: Stages | None = None,
     out = Path(os.path.abspath(settings.out))
     cache_path = Path(settings.cache) if settings.cache else out.with_name(out.name + ".knowledge.sqlite")
     _check_place(out, cache_path)
+    require_place(out)
+    if settings.knowledge is not None:
+        require_file_place(cache_path)
     reports: list[ReadReport] = []
 
     def noted(report: ReadReport) -> None:
@@ -178,6 +182,8 @@ def infer_knowledge(settings: PrepareSettings, stages: Stages | None = None,
     require_file(_path(settings, "conceptnet"), "ConceptNet assertions file")
     if settings.embeddings:
         require_file(settings.embeddings, "file of word vectors")
+    if settings.emotion_words:
+        require_file(settings.emotion_words, "list of emotional words")
     with stages.stage("Reading dialogues") as progress:
         material = read(settings, progress)
         for report in material.reports:
@@ -210,7 +216,7 @@ def infer_knowledge(settings: PrepareSettings, stages: Stages | None = None,
                     held = "has the inferences so far: the same command goes on there"
                     raise Interrupted(f"stopped; {cache_path} {held}") from error
         inferences |= dict(zip(texts_to_infer, answers, strict=True))
-        knowledge = {"spec": _absolute(settings.knowledge), "cache": str(cache_path.resolve()), "identity": source.identity,
+        knowledge = {"spec": _absolute(settings.knowledge), "cache": os.path.realpath(cache_path), "identity": source.identity,
                      "settings": source.settings, **({"imported": material.identity} if material.identity else {})}
     elif not inferences:
         raise ConfigError("no inferences came with the dialogues: give a source of them with --knowledge")
@@ -229,7 +235,8 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
         infer: asks for the inferences.
 
     Raises:
-        DataError: an input is missing or unusable; ConfigError: a setting is; Interrupted: Ctrl-C, the cache is kept.
+        DataError: an input is missing or unusable; ConfigError: a setting is; PlaceError: store or cache cannot be written;
+        Interrupted: Ctrl-C, the cache is kept.
     """
     stages = stages or Stages()
     out, started = Path(os.path.abspath(settings.out)), time.monotonic()
@@ -282,7 +289,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
         stages.report(f"{counts['truncated_contexts']:,} contexts cut to their latest {settings.features.max_context} words")
     if vectors is not None:
         counts["embedding_coverage"] = len(vectors[0]) / len(vocabulary)
-    with stages.stage("Writing the store"), whole_folder(out) as folder:
+    with stages.stage("Writing the store"), whole_folder(out) as folder, writing(out, SafetensorError):
         write_store(folder, featurizer, texts, writers, vectors, {
             "counts": counts,
             "settings": asdict(settings),
@@ -296,7 +303,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
 
 def _check_place(out: Path, cache: Path) -> None:
     """Refuse to replace a folder that is no store, or one with files that would be lost with it."""
-    if cache.resolve().is_relative_to(out.resolve()):
+    if Path(os.path.realpath(cache)).is_relative_to(os.path.realpath(out)):
         raise ConfigError(f"--cache {cache} lies in --out {out}, which is replaced as a whole; put it elsewhere")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -315,7 +322,7 @@ def _check_place(out: Path, cache: Path) -> None:
 def _absolute(spec: str) -> str:
     """The knowledge spec with its path made absolute, so that chat finds it from any folder."""
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{Path(path).resolve()}" if colon else spec
+    return f"{kind}:{os.path.realpath(path)}" if colon else spec
 
 
 def _count_words(turns: Iterable[str], train: list[DialogueExample], inferences: Inferences) -> Counter[str]:

@@ -114,7 +114,7 @@ class GivenRun:
             return warn(f"step {self.step:,}{_listed(record.problems)}", command("case-fast", "report", self.path))
         if dumps := sorted(record.files.failures.glob("*.json")):
             return warn(f"a loss or gradient was not finite: {', '.join(path.name for path in dumps)}; last step {self.step:,}",
-                        command("cat", dumps[-1]))
+                        command("case-fast", "debug", dumps[-1]))
         if self.result:
             return ok(f"finished after {self.result.get('steps', 0):,} steps ({self.result.get('stopped')})")
         return ok(f"begun, not finished: step {self.step:,}")

@@ -123,7 +123,7 @@ class Display:
     def line(self, text: str) -> None:
         """A line that stays."""
         self._printed = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def perplexity(nll: float) -> float:

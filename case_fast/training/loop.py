@@ -43,7 +43,7 @@ from case_fast.training.process import StopRequest, matmul_precision, peak_memor
 from case_fast.training.processes import Processes, resumes, together
 from case_fast.training.sampler import Sampler, step_seed
 from case_fast.training.schedule import EarlyStopping, cooling, noam
-from case_fast.training.step import Prepared, Taken
+from case_fast.training.step import Prepared, StepTaken, Taken
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,20 +127,6 @@ def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console
                     ready.close()
 
 
-@dataclass
-class StepTaken:
-    """One step; ``numbers``: when they have come from the device."""
-
-    dialogues: int
-    words: int
-    seconds: float = 0.0
-    numbers: Taken | None = None
-
-    @property
-    def losses(self) -> dict[str, float]:
-        return {} if self.numbers is None else self.numbers.losses
-
-
 class Trainer:
     """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases; ``began`` holds
     where each phase up to the present one began."""
@@ -167,6 +153,8 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
+        # a checkpoint holds both moments of Adam too; it is written before the one in whose place it comes is removed
+        run.require_room(self._weight_bytes * (3 if resume else 7), begun=resume)
         run.set_up(config.as_dict(), store, device)
         self.model.set_phase(self.phase_name)
         with writing("the log", run.path):
@@ -342,9 +330,8 @@ class Trainer:
         result = TrainResult(self.run.path, self.step, self.began[-1], self.stopped, self.best_step, self.best)
         self.log.write("end", self.phase, self.step, stopped=self.stopped, best_step=self.best_step, best=self.best)
         self.run.finish(parameters=self.parameter_count, result=asdict(result) | {"run": str(self.run.path)})
-        self.display.line(
-            f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: {in_words(self.best)}"
-        )
+        self.display.line(f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: "
+                          f"{in_words(self.best)}")
         self.processes.wait()
         return result
 
@@ -409,23 +396,25 @@ class Trainer:
 
     def _fail(self, step: int, numbers: Taken) -> None:
         self.step = step - 1  # where the weights are
+        self.model.set_turn(self.phase_step)
         losses, norm = numbers.losses, numbers.norm
-        seed = step_seed(self.config.seed, self.step)
-        self.form.examine(lambda: self.form.prepared(
-            self.store.batch("train", self.sampler.indices(self.step), self.model.needs, seed)
-        ))
-        bad = [
-            name
-            for name, p in zip(self.names, self.parameters, strict=True)
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        indices = self.sampler.indices(self.step)
-        facts = {"phase": self.phase, "split": "train", "indices": indices, "losses": losses, "grad_norm": norm}
-        path = self.run.dump(step, facts | {"parameters_with_bad_gradients": bad})
-        self.log.write("failure", self.phase, step, losses=losses, grad_norm=norm)
+        indices, seed = self.sampler.indices(self.step), step_seed(self.config.seed, self.step)
+        self.form.examine(lambda: self.form.prepared(self.store.batch("train", indices, self.model.needs, seed)))
+        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        kept = self._dump("train", step, indices=indices, seed=seed, losses=losses, grad_norm=norm,
+                          parameters_with_bad_gradients=bad)
         what = f"loss {losses['loss']}" if not math.isfinite(losses["loss"]) else f"norm of the gradients {norm}"
-        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. Batch and losses are in {path}; "
-                        "the last checkpoint is untouched")
+        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. {kept}; the last checkpoint is untouched")
+
+    def _dump(self, split: str, step: int, **facts: Any) -> str:
+        """Keep what is known of a failure; in words, where. A disk that is full as well does not hide the failure."""
+        at = {"phase": self.phase, "phase_name": self.phase_name, "phase_step": self.phase_step, "split": split}
+        try:
+            path = self.run.dump(step, at | facts, self.model.state_dict())
+            self.log.write("failure", self.phase, step, **facts)
+        except CheckpointError as error:
+            return f"What is known could not be kept ({error})"
+        return f"Batch and losses are in {path}, and case-fast debug {path} looks into them"
 
     # ---- numbers of the latest steps
 
@@ -473,8 +462,8 @@ class Trainer:
                                    "accuracy": found.accuracy, "loss": losses.pop("loss"), "losses": losses,
                                    "examples": self.valid_size, "target_words": found.words}
         if not math.isfinite(mean):
-            path = self.run.dump(self.step, {"phase": self.phase, "split": "valid", "metrics": metrics})
-            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")
+            kept = self._dump("valid", self.step, metrics=metrics)
+            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}. {kept}")
         better = self.stopping.update(self.phase_step, mean)
         if better:
             self.best = metrics
@@ -482,10 +471,8 @@ class Trainer:
         self.validated = self.step
         diagnosis = self._diagnosis() if self.processes.first else {}
         seconds = time.perf_counter() - started
-        self.log.write(
-            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures, diagnosis=diagnosis,
-            seconds=round(seconds, 2),
-        )
+        self.log.write("validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures,
+                       diagnosis=diagnosis, seconds=round(seconds, 2))
         verdict = "the best so far" if better else f"not better than at step {self.best_step:,}"
         if self.stopping.failures:
             verdict += f", {self.stopping.failures} of {self.config.patience} before stopping"
@@ -506,6 +493,10 @@ class Trainer:
         return in_short(figures(insides)) if insides else {}
 
     # ---- saving and coming back
+
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
 
     def _save(self) -> Path:
         self.collect()  # a checkpoint is of steps that are known to be sound
@@ -537,8 +528,7 @@ class Trainer:
 
     def _newest(self) -> Checkpoint | None:
         self.checkpoints.clean()
-        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        return self.checkpoints.newest(max_bytes=3 * weights + MAX_HEADER_BYTES)
+        return self.checkpoints.newest(max_bytes=3 * self._weight_bytes + MAX_HEADER_BYTES)
 
     def _take(self, found: Checkpoint) -> None:
         try:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -47,7 +47,8 @@ class StopRequest:
         self.signal, self._asked = signal.Signals(number).name, time.monotonic()
         # not through the display: this runs between any two instructions, one of the display's own included
         if self.saying is not None:
-            os.write(2, f"\n{self.signal}: {self.saying}; once more aborts at once\n".encode())
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, f"\n{self.signal}: {self.saying}; once more aborts at once\n".encode())
 
 
 @contextmanager

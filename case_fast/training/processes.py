@@ -408,7 +408,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 class _NoRun(Run):
     """A run's folder that is not touched."""
 
-    set_up = finish = save_best = _nothing
+    require_room = set_up = finish = save_best = _nothing
 
     @contextmanager
     def held(self, resume: bool) -> Iterator[Self]:
@@ -419,7 +419,7 @@ class _NoRun(Run):
 
     read_manifest = read_config
 
-    def dump(self, step: int, facts: Mapping[str, Any]) -> Path:
+    def dump(self, step: int, facts: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
         return self.failure(step)
 
 
