@@ -44,9 +44,15 @@ def _fields(args: Namespace, kind: type) -> dict[str, Any]:
 
 
 def _prepare(args: Namespace, console: Terminal) -> None:
-    from case_fast.data.prepare import PrepareSettings, prepare
+    from case_fast.data.prepare import PrepareSettings, infer_knowledge, prepare
+    from case_fast.training.processes import together
 
-    _prepared(prepare(PrepareSettings(**_fields(args, PrepareSettings)), Stages(console)), console)
+    settings = PrepareSettings(**_fields(args, PrepareSettings))
+    with together(settings.device) as processes:
+        if processes.first:
+            _prepared(prepare(settings, Stages(console), infer=processes.infer), console)
+        else:
+            infer_knowledge(settings, infer=processes.infer)
 
 
 def _import(args: Namespace, console: Terminal) -> None:
@@ -472,7 +478,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _carry_out(words: list[str]) -> int:
     """Run a command. Every error that is none of the program's own faults is said here, in one line."""
-    console, errors = Terminal(), Terminal(stderr=True)
+    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1 or os.environ.get("RANK", "0") == "0"  # or the first of several
+    console, errors = Terminal(quiet=not alone), Terminal(stderr=True)
 
     def end(status: int, what: str, style: str, said: str = "") -> int:
         errors.say(Text.assemble((what, style), *[f": {one_line(said)}"] * bool(said)))
@@ -487,17 +494,17 @@ def _carry_out(words: list[str]) -> int:
         hint = f"Did you mean {close[0]}?" if close else f"Commands: {', '.join(_COMMANDS)}."
         return end(2, "error", "red", f"there is no command {name}. {hint}")
     logging.basicConfig(level=logging.WARNING, handlers=[Notes(errors)])
-    logging.getLogger("case_fast").setLevel(logging.INFO)
+    logging.getLogger("case_fast").setLevel(logging.INFO if alone else logging.WARNING)
     try:
         _require_a_folder_to_run_in()
         run, args = _parsed(name, rest)
         return run(args, console) or 0
     except Interrupted as stopped:
-        return end(130, "interrupted", "yellow", str(stopped))
+        return 130 if stopped.said else end(130, "interrupted", "yellow", str(stopped))
     except KeyboardInterrupt:
         return end(130, "interrupted", "yellow")
     except CaseFastError as error:
-        return end(1, "error", "red", str(error))
+        return 1 if error.said else end(1, "error", "red", str(error))
     except OSError as error:
         return end(1, "error", "red", sentence_of(error))
     except MemoryError as error:

@@ -89,7 +89,8 @@ def train(parser: ArgumentParser, kind: str = "case") -> None:
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
     parser.add_argument("--kind", type=str, default=kind, help=argparse.SUPPRESS)  # as the config.json of a run has it
     parser.add_argument("--preset", type=str, default=next(iter(presets)), help=f"settings to start from: {', '.join(presets)}")
-    parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
+    parser.add_argument("--resume", type=bool | Literal["auto"], default=False, nargs="?", const=True,
+                        help="go on with the run at --out; auto: if there is one, else begin it")
     parser.add_class_arguments(config_class(kind))
     (model,) = [action for action in parser._actions if action.option_strings == ["--model"]]
     model.metavar, model.help = "NAME", f"which model: {', '.join(MODELS)}; here follow the settings of {kind}"

@@ -9,7 +9,13 @@ from pathlib import Path
 
 
 class CaseFastError(Exception):
-    """Base of every error that case_fast raises on purpose; the command line prints it without a traceback."""
+    """Base of every error that case_fast raises on purpose; the command line prints it without a traceback.
+
+    Attributes:
+        said: whether another process of several says the same, so that this one need not.
+    """
+
+    said = False
 
 
 class DataError(CaseFastError, ValueError):

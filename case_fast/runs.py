@@ -45,7 +45,7 @@ from case_fast import checksums
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
-from case_fast.files import kind_of, plain, require_folder_place, sha256, sync, whole_folder, write_json
+from case_fast.files import kind_of, plain, require_folder_place, require_room, sha256, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
 from case_fast.text_files import ReadReport, read_lines, reading
@@ -81,6 +81,11 @@ class Run:
         return self.path / "diagnosis" / split
 
     # ---- training in it
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return any(os.path.lexists(path) for path in self._training)
 
     @contextmanager
     def held(self, resume: bool) -> Iterator[Self]:
@@ -120,6 +125,11 @@ class Run:
         for part in self._training:
             for left in self.path.glob(f".{part.name}.*"):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+    def require_room(self, size: int, begun: bool) -> None:
+        """`CheckpointError` where the disk has no room for so many bytes; ``begun``: as of `writing`."""
+        with writing("the run", self.path, begun=begun):
+            require_room(self.path, size)
 
     def read_config(self) -> dict[str, Any]:
         """The settings; {} when they are missing, as in a run killed while it was set up. So `read_manifest`."""
@@ -189,9 +199,12 @@ class Run:
                 folder.rename(best)
             sync(self.path)
 
+    def failure(self, step: int) -> Path:
+        return self.failures / f"step-{step:08d}.json"
+
     def dump(self, step: int, facts: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
         """Write RUN/failure/step-<step>.json, and beside it the weights that the step began with, as far as there is room."""
-        path = self.failures / f"step-{step:08d}.json"
+        path = self.failure(step)
         with writing("the dump", path):
             path.parent.mkdir(exist_ok=True)
             tensors, listed = path.with_suffix(".safetensors"), None

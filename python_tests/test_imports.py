@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "runs": {"models", "data"},
     "references": {"models"},
     "diagnosis": {"models", "data", "references"},
-    # ops: profile measures what they can reach
-    "training": {"models", "data", "runs", "references", "diagnosis", "generation", "ops"},
+    # ops: profile measures what they can reach; knowledge: several processes infer it together
+    "training": {"models", "data", "runs", "references", "diagnosis", "generation", "ops", "knowledge"},
     "generation": {"models", "data", "equations"},
     "evaluation": {"models", "data", "runs", "references", "diagnosis", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},

@@ -421,7 +421,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """L_div of Sabour et al. (2022); in training the most probable words (EOS aside) are counted first."""
         if self.training:
             said = ((prediction != self.config.eos_id) & (batch.target_weight > 0)).to(self.word_counts.dtype)
-            self.word_counts.index_add_(0, prediction, said)
+            self.word_counts.add_(batch.total(torch.zeros_like(self.word_counts).index_add_(0, prediction, said)))
         return eq.diversity_loss(nll, batch.target, eq.diversity_weights(self.word_counts), batch.target_weight)
 
     def reply_logits(self, words: Tensor, cu: Tensor, reading: Reading, last_only: bool = False) -> Tensor:

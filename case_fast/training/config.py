@@ -60,6 +60,8 @@ class TrainConfig:
             that multiplies it (AVX512_BF16), TF32 on a GPU.
         deterministic: the same weights bit for bit each time on one device.
         workers: processes that make batches; 0: a thread of this one makes them. The batches are the same.
+        gather_negatives: where several processes train together, the negatives of a pair come from the whole batch, as with one
+            process; off: from the dialogues of the process that holds it.
         log_every: steps between two records of the log.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of them are kept.
@@ -89,6 +91,7 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     deterministic: bool = True
     workers: int = 0
+    gather_negatives: bool = True
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2

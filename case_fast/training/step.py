@@ -52,7 +52,21 @@ class Taken:
         return math.isfinite(self.losses["loss"]) and math.isfinite(self.norm)
 
 
-@dataclass(frozen=True)
+@dataclass
+class StepTaken:
+    """One step; ``numbers``: when they have come from the device."""
+
+    dialogues: int
+    words: int
+    seconds: float = 0.0
+    numbers: Taken | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return {} if self.numbers is None else self.numbers.losses
+
+
+@dataclass
 class Prepared:
     """A batch on its way to a step; ``dialogues`` and ``words`` (of contexts and replies) are the real ones.
 
