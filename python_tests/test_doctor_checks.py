@@ -23,6 +23,7 @@ from case_fast.doctor.check import Look, carried_out, ok, skip
 from case_fast.doctor.given import Given
 from case_fast.ops import backend
 from case_fast.ops.backend import native_report
+from case_fast.sources import SOURCES
 
 
 @pytest.fixture(autouse=True)
@@ -270,7 +271,7 @@ def test_a_data_set_is_known_by_its_rows(kind, path, tmp_path):
         path.write_bytes(gzip.compress(_first_bytes(kind)))
     ((place, found, finding),) = files.look(path)
     assert (place, found, finding.state) == (path, kind, "ok"), finding
-    assert files.SOURCES[kind].licence in finding.reason and files.SOURCES[kind].published in finding.reason
+    assert SOURCES[kind].licence in finding.reason and SOURCES[kind].published in finding.reason
 
 
 def _first_bytes(kind: str) -> bytes:
@@ -310,7 +311,7 @@ def test_a_folder_is_searched_and_prepare_told_what_is_missing(tmp_path):
      "warn", "1 malformed (value is not a number: 1, the first in line 3"),
     (b"".join(b"w%d 0.1 0.2 0.3\n" % (n % 50) for n in range(60)), "vectors", "GloVe", "warn", "10 malformed (word occurs twice"),
     (b"".join(b"w%d 0.1 0.2 0.3 0.4 0.5\n" % n for n in range(60)), "vectors", "GloVe", "warn",
-     "5 numbers a word; licence on its page; nlp.stanford.edu/projects/glove; the model's width is 300"),
+     "5 numbers a word; PDDL 1.0; nlp.stanford.edu/projects/glove; the model's width is 300"),
     (b"joy\thappy\t1\nsad\tjoy\t0\n", "emolex", "NRC EmoLex", "ok", "2 rows"),
     (b"conv_id,utterance_idx,context\n", "train.csv", "other", "skip", "which is read as a folder"),
     (b"\x80\x04\x95", "dataset_preproc.p", "other", "skip", "a pickle"),

@@ -19,13 +19,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
 # "": the package itself, its version
-BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional", "arguments", "checksums"}
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional", "arguments", "checksums",
+        "sources"}
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
     "text_files": set(),
     "files": set(),
     "checksums": set(),
+    "sources": set(),
     "memory": set(),
     "devices": set(),
     "batch": set(),
@@ -40,7 +42,8 @@ MAY_IMPORT = {
     "knowledge": set(),
     "data": {"knowledge"},
     "importing": {"data", "knowledge"},
-    "runs": {"models", "data"},
+    "published": {"models", "data", "knowledge"},
+    "runs": {"models", "data", "published"},
     "references": {"models"},
     "diagnosis": {"models", "data", "references"},
     # ops: profile measures what they can reach; knowledge: several processes infer it together
@@ -48,11 +51,12 @@ MAY_IMPORT = {
     "generation": {"models", "data", "equations"},
     "evaluation": {"models", "data", "runs", "references", "diagnosis", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},
+    "publishing": {"models", "data", "runs", "published", "evaluation"},
     "doctor": {"ops", "equations", "models", "knowledge", "data", "runs", "references", "generation", "training"},
     "tables": {"models", "data", "runs", "training", "evaluation"},
 }
 # What these parts may import from outside the standard library.
-OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "checksums", "memory")}
+OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "checksums", "sources", "memory")}
 OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 OUTSIDE |= {"arguments": {"torch", "numpy"}}
 ALL = {"cli", "cli_arguments", "__main__"}

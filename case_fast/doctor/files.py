@@ -6,13 +6,13 @@ import importlib.util
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from case_fast.doctor.check import Finding, command, counted, fail, ok, raised, size, skip, warn
 from case_fast.errors import DataError
+from case_fast.sources import SOURCES, Source
 
 if TYPE_CHECKING:
     from case_fast.text_files import ReadReport
@@ -21,38 +21,6 @@ _LINES = 2_000  # of a file, which are read
 _CONVERSATIONS = 100
 _FILES = 100  # of a folder that is searched
 _SOUND = 0.02  # at most such a share of the rows may be malformed; in the released files it is less
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set: the option of `prepare` that takes it, its licence, where it is published, and a line that gets or shows it."""
-
-    option: str
-    licence: str
-    published: str
-    get: str
-    needed: bool = True
-
-
-def _fetch(url: str) -> str:
-    return f"curl -LO {url}"
-
-
-_COMET = "github.com/allenai/comet-atomic-2020"
-SOURCES = {
-    "EmpatheticDialogues": Source("dialogues", "CC BY-NC 4.0", "github.com/facebookresearch/EmpatheticDialogues", _fetch(
-        "https://dl.fbaipublicfiles.com/parlai/empatheticdialogues/empatheticdialogues.tar.gz")),
-    "ATOMIC": Source("knowledge", "CC BY 4.0", _COMET, f"python -m webbrowser https://{_COMET}"),
-    "COMET": Source("knowledge", "licence on its page", _COMET, f"python -m webbrowser https://{_COMET}"),
-    "ConceptNet": Source("conceptnet", "CC BY-SA 4.0", "github.com/commonsense/conceptnet5/wiki/Downloads", _fetch(
-        "https://s3.amazonaws.com/conceptnet/downloads/2019/edges/conceptnet-assertions-5.7.0.csv.gz")),
-    "NRC-VAD": Source("lexicon", "research use, not to be passed on", "saifmohammad.com/WebPages/nrc-vad.html",
-                      "python -m webbrowser https://saifmohammad.com/WebPages/nrc-vad.html"),
-    "NRC EmoLex": Source("emotion_words", "research use, not to be passed on", "saifmohammad.com/WebPages/lexicons.html",
-                         "python -m webbrowser https://saifmohammad.com/WebPages/lexicons.html", needed=False),
-    "GloVe": Source("embeddings", "licence on its page", "nlp.stanford.edu/projects/glove",
-                    _fetch("https://nlp.stanford.edu/data/glove.6B.zip"), needed=False),
-}
 _MARKS = {  # the first bytes of what is no data set -> what it is, and a line for it
     b"SQLite format 3\0": ("a cache of inferences, which is checked as it is opened", "case-fast merge-cache new.sqlite {file}"),
     b"case_fast travel": ("a packed store, every byte of which is checked as it is unpacked",

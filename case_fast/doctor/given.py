@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from case_fast.doctor.check import Finding, Look, command, ok, raised, skip
-from case_fast.doctor.files import SOURCES, absent, look, missing
+from case_fast.doctor.files import absent, look, missing
 from case_fast.doctor.run import GivenRun
 from case_fast.doctor.store import GivenStore
+from case_fast.sources import SOURCES
 
 
 class Given:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from case_fast.doctor.check import Check, Finding, Look, command, counted, fail, ok, size, skip, warn
-from case_fast.doctor.files import SOURCES, missing
+from case_fast.doctor.files import missing
 from case_fast.doctor.given import Given
 from case_fast.doctor.probe import evaluation_seconds, in_words, training_steps
+from case_fast.sources import SOURCES
 
 if TYPE_CHECKING:
     from case_fast.training import TrainConfig
