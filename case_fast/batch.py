@@ -19,6 +19,7 @@ from torch import Tensor
 from case_fast.errors import ConfigError
 
 PARTS = ("dialogue", "case", "concept", "relations", "emotional", "feedback")
+INFERRED = frozenset({"case", "relations"})  # those that are made of commonsense inferences
 
 
 class _Tensors:

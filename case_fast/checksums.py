@@ -2,6 +2,7 @@
 
     CHECKPOINT/manifest.json    see `training.checkpoint`
     MODEL/checksums.json        of what `DialogueModel.save_pretrained` writes and loading reads
+    FOLDER/checksums.json       of all that is published with a model, see `published`
 
 A flipped byte anywhere is noticed: in a listed file by its checksum, in the list by its own.
 """
@@ -12,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,15 +55,15 @@ def damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: damaged (its checksum does not match the manifest's)")
 
 
-def write(folder: Path, before: Path | None = None) -> None:
-    """List the model in ``folder``; with ``before`` list there that its files may still be those of that folder as well: while
-    one takes the place of the other, at every moment the list fits what is there."""
-    body = {"format": FORMAT, "files": _listed(folder)} | ({} if before is None else {"replaced": _listed(before)})
+def write(folder: Path, before: Path | None = None, names: Sequence[str] = MODEL) -> None:
+    """List the files of these ``names`` in ``folder``; with ``before`` list there that they may still be those of that folder as
+    well: while one takes the place of the other, at every moment the list fits what is there."""
+    body = {"format": FORMAT, "files": _listed(folder, names)} | ({} if before is None else {"replaced": _listed(before, names)})
     write_bytes((before or folder) / NAME, sealed(body))
 
 
-def _listed(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: _entry(folder / name) for name in MODEL if (folder / name).is_file()}
+def _listed(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {name: _entry(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _entry(path: Path) -> dict[str, Any]:

@@ -172,12 +172,12 @@ def _evaluate(args: Namespace, console: Terminal) -> None:
     from case_fast.generation import GenerationConfig
 
     run_evaluation(args.run, args.data, args.split, args.limit, args.batch_size, args.device,
-                   GenerationConfig(**_fields(args, GenerationConfig)), console)
+                   GenerationConfig(**_fields(args, GenerationConfig)), console, args.out)
 
 
 def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_size: int, device: str, generation: Any,
-                   console: Console) -> Any:
-    """Measure a run on a split and write RUN/evaluation/SPLIT, or SPLIT-STRATEGY where it does not reply greedily."""
+                   console: Console, out: str | None = None) -> Any:
+    """Measure a run on a split and write ``out``; None: RUN/evaluation/SPLIT, or SPLIT-STRATEGY where it is not greedy."""
     from case_fast.data import open_store
     from case_fast.evaluation import evaluate
     from case_fast.generation import generate_all
@@ -196,7 +196,7 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
             halfway = lambda done, _: told(total + done, 2 * total)  # noqa: E731
             return generate_all(model, store, split, indices, generation, batch_size, chosen, halfway)
 
-        out = Run(run).evaluation(split, generation.strategy)
+        out = out or Run(run).evaluation(split, generation.strategy)
         return evaluate(model, store, split, out, replies, limit=limit, batch_size=batch_size,
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
@@ -253,7 +253,7 @@ def _chat(args: Namespace, console: Terminal) -> None:
             raise EOFError
         return input(prompt)
 
-    responder = load(args.run, device=args.device, knowledge=args.knowledge)
+    responder = load(args.run, args.device, args.knowledge, lexicon=args.lexicon, emotion_words=args.emotion_words)
     chat(responder, console, GenerationConfig(**_fields(args, GenerationConfig)), show=args.why, read=line)
 
 
@@ -261,6 +261,12 @@ def _report(args: Namespace, console: Terminal) -> None:
     from case_fast.evaluation import write_report
 
     console.say(f"report: {write_report(Path(args.run), Path(args.out) if args.out else None)}")
+
+
+def _publish(args: Namespace, console: Terminal) -> None:
+    from case_fast.publishing import publish
+
+    console.say("\n".join(publish(args.run, args.out).lines()))
 
 
 def _merge_cache(args: Namespace, console: Terminal) -> None:
@@ -373,7 +379,6 @@ def _print_paths(paths: Sequence[str | Path], console: Terminal) -> None:
         console.say(f"{path}")
 
 
-
 # name -> what it does, its arguments, what carries it out and may give an exit status; a command imports only what it needs
 _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Terminal], int | None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
@@ -398,6 +403,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
               arguments.debug, _debug),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", arguments.chat, _chat),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", arguments.report, _report),
+    "publish": ("A run as a folder for others: weights, words, metrics, model card; without what may not be passed on.",
+                arguments.publish, _publish),
     "merge-cache": ("Add the inferences of other caches to one.", arguments.merge_cache, _merge_cache),
     "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", arguments.demo, _demo),
     "profile": ("Where a training step's time goes: a trace for Perfetto, the ten largest parts beside their floor.",

@@ -106,7 +106,13 @@ def evaluate(parser: ArgumentParser) -> None:
     parser.add_argument("--limit", type=int | None, default=None, help="only the first so many examples")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
+    parser.add_argument("--out", type=str | None, default=None, help="folder; default RUN/evaluation/SPLIT")
     parser.add_class_arguments(GenerationConfig)
+
+
+def publish(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("--out", type=str, required=True, help="folder to make, such as case-ed")
 
 
 def diagnose(parser: ArgumentParser) -> None:
@@ -149,6 +155,10 @@ def chat(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="folder that train made")
     parser.add_argument("--knowledge", type=str | None, default=None,
                         help="atomic:PATH, comet:DIR or bundled; default: what the store was prepared with")
+    parser.add_argument("--lexicon", type=str | None, default=None,
+                        help="of a published folder: the NRC-VAD file that its model was trained with, or bundled")
+    parser.add_argument("--emotion_words", type=str | None, default=None,
+                        help="of a published folder: likewise the NRC EmoLex file, where there was one")
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_argument("--why", type=bool, default=True, nargs="?", const=True, help="show emotion, inferences and concepts")
     parser.add_class_arguments(GenerationConfig)

@@ -153,13 +153,17 @@ def require_room(folder: str | Path, size: int) -> None:
 
 
 def kind_of(folder: str | Path) -> str:
-    """What a folder of ours that is whole as it is says in its manifest: "case_fast store 1"; "" of any other."""
-    path = Path(folder) / "manifest.json"
-    try:
-        form = json.loads(path.read_text(encoding="utf-8"))["format"] if path.is_file() else ""
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return form if isinstance(form, str) and form.startswith("case_fast ") else ""
+    """What a folder of ours that is whole as it is says in its manifest, or a published model in its features: "case_fast store
+    1"; "" of any other."""
+    for name in ("manifest.json", "features.json"):
+        path = Path(folder) / name
+        try:
+            form = json.loads(path.read_text(encoding="utf-8"))["format"] if path.is_file() else ""
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(form, str) and form.startswith("case_fast "):
+            return form
+    return ""
 
 
 def plain(value: Any) -> Any:

@@ -41,12 +41,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import case_fast
-from case_fast import checksums
+from case_fast import checksums, published
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
 from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
 from case_fast.files import kind_of, plain, require_folder_place, require_room, sha256, sync, whole_folder, write_json
-from case_fast.models import DialogueModel, build
+from case_fast.models import DialogueModel, build, load
 from case_fast.models.base import read_config
 from case_fast.text_files import ReadReport, read_lines, reading
 
@@ -273,7 +273,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") -> tuple[DialogueModel, torch.device]:
-    """The model of a run, in evaluation mode, and the device it is on.
+    """The model of a run or of a published folder, in evaluation mode, and the device it is on.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
@@ -283,6 +283,10 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
     """
     files, chosen = Run(run), resolve_device(device)
+    if published.is_published(run):
+        if checkpoint != "best":
+            raise ConfigError(f"{run} is a published model, which has no checkpoint but its best: {checkpoint!r} is not there")
+        return load(run, str(chosen)), chosen
     _require_run(files)
     if checkpoint == "best" and not files.best.is_dir():
         raise CheckpointError(
@@ -313,12 +317,20 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
     return model.to(chosen).eval(), chosen
 
 
-def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, Any]]:
+def load_features(run: str | Path, words: int, lexicon: str | Path | None = None, emotion_words: str | Path | None = None
+                  ) -> tuple[Featurizer, dict[str, Any]]:
     """The featurizer of a run whose model knows so many ``words``, and where its knowledge came from: "spec", "cache", ...
 
+    Args:
+        lexicon, emotion_words: of a published folder alone, see `published.load_features`.
+
     Raises:
-        CheckpointError: a part is missing, damaged or of another run.
+        CheckpointError: a part is missing, damaged or of another run. ConfigError, DataError: as of `published.load_features`.
     """
+    if published.is_published(run):
+        return published.load_features(run, words, lexicon, emotion_words)
+    if lexicon is not None or emotion_words is not None:
+        raise ConfigError(f"{run} is a run, which has its own features: leave lexicon and emotion_words out")
     folder = Run(run).features
     remedy = f"Remove {folder}, then write it again: {_TRAIN} {run} --resume"
     for name in _FEATURES:

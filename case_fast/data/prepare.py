@@ -250,7 +250,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
 
     with stages.stage("Building the vocabulary"):
         vocabulary = Vocabulary.build(_count_words(material.train_turns, examples["train"], inferences), settings.min_count)
-        intensity = {word: lexicon.intensity(word) for word in lexicon.words}
+        intensity = lexicon.intensities()
     with stages.stage("Reading ConceptNet") as progress:
         concepts, report = read_concepts(
             _path(settings, "conceptnet"), vocabulary, intensity, stop_words(), settings.features.concepts_per_token,

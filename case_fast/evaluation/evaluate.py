@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -167,7 +168,7 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
     ]
     evaluation = Evaluation(split, len(indices), size, found, bool(store.manifest.get("bundled")), {
         "settings": {**settings, "limit": limit, "batch_size": batch_size, "device": str(device)},
-        "model": {"class": type(model).__name__, "config": model.config.as_dict(),
+        "model": {"class": type(model).__name__, "config": model.config.as_dict(), "weights": digest_of_weights(model),
                   "parameters": sum(parameter.numel() for parameter in model.parameters())},
         "store": {"path": str(store.path), "fingerprint": store.fingerprint, "vocabulary": words},
         "counts": {"target_tokens": sum(map(len, nll)), "reply_words": sum(map(len, replies)),
@@ -191,6 +192,15 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
     if console is not None:
         console.print(needed("rich.text", "a table in the terminal").Text(f"Written to {out}"), soft_wrap=True)
     return evaluation
+
+
+def digest_of_weights(model: DialogueModel) -> str:
+    """SHA-256 of a model's weights, wherever they lie: by it an evaluation is known to be of them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check(model: DialogueModel, store: Store, split: str, limit: int | None = None) -> int:

@@ -74,6 +74,10 @@ class VADLexicon:
         valence, arousal = values
         return (math.hypot(valence - 0.5, arousal / 2) - 0.06467) / 0.607468
 
+    def intensities(self) -> dict[str, float]:
+        """Of every word of the lexicon."""
+        return {word: self.intensity(word) for word in self.words}
+
     def __contains__(self, word: str) -> bool:
         return word in self.words
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from case_fast.batch import Batch
+from case_fast.batch import INFERRED, Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS, Turn
 from case_fast.data.featurizer import Example, Featurizer, TextTable, prompts
 from case_fast.data.pack import make_batch
@@ -140,7 +140,7 @@ class Responder:
 
     def _respond(self, dialogues: list[list[Turn]], config: GenerationConfig, first_index: int) -> list[Reply]:
         inferences: dict[str, dict[str, list[str]]] = {}
-        if "case" in self.model.needs:  # what no one reads is not inferred
+        if INFERRED & set(self.model.needs):  # what no one reads is not inferred
             asked = list(dict.fromkeys(text for turns in dialogues for text in prompts(turns)))
             answers = self.knowledge.infer(asked, RELATIONS, self.featurizer.settings.inferences_per_relation)
             inferences = dict(zip(asked, answers, strict=True))
@@ -245,19 +245,29 @@ def _by_weight(items: Iterable[Any]) -> tuple[Any, ...]:
 # ---- opening a run
 
 
-def load(run: str | Path, device: str = "auto", knowledge: str | None = None, checkpoint: str = "best") -> Responder:
-    """Open a run folder for talking; reads local files only, and the source of knowledge when it is first needed.
+def load(run: str | Path, device: str = "auto", knowledge: str | None = None, checkpoint: str = "best",
+         lexicon: str | Path | None = None, emotion_words: str | Path | None = None) -> Responder:
+    """Open a run or a published folder for talking; reads local files only, and the source of knowledge when it is first needed.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
-        knowledge: "bundled", "atomic:PATH" or "comet:DIR" in place of the source that the run's data was prepared with.
+        knowledge: "bundled", "atomic:PATH" or "comet:DIR" in place of the source that the run's data was prepared with; a
+            published folder of a model that reads ATOMIC or COMET does not say where these lie here, so there it is needed.
         checkpoint: "best", or the step of one of the run's checkpoints.
+        lexicon: of a published folder: the NRC-VAD file that its model was trained with, or "bundled". It may not be published.
+        emotion_words: likewise the file of NRC EmoLex, where the model was trained with one.
 
     Raises:
-        CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
+        CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used, or one that a published
+        folder needs is missing. DataError: a lexicon is not the one that the model was trained with.
     """
     model, chosen = load_model(run, device, checkpoint)
-    featurizer, recorded = load_features(run, model.config.vocab_size)
+    featurizer, recorded = load_features(run, model.config.vocab_size, lexicon, emotion_words)
+    if knowledge is None and recorded["spec"] in ("atomic", "comet"):
+        kind, identity = recorded["spec"], recorded["identity"][:19]
+        raise ConfigError(f"{run}: its model reads inferences of {kind.upper()} ({identity}), which lie elsewhere: say where, with "
+                          f"knowledge=\"{kind}:PATH\", or case-fast chat FOLDER --knowledge {kind}:PATH; or take the few of the "
+                          "package's sample, bundled")
     return Responder(model, featurizer, lambda: _open_knowledge(Run(run), recorded, knowledge, str(chosen)))
 
 
@@ -271,6 +281,8 @@ def _open_knowledge(run: Run, recorded: dict[str, Any], given: str | None, devic
             raise
         remedy = f"The run was prepared with {spec}: give its place now with --knowledge, or use --knowledge bundled"
         raise DataError(error.path, error.problem, remedy) from error
+    if (trained := recorded.get("identity")) not in (None, source.identity):
+        _log.warning("the model was trained with inferences of %s, these are of %s", trained[:19], source.identity[:19])
     if cache is None:
         return source
     for path in (Path(cache), run.cache):
