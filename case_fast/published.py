@@ -74,8 +74,8 @@ def without_lexicons(featurizer: Featurizer, knowledge: Mapping[str, Any], needs
     left_out = {"lexicon": _pairs(featurizer.intensity) if by_intensity else None,
                 "emotion_words": None if listed is None else sorted(set(listed))}
     if any(_ranked(words, featurizer.intensity) != list(words) for words in concepts.values()):
-        raise ConfigError("the concepts of a word are not sorted by falling intensity, as prepare sorts them: that order could not "
-                          "be put back. Prepare the store again and train on it")
+        raise ConfigError("the concepts of a word are not sorted by falling intensity, as prepare sorts them, and that order "
+                          "could not be put back. Prepare the store again and train on it")
     kind, colon, _ = str(knowledge["spec"]).partition(":")
     found = {name: knowledge[name] for name in ("identity", "settings", "imported") if name in knowledge}
     return {
@@ -109,7 +109,7 @@ def load_features(folder: str | Path, words: int, lexicon: str | Path | None = N
     """The featurizer of a published model that knows so many ``words``, whole again, and where its knowledge came from.
 
     Args:
-        lexicon, emotion_words: the files of NRC-VAD and NRC EmoLex, in any layout that `prepare` reads; of the first also "bundled".
+        lexicon: the file of NRC-VAD, in any layout that `prepare` reads, or "bundled". emotion_words: that of NRC EmoLex.
 
     Raises:
         ConfigError: a file that is needed is not given, or one is given that is not.

@@ -77,7 +77,8 @@ def _kind_of(path: Path) -> str:
 
 def _weights(path: str) -> Finding:
     from case_fast.models import load, title_of
+    from case_fast.published import is_published
 
     model = load(path)
-    return ok(f"{path}: {title_of(model.config.kind)}, {sum(x.numel() for x in model.parameters()):,} parameters; "
-              "case_fast.models.load opens it")
+    opened = "a published model, case_fast.load opens it" if is_published(path) else "case_fast.models.load opens it"
+    return ok(f"{path}: {title_of(model.config.kind)}, {sum(x.numel() for x in model.parameters()):,} parameters; {opened}")

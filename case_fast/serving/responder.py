@@ -265,9 +265,9 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
     featurizer, recorded = load_features(run, model.config.vocab_size, lexicon, emotion_words)
     if knowledge is None and recorded["spec"] in ("atomic", "comet"):
         kind, identity = recorded["spec"], recorded["identity"][:19]
-        raise ConfigError(f"{run}: its model reads inferences of {kind.upper()} ({identity}), which lie elsewhere: say where, with "
-                          f"knowledge=\"{kind}:PATH\", or case-fast chat FOLDER --knowledge {kind}:PATH; or take the few of the "
-                          "package's sample, bundled")
+        raise ConfigError(f"{run}: its model reads inferences of {kind.upper()} ({identity}), which lie elsewhere: say where, "
+                          f"with knowledge='{kind}:PATH', or case-fast chat FOLDER --knowledge {kind}:PATH; or take the few of "
+                          "the package's sample, bundled")
     return Responder(model, featurizer, lambda: _open_knowledge(Run(run), recorded, knowledge, str(chosen)))
 
 
