@@ -77,7 +77,7 @@ def without_lexicons(featurizer: Featurizer, knowledge: Mapping[str, Any], needs
         raise ConfigError("the concepts of a word are not sorted by falling intensity, as prepare sorts them, and that order "
                           "could not be put back. Prepare the store again and train on it")
     kind, colon, _ = str(knowledge["spec"]).partition(":")
-    found = {name: knowledge[name] for name in ("identity", "settings", "imported") if name in knowledge}
+    found = {"identity": ""} | {name: knowledge[name] for name in ("identity", "settings", "imported") if name in knowledge}
     return {
         "format": FORMAT,
         "settings": asdict(featurizer.settings),

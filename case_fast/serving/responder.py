@@ -281,7 +281,7 @@ def _open_knowledge(run: Run, recorded: dict[str, Any], given: str | None, devic
             raise
         remedy = f"The run was prepared with {spec}: give its place now with --knowledge, or use --knowledge bundled"
         raise DataError(error.path, error.problem, remedy) from error
-    if (trained := recorded.get("identity")) not in (None, source.identity):
+    if (trained := recorded.get("identity")) and trained != source.identity:
         _log.warning("the model was trained with inferences of %s, these are of %s", trained[:19], source.identity[:19])
     if cache is None:
         return source

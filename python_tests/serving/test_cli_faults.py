@@ -50,7 +50,7 @@ class Begun(Exception):
 WORK = ["data.prepare.read_conversations", "importing.command.read_released", "data.travel._pack", "data.travel._Part.unpack",
         "evaluation.floors.Bigrams", "training.loop.Trainer.train_step", "tables.plan.carry_out", "evaluation.diagnose.diagnose",
         "evaluation.evaluate.read_references", "evaluation.report._page", "knowledge.cache.InferenceCache.merge",
-        "training.profile.measure_rates", "serving.responder.Responder.respond", "data.inspect.describe"]
+        "training.profile.measure_rates", "published.write", "serving.responder.Responder.respond", "data.inspect.describe"]
 
 
 @pytest.fixture
@@ -93,6 +93,7 @@ OUTPUTS = {
     "evaluate": (["evaluate", "{linked}", "--data", "{store}"], True),  # whose folder "evaluation" is a link to {out}
     "diagnose": (["diagnose", "{run}", "--data", "{store}", "--out", "{out}"], True),
     "report": (["report", "{run}", "--out", "{out}"], False),
+    "publish": (["publish", "{run}", "--out", "{out}"], True),
     "merge-cache": (["merge-cache", "{out}", "{cache}"], False),
     "demo": (["demo", "--out", "{out}"], True),
     "profile": (["profile", "--store", "{store}", "--out", "{out}"], True),
