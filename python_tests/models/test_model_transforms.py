@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -153,3 +154,37 @@ def test_what_the_refusal_says_to_do_instead_works(name):
     with torch.autocast("cpu", torch.bfloat16):
         assert model(batch).loss.item() == pytest.approx(loss, rel=0.02)
         assert [reply.score for reply in generate(model, batch, greedy)] == pytest.approx(scores, rel=0.02)
+
+
+# ---- torch.export
+
+
+class Read(torch.nn.Module):
+    """What CASE reads of a batch, as a function of the context's words (n,) and the intensities of G_EC's vertices (V,): all else
+    of the batch, its shape too, is the program's own."""
+
+    def __init__(self, model, batch):
+        super().__init__()
+        self.model, self.batch = model, batch
+
+    def forward(self, words: Tensor, intensity: Tensor) -> list[Tensor]:
+        batch = replace(self.batch, context=words, concept=replace(self.batch.concept, intensity=intensity))
+        reading = self.model.read(batch)
+        return [*(memory.rows for memory in reading.memories), reading.emotion_logits]
+
+
+def test_what_case_reads_exports_at_a_fixed_shape_with_the_ops_in_it(native):
+    torch.manual_seed(0)
+    examples, texts = handmade_examples()
+    batch = make_batch(examples[:3], texts)
+    read = Read(build("case", **SIZES).eval(), batch)
+    given = batch.context, batch.concept.intensity
+    program = torch.export.export(read, given)
+    targets = {str(node.target) for node in program.graph.nodes}
+    families = {"packed_attention", "graph_attention", "pooled_attention", "linear", "residual_norm", "segment_sum"}
+    assert {f"case_fast.{family}_forward.default" for family in families} <= targets
+    with torch.no_grad():
+        for words, intensity in (given, (given[0].flip(0), 1 - given[1])):  # not those that it was traced with
+            for found, expected in zip(program.module()(words, intensity), read(words, intensity), strict=True):
+                same(found, expected, 1e-6)
+        assert not torch.allclose(read(*given)[-1], read(given[0].flip(0), given[1])[-1])

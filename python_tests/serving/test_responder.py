@@ -24,7 +24,7 @@ from case_fast.data.vocabulary import EOS, SPECIALS
 from case_fast.errors import CheckpointError, ConfigError, DataError
 from case_fast.generation import GenerationConfig, generate
 from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache
-from case_fast.models import CASE, CASEConfig
+from case_fast.models import CASE, CASEConfig, build
 from case_fast.serving import Responder, load
 from case_fast.serving.chat import chat
 
@@ -110,6 +110,16 @@ def test_chat_asks_for_the_knowledge_that_prepare_asks_for(run, monkeypatch):
     said = "Dr. Smith called at 5 p.m. Then I left."
     responder.respond(["I was ill.", "Oh no!", said], CONFIG)
     assert asked == prompts([Turn(said, True)]) == [said, "Dr. Smith called at 5 p.m.", "Then I left."]
+
+
+@pytest.mark.parametrize(("name", "asks"), [("cem", True), ("transformer", False), ("kemp", False)])
+def test_inferences_are_asked_for_where_the_model_reads_them(name, asks, sample_store):
+    model = build(name, vocab_size=len(sample_store.featurizer.vocabulary), d_model=8, ffn=8)
+    source = NoKnowledge()
+    asked = []
+    source.infer = lambda texts, relations, k: asked.extend(texts) or [{} for _ in texts]
+    Responder(model, sample_store.featurizer, lambda: source).respond(SAID, CONFIG)
+    assert bool(asked) == asks
 
 
 def test_the_reasons_of_a_reply_are_those_of_its_words_and_inferences(responder):
