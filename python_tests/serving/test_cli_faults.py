@@ -292,6 +292,7 @@ INPUTS = [
     ("run", ["diagnose", "{bad}", "--data", "{store}"]),
     ("run", ["chat", "{bad}"]),
     ("run", ["report", "{bad}"]),
+    ("run", ["publish", "{bad}", "--out", "{tmp}/o"]),
     ("run", ["profile", "--store", "{store}", "--run", "{bad}", "--out", "{tmp}/o"]),
     ("run", ["bench", "decode", "--store", "{store}", "--run", "{bad}", "--out", "{tmp}/o"]),
 ]
