@@ -1,6 +1,7 @@
 # make demo        the whole pipeline on the bundled sample: prepare, train, evaluate, report
 # make test        the Python tests          make cpp-test   the C++ tests (SANITIZE=address,undefined or thread)
 # make lint        ruff                      make bare       a fresh clone with the packages of a bare GPU image alone
+# make wheel       sdist and wheel as a release builds them, audited, tried in a fresh environment
 # make clean       remove what was built, and .venv
 # PYTHON=python3.12 picks the interpreter; TORCH_INDEX=<url> the package index that torch comes from.
 PYTHON ?= python3
@@ -16,7 +17,7 @@ CPP_BUILD := build/cpp$(addprefix -,$(SANITIZE))
 # cmake and ninja for the C++ tests: the machine's, or where it lacks one, .venv's
 CPP_TOOLS = $(if $(shell sh -c 'command -v $(CMAKE) && command -v ninja' >/dev/null 2>&1 && echo there),,$(VENV)/.cpp-tools)
 
-.PHONY: demo test lint cpp-test bare clean
+.PHONY: demo test lint cpp-test bare wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -35,9 +36,9 @@ cpp-test: $(CPP_TOOLS)
 	@$(CMAKE) --build $(CPP_BUILD)
 	@ctest --test-dir $(CPP_BUILD) --output-on-failure -j 2
 
-bare: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-bare: $(VENV)/.installed
-	@PYTHON=$(PYTHON) benchmarks/bare.sh
+bare wheel: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+bare wheel: $(VENV)/.installed
+	@PYTHON=$(PYTHON) benchmarks/$@.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info case_fast/_native*.so .pytest_cache .ruff_cache .hypothesis

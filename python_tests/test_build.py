@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,39 @@ class TestConfiguring:
         assert done.returncode != 0 and "holds no pybind11/pybind11.h" in done.stderr
         script(tmp_path / "pybind11" / "pybind11.h", "")
         assert self.configure(tmp_path, "", *settings, f"-DCASE_FAST_PYBIND11={tmp_path}").returncode == 0
+
+
+# ---- what is released
+
+
+def test_the_sdist_holds_all_that_the_wheel_is_made_of(tmp_path):
+    """Of the files that the repository has; `make wheel` builds the wheel from it."""
+    import setuptools
+
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("this setuptools is too old to make one")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no checkout")
+    tree = tmp_path / "tree"
+    needed = {name for name in listed.stdout.split("\0") if name.startswith(("case_fast/", "csrc/"))}
+    needed |= {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    for name in needed:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('.')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (packed,) = tree.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert not sorted(needed - inside)
+
+
+def test_a_release_has_a_wheel_for_each_python_and_needs_no_torch_to_build():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheels = settings["tool"]["cibuildwheel"]
+    assert settings["project"]["requires-python"] == ">=3.11" and wheels["build"][0] == "cp311-*"
+    assert wheels["linux"]["archs"] == ["x86_64", "aarch64"] and wheels["macos"]["archs"] == ["arm64"]
+    assert not [need for need in settings["build-system"]["requires"] if "torch" in need]
+    assert (ROOT / wheels["test-command"].rpartition("{project}/")[2]).is_file()
