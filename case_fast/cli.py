@@ -257,6 +257,13 @@ def _chat(args: Namespace, console: Terminal) -> None:
     chat(responder, console, GenerationConfig(**_fields(args, GenerationConfig)), show=args.why, read=line)
 
 
+def _explain(args: Namespace, console: Terminal) -> None:
+    from case_fast.generation import GenerationConfig
+    from case_fast.serving.command import explain
+
+    _print_paths(explain(args, GenerationConfig(**_fields(args, GenerationConfig)), console), console)
+
+
 def _report(args: Namespace, console: Terminal) -> None:
     from case_fast.evaluation import write_report
 
@@ -373,7 +380,6 @@ def _print_paths(paths: Sequence[str | Path], console: Terminal) -> None:
         console.say(f"{path}")
 
 
-
 # name -> what it does, its arguments, what carries it out and may give an exit status; a command imports only what it needs
 _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Terminal], int | None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
@@ -397,6 +403,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
     "debug": ("Replay a step whose loss or gradients were not finite: from which op on, by which dialogue, what to do.",
               arguments.debug, _debug),
     "chat": ("Talk to a trained run: raw text in; reply, emotion and the knowledge used out.", arguments.chat, _chat),
+    "explain": ("Why a run replies so, and what if: text, JSON, HTML, table 6.", arguments.explain, _explain),
     "report": ("One self-contained HTML page of a run: curves, metrics, replies.", arguments.report, _report),
     "merge-cache": ("Add the inferences of other caches to one.", arguments.merge_cache, _merge_cache),
     "demo": ("The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.", arguments.demo, _demo),

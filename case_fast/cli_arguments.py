@@ -154,6 +154,35 @@ def chat(parser: ArgumentParser) -> None:
     parser.add_class_arguments(GenerationConfig)
 
 
+def explain(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
+    from case_fast.generation import GenerationConfig
+
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("texts", type=str, nargs="*", default=[], metavar="TEXT",
+                        help="the dialogue, a turn each: speaker, listener, speaker, ...")
+    parser.add_argument("--edit", type=str, action="append", default=[], metavar="JSON",
+                        help='what if, once or more: \'{"op": "remove", "what": "concept", "text": "sad"}\'; docs/explain.md')
+    parser.add_argument("--reply", type=str | None, default=None, help="explain this reply in place of the model's own")
+    parser.add_argument("--data", type=str | None, default=None, help="store that prepare made: explain examples of it")
+    parser.add_argument("--split", type=str, default="test", help="with --data: train, valid or test")
+    parser.add_argument("--index", type=str, default="", help="with --data: examples, from 0, parted by commas")
+    parser.add_argument("--reference", type=bool, default=False, nargs="?", const=True,
+                        help="with --data: explain the replies that people gave")
+    parser.add_argument("--effects", type=bool, default=True, nargs="?", const=True,
+                        help="score the reply once more without each thing that is shown")
+    parser.add_argument("--attention", type=bool, default=False, nargs="?", const=True,
+                        help="what each word of the reply reads of the decoder's sources")
+    parser.add_argument("--json", type=str | None, default=None, help="file to write everything to")
+    parser.add_argument("--html", type=str | None, default=None, help="page to write, with both graphs")
+    parser.add_argument("--table", type=str | None, default=None,
+                        help="with --data: folder for table 6 of these examples, as table6.md and table6.tex")
+    parser.add_argument("--runs", type=str, default="", help="with --table: further runs beside this one, parted by commas")
+    parser.add_argument("--knowledge", type=str | None, default=None, help="as of chat")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
+    parser.add_class_arguments(GenerationConfig)
+
+
 def report(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="folder that train made")
     parser.add_argument("--out", type=str | None, default=None, help="file; default RUN/report.html")

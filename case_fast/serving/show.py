@@ -11,9 +11,11 @@ from rich.text import Text
 from case_fast.serving.reasons import Attention, Change, Explanation, Weighed
 
 KINDS = {"inferences": "Commonsense inferences", "reactions": "Reactions", "concepts": "Emotional concepts",
-         "context": "Words of the context"}
+         "context": "Words of the context"}  # of the kinds of things
+NUMBERS = ("lift", "effect", "prior", "posterior", "intensity", "position")
 _BAR = 12  # columns of a probability of 1
 _EMOTIONS = 5  # shown, of 32; and changes of weights
+_WORDS = 10  # of the context
 _MARKS = {"equal": "", "delete": "red strike", "insert": "green bold"}
 
 
@@ -41,12 +43,16 @@ def show(found: Explanation, console: Console) -> None:
     if found.change is not None:
         _show_change(found.change, console)
     for kind, title in KINDS.items():
-        head, rows = table_of(found, kind)
+        head, rows = table_of(found, kind, _WORDS if kind == "context" else None)
         if rows:
-            table = Table(*head, title=f"{title}: {summary(found, kind)}", title_justify="left")
+            table = Table(title=f"{title}: {summary(found, kind)}", title_justify="left")
+            for name in head:
+                table.add_column(name, no_wrap=name in NUMBERS)
             for row in rows:
                 table.add_row(*map(Text, row))
             console.print(table)
+            if len(rows) < len(items_of_kind(found, kind)):
+                console.print(Text(f"  the {len(rows)} with the largest effects", style="dim"))
         else:
             console.print(f"No {title[0].lower()}{title[1:]}.")
         for note in found.notes.get(kind, ()):
@@ -85,10 +91,14 @@ def items_of_kind(found: Explanation, kind: str) -> Sequence[Weighed]:
     return getattr(found, kind)
 
 
-def table_of(found: Explanation, kind: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table of a kind of things; columns that none of them has a value for are left out."""
+def table_of(found: Explanation, kind: str, most: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of a kind of things; columns that none of them has a value for are left out. ``most``: only so
+    many, those of the largest effects."""
     columns = {"lift": ".2f", "effect": "+.3f", "prior": ".4f", "posterior": ".4f", "intensity": ".2f"}
     items = items_of_kind(found, kind)
+    if most is not None:
+        chosen = sorted(items, key=lambda item: -abs(item.effect or 0.0))[:most]
+        items = [item for item in items if item in chosen]
     numbers = [name for name in columns if any(getattr(item, name, None) is not None for item in items)]
     texts = {"inferences": ("relation", "text", "of"), "reactions": ("text", "of"), "concepts": ("text", "tokens", "position"),
              "context": ("position", "text")}[kind]
