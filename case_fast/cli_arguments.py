@@ -169,8 +169,8 @@ def explain(parser: ArgumentParser) -> None:
     parser.add_argument("--index", type=str, default="", help="with --data: examples, from 0, parted by commas")
     parser.add_argument("--reference", type=bool, default=False, nargs="?", const=True,
                         help="with --data: explain the replies that people gave")
-    parser.add_argument("--effects", type=bool, default=True, nargs="?", const=True,
-                        help="score the reply once more without each thing that is shown")
+    parser.add_argument("--effects", type=str, default="inferences,reactions,concepts,context",
+                        help="of what to score the reply once more without each, parted by commas")
     parser.add_argument("--attention", type=bool, default=False, nargs="?", const=True,
                         help="what each word of the reply reads of the decoder's sources")
     parser.add_argument("--json", type=str | None, default=None, help="file to write everything to")

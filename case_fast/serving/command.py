@@ -34,7 +34,7 @@ def explain(args: Any, config: GenerationConfig, console: Console) -> list[Path]
     if args.table:
         require_folder_place(args.table)
     responder = load(args.run, args.device, args.knowledge)
-    how = {"config": config, "effects": args.effects or bool(args.table), "attention": args.attention}
+    how = {"config": config, "effects": _listed(args.effects), "attention": args.attention}
     store = open_store(args.data) if args.data else None
     if store is None:
         found = [responder.explain(args.texts, edits, args.reply, **how)]
@@ -50,9 +50,13 @@ def explain(args: Any, config: GenerationConfig, console: Console) -> list[Path]
     return [*files.values(), *(_table(args, store, indices, responder, found, edits, how) if args.table else ())]
 
 
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [int(part) for part in _listed(text)]
     except ValueError:
         raise ConfigError(f"index must be whole numbers parted by commas, not {text!r}") from None
 
@@ -81,7 +85,7 @@ def _read(text: str) -> Iterable[Any]:
 
 def _table(args: Any, store: Store, indices: Sequence[int], responder: Responder, found: list[Explanation],
            edits: Sequence[Any], how: dict[str, Any]) -> list[Path]:
-    runs = [args.run, *(part.strip() for part in args.runs.split(",") if part.strip())]
+    runs = [args.run, *_listed(args.runs)]
     names, columns = [_name(responder)], [found]
     for run in runs[1:]:
         other = load(run, args.device, args.knowledge)

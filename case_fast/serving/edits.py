@@ -274,16 +274,17 @@ class _Carried:
         if edit.op == "add":
             token = edit.text("token").lower()
             self._there(token, self.words, "word of the context")
-            concepts[self._new_concept(text)] = (self._intensity(text),
-                                                 tuple(place for place, word in enumerate(self.words) if word == token))
+            places = tuple(place for place, word in enumerate(self.words) if word == token)
+            self._check_new(text)
+            concepts[text] = (self._intensity(text), places)
             return
         self._there(text, list(concepts), "concept")
         if edit.op == "remove":
             del concepts[text]
             return
         new = edit.text("with").lower()
+        self._check_new(new)
         changed = (self._intensity(new), concepts[text][1])
-        self._new_concept(new)
         self.draft.concepts = {new if word == text else word: changed if word == text else of for word, of in concepts.items()}
 
     def _sub(self) -> int:
@@ -301,12 +302,11 @@ class _Carried:
         """What takes the place of what goes; nothing where it is only removed."""
         return [self.edit.text("with")] if self.edit.op == "replace" else []
 
-    def _new_concept(self, word: str) -> str:
+    def _check_new(self, word: str) -> None:
         if word in SPECIALS or word not in self.featurizer.vocabulary:
             raise self.edit.error(f"{word!r} is no word of the vocabulary, as a concept must be")
         if word in self.draft.concepts:
             raise self.edit.error(f"the concept {word!r} is there already")
-        return word
 
     def _intensity(self, word: str) -> float:
         if "intensity" in self.edit.said:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -18,12 +18,13 @@ from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.pack import make_batch
 from case_fast.data.text import detokenize, tokenize
 from case_fast.data.vocabulary import EOS, SEP, SPECIALS
+from case_fast.errors import ConfigError
 from case_fast.generation import Generated, GenerationConfig, generate
 from case_fast.models import DialogueModel, Reading, Why
 from case_fast.models.base import evaluating
 from case_fast.models.results import Choice
 from case_fast.serving.graphs import graphs_of
-from case_fast.serving.lines import Line, items_of, lines_of, spreads, weighed, words_of
+from case_fast.serving.lines import KINDS, Line, items_of, lines_of, spreads, weighed, words_of
 from case_fast.serving.reasons import Attention, Change, Explanation, Moved, Reply
 
 MOST = 128  # leave-one-outs that are scored by one batch
@@ -130,8 +131,10 @@ class Explainer:
 
     # ---- why
 
-    def explain(self, tasks: Sequence[Task], effects: bool = True, attention: bool = False) -> list[Explanation]:
+    def explain(self, tasks: Sequence[Task], effects: Collection[str] = KINDS, attention: bool = False) -> list[Explanation]:
         """Explain the replies; see `Responder.explain`."""
+        if unknown := [kind for kind in effects if kind not in KINDS]:
+            raise ConfigError(f"there are no effects of {', '.join(unknown)}; there are those of {', '.join(KINDS)}")
         versions = list({id(version): version for task in tasks for version in (task.before, task.after)}.values())
         reading = self.answer(versions)
         for task in tasks:
@@ -154,14 +157,15 @@ class Explainer:
             found.append(self._explanation(task, lines, effect, old_log_p, looks))
         return found
 
-    def _effects(self, tasks: Sequence[Task], lines: Mapping[int, Sequence[Line]], effects: bool
+    def _effects(self, tasks: Sequence[Task], lines: Mapping[int, Sequence[Line]], kinds: Collection[str]
                  ) -> tuple[list[dict[int, float]], list[float]]:
-        """Of each task the effects of its lines by their places, all leave-one-outs together, and log P of the old reply now."""
+        """Of each task the effects of its lines of these kinds by their places, all leave-one-outs together, and log P of the old
+        reply now."""
         asked: list[tuple[int, int | None, Example, float | None]] = []  # task, line or None, what is scored, its gate
         for number, task in enumerate(tasks):
             example = task.after.with_reply(task.after.words)
-            for place, line in enumerate(lines[id(task.after)] if effects else ()):
-                if line.rows:
+            for place, line in enumerate(lines[id(task.after)]):
+                if line.rows and line.kind in kinds:
                     asked.append((number, place, line.without(example), task.after.gate))
             if task.edits and task.before.words != task.after.words:
                 asked.append((number, None, task.after.with_reply(task.before.words), task.after.gate))

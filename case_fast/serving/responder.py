@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from case_fast.models import DialogueModel
 from case_fast.runs import Run, load_features, load_model
 from case_fast.serving.edits import Edit, edited, edited_turns, read_edits
 from case_fast.serving.explain import Explainer, Task, Version
-from case_fast.serving.lines import reads_inferences
+from case_fast.serving.lines import KINDS, reads_inferences
 from case_fast.serving.reasons import Explanation, Reply
 
 _log = logging.getLogger("case_fast")
@@ -98,22 +98,24 @@ class Responder:
     # ---- why, and what if
 
     def explain(self, history: Sequence[str] | str, edits: Sequence[Mapping[str, Any]] = (), reply: str | None = None,
-                config: GenerationConfig | None = None, effects: bool = True, attention: bool = False) -> Explanation:
+                config: GenerationConfig | None = None, effects: Collection[str] = KINDS, attention: bool = False) -> Explanation:
         """Why the model replies so to a dialogue, or what it makes of a reply that is given.
 
         Args:
             history: as of `respond`.
             edits: what if: turns first, then the rest in order; docs/explain.md has what an edit may say.
             reply: explained in place of the model's own.
-            effects: score the reply once more without each thing that is shown.
+            effects: of which kinds of things to score the reply once more without each of them: any of ``KINDS``, inferences,
+                reactions, concepts, context. A GPU aside it is most of the work.
             attention: of each word of the reply to the decoder's sources.
 
         Raises:
-            ConfigError: as `respond`, or the reply is blank. EditError: an edit cannot be carried out; it is named.
+            ConfigError: as `respond`, or the reply is blank, or there are no such things. EditError: an edit cannot be carried
+                out; it is named.
         """
         return self.explain_many([Asked(history, edits, reply)], config, effects, attention)[0]
 
-    def explain_many(self, asked: Sequence[Asked], config: GenerationConfig | None = None, effects: bool = True,
+    def explain_many(self, asked: Sequence[Asked], config: GenerationConfig | None = None, effects: Collection[str] = KINDS,
                      attention: bool = False) -> list[Explanation]:
         """Explain many at once; an explanation is the same alone, but that a sampled reply depends on the place in the list."""
         texts, tasks = self.featurizer.text_table(), []
@@ -126,7 +128,7 @@ class Responder:
 
     def explain_stored(self, store: Store, split: str, indices: Sequence[int], edits: Sequence[Mapping[str, Any]] = (),
                        reply: str | None = None, reference: bool = False, config: GenerationConfig | None = None,
-                       effects: bool = True, attention: bool = False) -> list[Explanation]:
+                       effects: Collection[str] = KINDS, attention: bool = False) -> list[Explanation]:
         """Explain the model's replies to examples of a store, with the knowledge that the store has of them.
 
         Args:
