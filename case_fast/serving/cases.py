@@ -14,7 +14,7 @@ _ROWS = {"inferences": "Cognition", "reactions": "Reaction", "concepts": "Concep
 _MOST = 5  # of a kind
 CAPTION = (f"Replies, and of the knowledge that each model read at most {_MOST} of a kind: those whose leaving out lowers log P "
            f"of its reply the most, with that effect in nats. A kind of which none lowers it by {NO_CHANGE} says so. Bold: words "
-           "of a reply that stand in the knowledge shown.")
+           "of a reply that stand in the knowledge shown. In parentheses behind a reply: the emotion that its model predicts.")
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ def _rows(case: Case, plain: Callable[[str], str], bold: Callable[[str], str]) -
                 rows.append((plain(f"{name}: {title}"), ", ".join(texts) or plain("none that the reply depends on")))
         known = {word for items in shown.values() for item in items for word in tokenize(item.text) if is_word(word)}
         words = [bold(plain(word)) if known & set(tokenize(word)) else plain(word) for word in found.text.split()]
-        predicted = f" ({found.emotion})" if found.emotion else ""
-        rows.append((bold(plain(name)), " ".join(words) + plain(predicted)))
+        rows.append((bold(plain(name)), " ".join([*words, *([plain(f"({found.emotion})")] if found.emotion else [])])))
     return [*rows, (plain("Ground-Truth"), plain(case.reference))]
 
 

@@ -105,8 +105,8 @@ class Responder:
             history: as of `respond`.
             edits: what if: turns first, then the rest in order; docs/explain.md has what an edit may say.
             reply: explained in place of the model's own.
-            effects: of which kinds of things to score the reply once more without each of them: any of ``KINDS``, inferences,
-                reactions, concepts, context. A GPU aside it is most of the work.
+            effects: of which kinds of things (inferences, reactions, concepts, context) the reply is scored without each;
+                most of the work.
             attention: of each word of the reply to the decoder's sources.
 
         Raises:

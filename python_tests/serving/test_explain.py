@@ -32,6 +32,7 @@ from case_fast.generation import GenerationConfig
 from case_fast.knowledge import RELATIONS, open_source
 from case_fast.models import MODELS, DialogueModel, build
 from case_fast.serving import Asked, EditError, Explanation, Responder
+from case_fast.serving.cases import Case, latex, markdown
 from case_fast.serving.graphs import svg, tables
 from case_fast.serving.lines import KINDS
 from case_fast.serving.page import explanation_page
@@ -466,6 +467,21 @@ def test_what_cannot_be_explained_is_said(sample_store):
         of_sample.explain_stored(sample_store, "test", [0, 9999])
     with pytest.raises(ConfigError, match="split 'dev' is not in this store"):
         of_sample.explain_stored(sample_store, "dev", [0])
+
+
+def test_a_case_study_marks_what_a_reply_took_from_its_knowledge_and_no_text_is_markup():
+    found = explained("case")
+    used = max(found.inferences, key=lambda item: item.effect)
+    word = next(word for word in used.text.split() if word not in found.words)
+    told = replace(found, text=f"so {word} | *_$ 5% <b>", turns=(Turn("a | b & c_d {e} \\x", True),))
+    case = Case("test 0", "sad", "I_see ~ #1", [("Mine & yours", told), ("other", explained("transformer"))])
+    shown = markdown([case])
+    assert f"so **{word}** \\| \\*\\_$ 5% \\<b\\> ({found.emotion})" in shown and "a \\| b & c\\_d {e} \\\\x" in shown
+    assert f"{used.text} (+{used.effect:.3f})" in shown and "other: " not in shown and "| **other** | " in shown
+    assert all(line.count("|") - line.count("\\|") == 3 for line in shown.splitlines() if line.startswith("|"))
+    shown = latex([case, case])
+    assert rf"so \textbf{{{word}}} \textbar{{}} *\_\$ 5\% \textless{{}}b\textgreater{{}} ({found.emotion})" in shown
+    assert r"a \textbar{} b \& c\_d \{e\} \textbackslash{}x" in shown and r"I\_see \textasciitilde{} \#1" in shown
 
 
 def test_unknown_words_of_a_given_reply_are_named():
