@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from rich.text import Text
 
-from case_fast.commands import Command, fields
+from case_fast.commands import Command, fields, print_paths
 from case_fast.commands.data import prepared
 from case_fast.commands.runs import run_evaluation
 from case_fast.errors import ConfigError
@@ -49,6 +49,42 @@ def _chat(args: Namespace, console: Terminal) -> None:
 
     responder = load(args.run, device=args.device, knowledge=args.knowledge)
     chat(responder, console, GenerationConfig(**fields(args, GenerationConfig)), show=args.why, read=line)
+
+
+def _explain_arguments(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
+    from case_fast.generation import GenerationConfig
+
+    parser.add_argument("run", type=str, help="folder that train made")
+    parser.add_argument("texts", type=str, nargs="*", default=[], metavar="TEXT",
+                        help="the dialogue, a turn each: speaker, listener, speaker, ...")
+    parser.add_argument("--edit", type=str, action="append", default=[], metavar="JSON",
+                        help='what if, once or more: \'{"op": "remove", "what": "concept", "text": "sad"}\'; docs/explain.md')
+    parser.add_argument("--reply", type=str | None, default=None, help="explain this reply in place of the model's own")
+    parser.add_argument("--data", type=str | None, default=None, help="store that prepare made: explain examples of it")
+    parser.add_argument("--split", type=str, default="test", help="with --data: train, valid or test")
+    parser.add_argument("--index", type=str, default="", help="with --data: examples, from 0, parted by commas")
+    parser.add_argument("--reference", type=bool, default=False, nargs="?", const=True,
+                        help="with --data: explain the replies that people gave")
+    parser.add_argument("--effects", type=str, default="inferences,reactions,concepts,context",
+                        help="of what to score the reply once more without each, parted by commas")
+    parser.add_argument("--attention", type=bool, default=False, nargs="?", const=True,
+                        help="what each word of the reply reads of the decoder's sources")
+    parser.add_argument("--json", type=str | None, default=None, help="file to write everything to")
+    parser.add_argument("--html", type=str | None, default=None, help="page to write, with both graphs")
+    parser.add_argument("--table", type=str | None, default=None,
+                        help="with --data: folder for table 6 of these examples, as table6.md and table6.tex")
+    parser.add_argument("--runs", type=str, default="", help="with --table: further runs beside this one, parted by commas")
+    parser.add_argument("--knowledge", type=str | None, default=None, help="as of chat")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
+    parser.add_class_arguments(GenerationConfig)
+
+
+def _explain(args: Namespace, console: Terminal) -> None:
+    from case_fast.generation import GenerationConfig
+    from case_fast.serving.command import explain
+
+    print_paths(explain(args, GenerationConfig(**fields(args, GenerationConfig)), console), console)
 
 
 def _demo_arguments(parser: ArgumentParser) -> None:
@@ -93,6 +129,9 @@ COMMANDS = {
     "chat": Command(
         "Talk to a trained run: raw text in; reply, emotion and the knowledge used out.",
         _chat_arguments, _chat),
+    "explain": Command(
+        "Why a run replies so, and what if: text, JSON, HTML, table 6.",
+        _explain_arguments, _explain),
     "demo": Command(
         "The whole way on the bundled toy corpus: prepare, train, evaluate, reply, report.",
         _demo_arguments, _demo),
