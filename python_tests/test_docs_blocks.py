@@ -44,7 +44,7 @@ NOT_RUN = {
     "python -m benchmarks.step.processes": "four trainings, timed",
     "case-fast bench --show gpu": "no record of a GPU is there yet; test_benchmark_gpu.py shows one of its own",
     "torchrun ": "several processes of seconds each; test_processes.py starts torchrun",
-    "accelerate launch": "several processes of seconds each; test_processes.py starts such",
+    "accelerate launch": "several processes of seconds each; test_processes.py starts them by torchrun",
     "srun ": "needs Slurm",
     "first=$(scontrol": "needs Slurm",
 }
