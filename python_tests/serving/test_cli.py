@@ -250,7 +250,7 @@ def test_an_interruption_is_no_error(monkeypatch, capsys):
     def stop(args, console):
         raise Interrupted("stopped; the same command goes on")
 
-    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], stop))
+    monkeypatch.setitem(cli._COMMANDS, "report", cli._COMMANDS["report"]._replace(run=stop))
     assert cli.main(["report", "x"]) == 130
     assert "interrupted: stopped; the same command goes on" in said(capsys)
 
