@@ -196,7 +196,7 @@ def read(line: str) -> None:
     if words[0] == "srun":
         words.pop(0)
     if words[0] == "case-fast":
-        cli._parsed(words[1], [cli._underscored(word) for word in words[2:]])
+        parsed(words[1:])
     elif words[0] == "torchrun":
         from torch.distributed.run import parse_args
 
@@ -225,8 +225,12 @@ def read(line: str) -> None:
 def launched(given: Any) -> None:
     """What a launcher starts is our command line, and that reads the rest."""
     assert given.module and given.training_script == "case_fast"
-    name, *words = given.training_script_args
-    cli._parsed(name, [cli._underscored(word) for word in words])
+    parsed(given.training_script_args)
+
+
+def parsed(words: list[str]) -> None:
+    name, *rest = words
+    cli._parsed(cli._COMMANDS[name], name, [cli._underscored(word) for word in rest])
 
 
 def labels(text: str) -> list[str]:
