@@ -121,8 +121,9 @@ class CASEOutput(Output):
     Attributes:
         prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
         prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.graph.cu_vertices.
-        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d).
-        knowledge (K, d), concept (V_ec, d), reaction (R, d): cs_i, ec_i, er_i.
+        gate: (B,) mu of Eq. 15.
+        r_cog, r_emo, r_aff: (B, d).
+        knowledge, concept, reaction: (K, d), (V_ec, d), (R, d): cs_i, ec_i, er_i.
         diagnostics: InfoNCE bounds of both MIM losses and, where their score has a sigmoid, its share of saturated pairs.
     """
 
@@ -144,9 +145,9 @@ class CASEReading(Reading):
     """What CASE understood of a batch of contexts; memories are K_CS, K_EC and S'_X.
 
     Attributes:
-        knowledge (K, d): cs_i of K_CS; concept (V_ec, d): ec_i; context (T, d): S_X; reaction (R, d): er_i.
-        log_prior_cognition (K,), log_prior_concept (V_ec,): Eq. 4.
-        r_cog, r_emo, r_aff (B, d), gate (B,): Eq. 3, 14, 15.
+        knowledge, concept, context, reaction: (K, d) cs_i of K_CS; (V_ec, d) ec_i; (T, d) S_X; (R, d) er_i.
+        log_prior_cognition, log_prior_concept: (K,), (V_ec,) Eq. 4.
+        r_cog, r_emo, r_aff, gate: (B, d) each and (B,), Eq. 3, 14, 15.
     """
 
     knowledge: Tensor

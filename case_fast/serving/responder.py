@@ -202,7 +202,8 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
         checkpoint: "best", or the step of one of the run's checkpoints.
 
     Raises:
-        CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
+        CheckpointError: a part of the run is missing or damaged.
+        ConfigError: an argument cannot be used.
     """
     model, chosen = load_model(run, device, checkpoint)
     featurizer, recorded = load_features(run, model.config.vocab_size)
