@@ -92,7 +92,8 @@ def found(sample_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path
         shutil.copytree(sample_store.path, place / name)
     train(sample_store, place / "ed.run", preset("demo", model=SMALL, phase1_steps=1, max_steps=1, validate_every=1, min_steps=0,
                                                  valid_limit=2, checkpoint_every=1, device="cpu"))
-    shutil.copytree(place / "ed.run", place / "demo" / "run")
+    for name in ("demo/run", "trs.run"):
+        shutil.copytree(place / "ed.run", place / name)
     for name, source in (("empatheticdialogues", "dialogues"), ("atomic2020", "atomic"),
                          ("conceptnet-assertions-5.7.0.csv.gz", "conceptnet/assertions.csv"),
                          ("NRC-VAD-Lexicon.txt", "lexicon/lexicon.txt")):
