@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from case_fast import checksums
-from case_fast.batch import INFERRED
 from case_fast.data import FeatureSettings, Featurizer, Vocabulary
+from case_fast.data.pack import reads_inferences
 from case_fast.errors import CheckpointError, ConfigError, DataError, PlaceError
 from case_fast.files import write_json
 from case_fast.knowledge import VADLexicon, read_emotion_words
@@ -84,7 +84,7 @@ def without_lexicons(featurizer: Featurizer, knowledge: Mapping[str, Any], needs
         "settings": asdict(featurizer.settings),
         "concepts": {head: sorted(words) for head, words in concepts.items()},
         "left_out": {name: None if lines is None else _seal(lines) for name, lines in left_out.items()},
-        "knowledge": {"spec": knowledge["spec"] if kind == "imported" else kind, **found} if INFERRED & set(needs) else None,
+        "knowledge": {"spec": knowledge["spec"] if kind == "imported" else kind, **found} if reads_inferences(needs) else None,
     }
 
 

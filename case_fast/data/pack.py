@@ -5,7 +5,7 @@ Examples made from raw text and rows of a store come in by the same door: as the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,11 @@ class Texts(Protocol):
     def rows(self, ids: np.ndarray) -> Ragged: ...
 
 
+def reads_inferences(needs: Collection[str], sub: int | None = None) -> bool:
+    """Whether a model with these `DialogueModel.needs` reads inferences and reactions: any, or those of a sub-utterance."""
+    return "case" in needs or ("relations" in needs and not sub)
+
+
 def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] = PARTS, seed: int = 0) -> Batch:
     """Pack examples whose text ids point into ``texts``.
 
@@ -42,7 +47,8 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
         seed: the number in `Batch.seed`.
 
     Raises:
-        ValueError: no examples; ConfigError: a part that does not exist, or that the examples or texts have nothing for.
+        ValueError: no examples.
+        ConfigError: a part that does not exist, or that the examples or texts have nothing for.
     """
     emotion = np.array([e.emotion for e in examples], dtype=np.int64)
     return pack(lambda name: Ragged.of([e.column(name) for e in examples]), emotion, texts, parts, seed)

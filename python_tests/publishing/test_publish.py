@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from case_fast import cli
+from case_fast.commands.runs import run_evaluation
 from case_fast.data.prepare import PrepareSettings, bundled, prepare
 from case_fast.errors import ConfigError
 from case_fast.generation import GenerationConfig
@@ -41,7 +42,7 @@ class Made:
             str(self.data / "lexicon" / "lexicon.txt"), str(folder / "toy.store"), limit=12))
         train(self.store, self.run, preset("demo", model={"d_model": 16, "ffn": 16}, phase1_steps=1, max_steps=1, min_steps=0,
                                            validate_every=1, valid_limit=2, device="cpu"))
-        cli.run_evaluation(str(self.run), str(self.store.path), "test", 4, 4, "cpu", GenerationConfig(max_words=4), console())
+        run_evaluation(str(self.run), str(self.store.path), "test", 4, 4, "cpu", GenerationConfig(max_words=4), console())
         self.published = publish(self.run, self.out)
 
     @property

@@ -200,9 +200,10 @@ def test_the_weights_alone_need_no_lexicon(folder):
         load_model(folder, "cpu", "12")
 
 
-def test_where_inferences_come_from_is_asked_for_at_once(folder, featurizer):
+def test_where_inferences_come_from_is_asked_for_when_a_text_needs_them(folder, featurizer):
+    responder = load_responder(folder, "cpu", lexicon=LEXICON)
     with pytest.raises(ConfigError, match=r"reads inferences of ATOMIC \(atomic:1234\), .* with knowledge='atomic:PATH', or "):
-        load_responder(folder, "cpu", lexicon=LEXICON)
+        responder.respond("I am so sad.")
     assert load_responder(folder, "cpu", "bundled", lexicon=LEXICON).respond("I am so sad.").concepts
 
 
@@ -230,8 +231,9 @@ def test_a_model_asks_for_what_it_reads_and_nothing_else(name, featurizer, tmp_p
     arguments = {"lexicon": LEXICON, "knowledge": "bundled"}
     given = {option: arguments[option] for option in NEEDED[name]}
     for option in NEEDED[name]:
+        others = {other: value for other, value in given.items() if other != option}
         with pytest.raises(ConfigError, match=option):
-            load_responder(tmp_path / "m", "cpu", **{other: value for other, value in given.items() if other != option})
+            load_responder(tmp_path / "m", "cpu", **others).respond("I am so sad.")
     reply = load_responder(tmp_path / "m", "cpu", **given).respond("My dog died last night. I am so sad.")
     assert bool(reply.concepts) == ("concept" in model.needs)
     if "lexicon" not in given:
