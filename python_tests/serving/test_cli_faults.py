@@ -51,7 +51,8 @@ class Begun(Exception):
 WORK = ["data.prepare.read_conversations", "importing.command.read_released", "data.travel._pack", "data.travel._Part.unpack",
         "evaluation.floors.Bigrams", "training.loop.Trainer.train_step", "tables.plan.carry_out", "evaluation.diagnose.diagnose",
         "evaluation.evaluate.read_references", "evaluation.report._page", "knowledge.cache.InferenceCache.merge",
-        "training.profile.measure_rates", "published.write", "serving.responder.Responder.respond", "data.inspect.describe"]
+        "training.profile.measure_rates", "published.write",
+        "serving.responder.Responder.explain", "serving.responder.Responder.respond", "data.inspect.describe"]
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ OUTPUTS = {
     "evaluate": (["evaluate", "{linked}", "--data", "{store}"], True),  # whose folder "evaluation" is a link to {out}
     "diagnose": (["diagnose", "{run}", "--data", "{store}", "--out", "{out}"], True),
     "report": (["report", "{run}", "--out", "{out}"], False),
+    "explain": (["explain", "{run}", "I am sad.", "--json", "{out}"], False),
     "publish": (["publish", "{run}", "--out", "{out}"], True),
     "merge-cache": (["merge-cache", "{out}", "{cache}"], False),
     "demo": (["demo", "--out", "{out}"], True),
@@ -293,6 +295,7 @@ INPUTS = [
     ("run", ["diagnose", "{bad}", "--data", "{store}"]),
     ("run", ["chat", "{bad}"]),
     ("run", ["report", "{bad}"]),
+    ("run", ["explain", "{bad}", "I am sad."]),
     ("run", ["publish", "{bad}", "--out", "{tmp}/o"]),
     ("run", ["profile", "--store", "{store}", "--run", "{bad}", "--out", "{tmp}/o"]),
     ("run", ["bench", "decode", "--store", "{store}", "--run", "{bad}", "--out", "{tmp}/o"]),
