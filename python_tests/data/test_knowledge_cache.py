@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -162,10 +163,9 @@ def test_an_interrupt_keeps_finished_chunks(tmp_path, monkeypatch):
 # --- other processes
 
 WORKER = """
-    import sys
+    import time
     from case_fast.knowledge import cache as cache_module
-    sys.path.insert(0, {tests!r})
-    from test_knowledge_cache import Echo
+    {echo}
     cache_module._FIRST_CHUNK = cache_module._LARGEST_CHUNK = {chunk}
     with cache_module.InferenceCache({path!r}) as cache:
         print("ready", flush=True)
@@ -175,8 +175,9 @@ WORKER = """
 
 
 def worker(path: Path, first: int, last: int, chunk: int, seconds: float = 0.0) -> subprocess.Popen:
-    code = WORKER.format(tests=str(Path(__file__).parent), path=str(path), first=first, last=last, chunk=chunk, seconds=seconds)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests" / "support")])}
+    echo = textwrap.indent(inspect.getsource(Echo), "    ").lstrip()  # by its text: this file would load torch
+    code = WORKER.format(echo=echo, path=str(path), first=first, last=last, chunk=chunk, seconds=seconds)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -19,7 +19,7 @@ from case_fast import ops
 from case_fast.errors import ConfigError
 from case_fast.ops import backend
 
-SHARE = {3: 250, 4: 250, 5: 150, 6: 1, 11: 1}  # cases of a row, where not all of them; all: scorecard.py
+SHARE = {3: 100, 4: 250, 5: 150, 6: 1, 11: 1}  # cases of a row, where not all of them; all: scorecard.py
 of_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 

@@ -190,7 +190,7 @@ class Case:
         return max(within(name, found[name], plain[name], true, self.dtype) for name, true in truth.items())
 
     def gradcheck(self) -> None:
-        """Analytic against numerical gradients, in float64."""
+        """Analytic against numerical gradients, in float64; plain torch's own along one random direction alone."""
         # room that is not read may be NaN; a numerical gradient would move it as well
         leaves = {name: x.detach().masked_fill(x.isnan(), 0).requires_grad_() for name, x in self.floats().items()}
 
@@ -198,7 +198,8 @@ class Case:
             return self.differentiable(dict(zip(leaves, leaves_, strict=True)))
 
         if any(x.numel() for x in self.gradients().values()):
-            assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+            on_reference = ops.backend_name(self.family, next(iter(leaves.values())).device) == "reference"
+            assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=on_reference)
         outputs = call(*leaves.values())
         found = derivatives(outputs, list(leaves.values()), [torch.ones_like(x) for x in outputs])
         assert all(x.shape == leaf.shape and x.isfinite().all() for x, leaf in zip(found, leaves.values(), strict=True))

@@ -1,7 +1,7 @@
 """Run by test_triton_launches.py: every way in which the Triton kernels are launched, against a simulated H100 (simulated_cuda).
 
     record     a JSON line for each launch, of tensors on cuda:1 while cuda:0 is the current device
-    compile    a JSON line for each variant, compiled for sm_90; two processes share them: compile 0, compile 1
+    compile    a JSON line for each of `pairwise`, compiled for sm_90; two processes share them: compile 0, compile 1
 
 Sizes are those of training (d = 300) and such that each tile of a family's TILES is taken. float16 is compiled as bfloat16 is.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType
 
@@ -179,9 +179,21 @@ def recorded() -> Iterator[dict]:
         yield {"kernel": launch.name, "device": launch.device, "variant": hash(launch.variant), "said": launch.said}
 
 
+def pairwise(every: list[Launch]) -> list[Launch]:
+    """Variants in which each kernel has every two values of two arguments that it has together in any of its variants."""
+    pairs = {launch.variant: {(launch.name, *pair) for pair in combinations(launch.said.items(), 2)} for launch in every}
+    variants = {launch.variant: launch for launch in every}
+    left, chosen = set().union(*pairs.values()), []
+    while left:
+        most = max(pairs, key=lambda variant: len(pairs[variant] & left))
+        chosen.append(variants[most])
+        left -= pairs.pop(most)
+    return chosen
+
+
 def compiled(part: int) -> Iterator[dict]:
-    """Every second variant."""
-    for launch in list({launch.variant: launch for launch in launches()}.values())[part::2]:
+    """Every second of them."""
+    for launch in pairwise(launches())[part::2]:
         found, values = launch.compiled, launch.values
         yield {"kernel": launch.name, "said": launch.said, "registers": found.registers, "spilled": found.spilled,
                "blocks": found.blocks, "wgmma": found.wgmma, "target": found.target, "tile": [

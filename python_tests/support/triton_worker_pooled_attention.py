@@ -17,7 +17,7 @@ CASES = {
     "five heads": ([7, 2], 5, 17, 0.3, "float32", "int64"),
     "no rows": ([0, 0], 2, 8, 0.1, "float32", "int64"),
     "no sequences": ([], 2, 8, 0.1, "float32", "int64"),
-    "more sequences than are looked at at once": ([1] * 140 + [3] + [0] * 140, 1, 2, 0.4, "float32", "int64"),
+    "more sequences than are looked at at once": ([1, 2, *[0] * 254, 3, 1], 1, 2, 0.4, "float32", "int64"),
     "widest": ([9], 1, 1024, 0.0, "float32", "int64"),
     "all dropped but few": ([30, 12], 2, 4, 0.95, "float32", "int64"),
     "float64": ([6, 30], 3, 10, 0.25, "float64", "int64"),

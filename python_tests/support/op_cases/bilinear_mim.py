@@ -18,7 +18,7 @@ SHAPES = [  # pairs, rows (None: one to one), dim, num_negatives
     (12, 5, 3, 2), (17, 7, 2, None), (7, 19, 3, 9), (0, None, 3, None), (0, 4, 2, None), (0, 4, 2, 3), (5, 3, 33, None),
 ]
 NAMES = ("pairs", "rows", "dim", "num_negatives")
-CALLS = [{"pairs": 9, "rows": 5, "seed": 3}, {"pairs": 12, "rows": 20, "seed": 4}, {"pairs": 30, "rows": 7, "seed": 5}]
+CALLS = [{"pairs": 9, "rows": 4, "seed": 3}, {"pairs": 12, "rows": 20, "seed": 4}, {"pairs": 30, "rows": 7, "seed": 5}]
 SAMPLED = [call | {"num_negatives": 3} for call in CALLS]
 SAMPLED_DOT = [call | {"score": DOT} for call in SAMPLED]
 

@@ -19,7 +19,7 @@ SHAPES = [  # vertices, edges, heads, dim, relations, isolated
     (0, 0, 2, 3, None, 0.0), (0, 0, 1, 2, 3, 0.0), (4, 9, 1, 17, 2, 0.0), (2, 5, 1, 33, None, 0.0),
 ]
 NAMES = ("vertices", "edges", "heads", "dim", "relations", "isolated")
-CALLS = [{"vertices": 9, "edges": 31, "relations": 4, "seed": 3}, {"vertices": 12, "edges": 20, "relations": 4, "seed": 4},
+CALLS = [{"vertices": 9, "edges": 31, "relations": 4, "seed": 3}, {"vertices": 12, "edges": 20, "relations": 6, "seed": 4},
          {"vertices": 30, "edges": 100, "relations": 5, "seed": 5}]
 DROPPING = [call | {"dropout_p": 0.1} for call in CALLS]
 

@@ -18,7 +18,7 @@ SHAPES = [  # rows, depth, outputs, the rest
     (11, 3, 2, {"second": 5, "columns": True}), (3, 5, 4, {"layout": 1}), (4, 3, 5, {"layout": 2, "groups": 2}), (2, 33, 2, {}),
     (5, 3, 4, {"layout": 5, "second": 2}),
 ]
-CALLS = [{"rows": 9, "depth": 5, "outputs": 4}, {"rows": 12, "depth": 5, "outputs": 7}, {"rows": 30, "depth": 8, "outputs": 20}]
+CALLS = [{"rows": 9, "depth": 5, "outputs": 4}, {"rows": 12, "depth": 6, "outputs": 7}, {"rows": 30, "depth": 8, "outputs": 20}]
 ACTIVATIONS = reference.ACTIVATIONS
 
 

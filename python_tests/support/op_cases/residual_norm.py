@@ -16,7 +16,7 @@ SHAPES = [  # rows, width, what is added
     (3, 9, True), (6, 17, True), (2, 33, False), (1, 40, True), (11, 5, True), (17, 4, True), (19, 2, False), (34, 3, True),
     (5, 16, True), (2, 64, True), (13, 1, True), (3, 31, False), (8, 10, True),
 ]
-CALLS = [{"rows": rows, "width": 9, "dropout_p": 0.3, "seed": seed} for rows, seed in [(9, 3), (30, 4), (41, 5)]]
+CALLS = [{"rows": rows, "width": 9, "dropout_p": 0.3, "seed": seed} for rows, seed in [(8, 3), (30, 4), (41, 5)]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class ResidualNorm(Case):
     COMPILED = [
         ("native", "inductor", None, CALLS),
         ("native", "aot_eager", True, CALLS),
-        ("reference", "aot_eager", True, CALLS),
+        ("reference", "aot_eager", True, [call | {"dropout_p": 0.0} for call in CALLS]),  # tracing the draws backward takes long
+        ("reference", "eager", True, CALLS),
     ]
 
     ON_GPU = {

@@ -18,7 +18,7 @@ SHAPES = [  # rows, size, dims, the rest
     (15, 15, (2,), {"sorted": True, "long": True}), (3, 50, (7,), {}), (31, 1, (), {"long": True}), (1, 8, (129,), {}),
     (10, 2, (16,), {"sorted": True, "layout": 1}), (25, 6, (2, 1, 2), {}), (64, 7, (), {"sorted": True, "layout": 1}),
 ]
-CALLS = [{"rows": 9, "size": 4, "dims": (5,)}, {"rows": 30, "size": 11, "dims": (5,)}, {"rows": 41, "size": 3, "dims": (8,)}]
+CALLS = [{"rows": 9, "size": 4, "dims": (5,)}, {"rows": 30, "size": 11, "dims": (7,)}, {"rows": 41, "size": 3, "dims": (8,)}]
 
 
 @dataclass(frozen=True)
