@@ -52,7 +52,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     """
     if size and segment.dim() == 1 and _is_plain(x, x.numel(), few):
         try:
-            return x.new_zeros((size, *x.shape[1:])).index_add_(0, segment, x)
+            return x.new_zeros(size, *x.shape[1:]).index_add_(0, segment, x)
         except _REFUSED:
             pass  # what follows says what is wrong
     device = _checked(x)
@@ -147,8 +147,8 @@ def _forward(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
         return triton.forward(x, segment, size)
     if x.dtype in common.HALF:
         return _forward(runs, x.float(), segment, size).to(x.dtype)
-    out = x.new_empty((size, *x.shape[1:]))
-    _run("forward", "segment", x, out, segment, size)
+    out = x.new_empty(size, *x.shape[1:])
+    _run("segment_sum_forward", "segment", x, out, segment, size)
     return out
 
 
@@ -157,8 +157,8 @@ def _backward(runs: str, grad_out: Tensor, segment: Tensor) -> Tensor:
         from case_fast.ops import segment_sum_triton as triton
 
         return triton.backward(grad_out, segment)
-    grad_x = grad_out.new_empty((segment.shape[0], *grad_out.shape[1:]))
-    _run("backward", "index", grad_out, grad_x, segment, grad_out.shape[0])
+    grad_x = grad_out.new_empty(segment.shape[0], *grad_out.shape[1:])
+    _run("segment_sum_backward", "index", grad_out, grad_x, segment, grad_out.shape[0])
     return grad_x
 
 
@@ -169,18 +169,18 @@ def _run(direction: str, name: str, read: Tensor, written: Tensor, index: Tensor
     call = (  # struct case_fast_segment_sum
         index.shape[0], size, width, stride, common.DTYPES[read.dtype], common.INDEX_BITS[index.dtype], index.data_ptr(),
     )
-    status = common.run_native(f"{FAMILY}_{direction}", read, call, (read.data_ptr(), written.data_ptr()))
+    status = getattr(backend.native, direction)(call, read.data_ptr(), written.data_ptr(), torch.get_num_threads())
     if status:
         common.refuse_contents(FAMILY, status, {13: name}, lambda: common.check_within(name, index, size))
 
 
 _forward_op = common.register(
     f"{FAMILY}_forward(str backend, Tensor x, Tensor segment, SymInt size) -> Tensor", _forward,
-    lambda runs, x, segment, size: x.new_empty((size, *x.shape[1:])),
+    lambda runs, x, segment, size: x.new_empty(size, *x.shape[1:]),
 )
 _backward_op = common.register(
     f"{FAMILY}_backward(str backend, Tensor grad_out, Tensor segment) -> Tensor", _backward,
-    lambda runs, grad_out, segment: grad_out.new_empty((segment.shape[0], *grad_out.shape[1:])),
+    lambda runs, grad_out, segment: grad_out.new_empty(segment.shape[0], *grad_out.shape[1:]),
 )
 
 
