@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C import _get_fp32_precision_getter as _fp32_precision  # torch.backends' own, which takes five times as long
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._autograd import _profiler_enabled as _profiled
+from torch.nn import Parameter
 
 from case_fast.arguments import misfit_of_call, number, truth, whole
 from case_fast.ops import backend, transforms
@@ -345,8 +346,7 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
     return op
 
 
-_TENSORS = (Tensor, torch.nn.Parameter)
-_OTHERS = frozenset({str, int, float, bool, type(None)})
+_SIMPLE = frozenset({str, int, float, bool, type(None)})
 
 
 def call(op: Callable, implementation: Callable, *arguments):
@@ -392,10 +392,12 @@ def _are_plain(arguments: tuple | list) -> bool:
     those of ``x.conj().imag``, which the dispatcher does."""
     for x in arguments:
         kind = type(x)
-        if kind in _TENSORS:
-            if x.is_neg():
+        if kind in _SIMPLE:
+            continue
+        if kind is list:
+            if not _are_plain(x):
                 return False
-        elif kind not in _OTHERS and not (kind is list and _are_plain(x)):
+        elif (kind is not Tensor and kind is not Parameter) or x.is_neg():
             return False
     return True
 

@@ -87,23 +87,25 @@ def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: st
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     dtype, device, shape = x.dtype, x.device, x.shape
     common.check_dtype("x", x)
-    if len(shape) not in (2, 3):
+    dimensions = len(shape)
+    if dimensions not in (2, 3):
         raise ValueError(f"x must be (n, K), or with groups (n, G, K), not {tuple(shape)}")
     if not weights:
         raise ValueError("weight must be a tensor or several, not none")
-    groups, depth, outputs = shape[1:-1], shape[-1], 0
+    depth, outputs = shape[-1], 0
     for place, w in enumerate(weights):
         found = w.shape
-        if w.dtype != dtype or w.device != device or len(found) != len(shape) or found[-1] != depth or found[:-2] != groups:
+        differs = len(found) != dimensions or found[-1] != depth or (dimensions == 3 and found[0] != shape[1])
+        if differs or w.dtype != dtype or w.device != device:
             name = "weight" if len(weights) == 1 else f"weight[{place}]"
             common.check_like(name, w, dtype, device, "x")
-            wanted = ", ".join([*map(str, groups), "N", str(depth)])
+            wanted = ", ".join([*map(str, shape[1:-1]), "N", str(depth)])
             raise ValueError(f"{name} must be ({wanted}) as x, not {tuple(found)}")
         outputs += found[-2]
     if bias is not None:
         common.check_like("bias", bias, dtype, device, "x")
-        if bias.shape != (*groups, outputs):
-            raise ValueError(f"bias must be {(*groups, outputs)} as the outputs of weight, not {tuple(bias.shape)}")
+        if bias.shape != (*shape[1:-1], outputs):
+            raise ValueError(f"bias must be {(*shape[1:-1], outputs)} as the outputs of weight, not {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be {', '.join(str(name) for name in ACTIVATIONS)}, not {activation!r}")
 
