@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -220,6 +220,29 @@ class FeedbackPart(_Tensors):
     lexicon: Tensor
 
 
+class Others(Protocol):
+    """The processes that have a share each of one batch, as a loss over the whole batch needs them: each of them asks for the
+    same things in the same order.
+
+    Attributes:
+        count: how many processes. seed: of what is drawn once for the whole batch, where `Batch.seed` is of the share alone.
+        negatives: whether the others' rows are negatives of the own ones.
+    """
+
+    count: int
+    seed: int
+    negatives: bool
+
+    def total(self, x: Tensor) -> Tensor:
+        """x, of any shape, summed over the processes; without gradient."""
+
+    def pairs(self, x: Tensor, y: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows x (P, d), y (Q, d) and positive (P,) of the whole batch, in its order, and (2,) their numbers.
+
+        Every process makes the same of them: in each of their losses that has to count as 1 / ``count`` of what they make.
+        """
+
+
 @dataclass
 class Batch(_Tensors):
     """B listener turns. All index tensors are int64. ``*_position``: the place of each row in its sequence, ``*_segment``: the
@@ -238,6 +261,8 @@ class Batch(_Tensors):
         dialogue_weight (B,), target_weight, bow_weight (M,): float64, each row's share in a mean over dialogues, over target
             words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
         case, concept, relations, emotional, feedback: the other parts, or None.
+        others: None, or this batch is a process's share of a larger one: weights and ``sizes`` are then of the larger one, and a
+            share that has no dialogue holds one that takes part in nothing.
     """
 
     size: int
@@ -263,9 +288,19 @@ class Batch(_Tensors):
     relations: RelationsPart | None = None
     emotional: EmotionalPart | None = None
     feedback: FeedbackPart | None = None
+    others: Others | None = None
 
     def __len__(self) -> int:
         return self.size
+
+    def total(self, x: Tensor) -> Tensor:
+        """x, which belongs to these dialogues, summed over all shares of the batch; without gradient."""
+        return x if self.others is None else self.others.total(x)
+
+    @property
+    def seed_of_all(self) -> Tensor | int:
+        """The seed of what is drawn once for the whole batch, whatever the share."""
+        return self.seed if self.others is None else self.others.seed
 
     def require(self, parts: Iterable[str]) -> Self:
         """The batch itself; `ConfigError` if it lacks one of the parts that a model needs."""

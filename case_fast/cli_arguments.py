@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -70,6 +70,7 @@ def table(parser: ArgumentParser) -> None:
     parser.add_argument("--runs", type=str, default="", help="runs elsewhere, or folders of such, parted by commas: used where "
                         "their settings and store are those of a row")
     parser.add_argument("--max_steps", type=int | None, default=None, help="most steps of the last phase, the same for all")
+    parser.add_argument("--cooldown", type=int, default=0, help="as of train, the same for all")
     parser.add_argument("--matmul_precision", type=str, default="highest", help="as of train, the same for all")
     parser.add_argument("--settings", type=str | None, default=None, help="YAML or JSON file of further settings, for all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
@@ -88,7 +89,8 @@ def train(parser: ArgumentParser, kind: str = "case") -> None:
     parser.add_argument("--out", type=str, required=True, help="folder of the run")
     parser.add_argument("--kind", type=str, default=kind, help=argparse.SUPPRESS)  # as the config.json of a run has it
     parser.add_argument("--preset", type=str, default=next(iter(presets)), help=f"settings to start from: {', '.join(presets)}")
-    parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="go on with the run at --out")
+    parser.add_argument("--resume", type=bool | Literal["auto"], default=False, nargs="?", const=True,
+                        help="go on with the run at --out; auto: if there is one, else begin it")
     parser.add_class_arguments(config_class(kind))
     (model,) = [action for action in parser._actions if action.option_strings == ["--model"]]
     model.metavar, model.help = "NAME", f"which model: {', '.join(MODELS)}; here follow the settings of {kind}"
@@ -118,6 +120,26 @@ def diagnose(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="auto", help=DEVICES)
     parser.add_argument("--out", type=str | None, default=None, help="folder for JSON and picture; default RUN/diagnosis/SPLIT")
     parser.add_argument("--json", type=bool, default=False, nargs="?", const=True, help="print JSON in place of the table")
+
+
+def debug(parser: ArgumentParser) -> None:
+    from case_fast.devices import DEVICES
+
+    parser.add_argument("dump", type=str, help="RUN/failure/step-STEP.json, which training wrote")
+    parser.add_argument("--data", type=str | None, default=None, help="store of the run; default: where it was then")
+    parser.add_argument("--device", type=str, default="auto", help=DEVICES)
+    parser.add_argument("--forward", type=int, default=500, help="steps to train again at most, where the dump has no "
+                        "weights and the checkpoint is of an earlier step")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def doctor(parser: ArgumentParser) -> None:
+    parser.add_argument("paths", type=str, nargs="*", default=[], metavar="PATH", help="data sets, stores and runs, in any order")
+    parser.add_argument("--for", type=Literal["prepare", "train", "evaluate", "chat"] | None, default=None, metavar="COMMAND",
+                        help="look at what this needs: prepare, train, evaluate or chat; default: what the paths lead to")
+    # these take no value: the word behind them is a path
+    parser.add_argument("--json", action="store_true", help="print JSON, to paste into an issue")
+    parser.add_argument("--full", action="store_true", help="with --json: leave home folder, user and host in it")
 
 
 def chat(parser: ArgumentParser) -> None:

@@ -15,6 +15,7 @@ vertices, the vectors of Eq. 10 and 12 be standardized: settings of `CASEConfig`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -84,10 +85,11 @@ def discernment_kl(log_posterior: Tensor, log_prior: Tensor, weight: Tensor | fl
     return _weighted_sum(log_posterior.exp() * (log_posterior - log_prior), weight)
 
 
-def shares(weight: Tensor) -> Tensor:
-    """(n,) weights of a mean over the rows whose weight (n,) is above 0: 1 over their number, and 0 of the others."""
+def shares(weight: Tensor, total: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
+    """(n,) weights of a mean over the rows whose weight (n,) is above 0: 1 over their number, and 0 of the others. ``total``: of
+    that number () here, what it is in the whole batch, `Batch.total`."""
     exist = weight > 0
-    return exist.to(weight.dtype) / exist.sum().clamp(min=1)
+    return exist.to(weight.dtype) / total(exist.sum()).clamp(min=1)
 
 
 def bow_loss(nll: Tensor, weight: Tensor) -> Tensor:

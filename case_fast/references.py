@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -20,13 +23,27 @@ class References:
     Attributes:
         nll: -log P of the target words of each reply, EOS included.
         emotion: (n, emotions) log-probabilities, None where the model predicts no emotion; label: (n,), -1 where unknown.
-        losses: mean of each loss over the replies, "loss" the whole; of a word for "generation". Empty where not asked for.
+        sums: of each loss, "loss" the whole, its mean over each batch times the batch's replies. Empty where not asked for.
     """
 
     nll: list[np.ndarray]
     emotion: np.ndarray | None
     label: np.ndarray
-    losses: dict[str, float]
+    sums: dict[str, list[float]]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """What several passes over batches found, as one pass over all of them would have."""
+        parts = [part for part in parts if part.nll] or list(parts[:1])
+        emotion = None if parts[0].emotion is None else np.concatenate([part.emotion for part in parts])
+        sums = {name: [total for part in parts for total in part.sums[name]] for name in parts[0].sums}
+        return cls([row for part in parts for row in part.nll], emotion, np.concatenate([part.label for part in parts]), sums)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Mean of each loss over the replies; of a word for "generation"."""
+        found = {name: functools.reduce(operator.add, totals, 0.0) / len(self.nll) for name, totals in self.sums.items()}
+        return found | ({"generation": self.mean_nll} if found else {})
 
     @property
     def words(self) -> int:
@@ -62,14 +79,14 @@ def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Cal
     nll: list[np.ndarray] = []
     emotion: list[np.ndarray] = []
     label: list[np.ndarray] = []
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, list[float]] = defaultdict(list)
     with evaluating(model):
         for batch in batches:
             if forward is not None:
                 output = forward(batch)
                 values, logits = output.nll, output.emotion_logits
                 for name, value in (("loss", output.loss), *output.losses.items()):
-                    sums[name] += value.item() * batch.size
+                    sums[name].append(value.item() * batch.size)
             else:
                 reading = model.read(batch)
                 values = model.reply_nll(batch.decoder_input, batch.cu_target, reading, batch.target)
@@ -78,9 +95,5 @@ def read_references(model: DialogueModel, batches: Iterable[Batch], forward: Cal
             label.append(batch.emotion.cpu().numpy())
             if logits is not None:
                 emotion.append(logits.double().cpu().numpy())
-    losses = {name: total / len(nll) for name, total in sums.items()}
     labels = np.concatenate([np.zeros(0, np.int64), *label])  # there is no batch where validation was stopped at once
-    references = References(nll, np.concatenate(emotion) if emotion else None, labels, losses)
-    if losses:
-        losses["generation"] = references.mean_nll
-    return references
+    return References(nll, np.concatenate(emotion) if emotion else None, labels, dict(sums))

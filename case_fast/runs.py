@@ -5,7 +5,7 @@
     RUN/best/             weights of the best validation, as `from_pretrained` takes them
     RUN/checkpoints/<step>/   the whole state at a step, see `training.checkpoint`
     RUN/log.jsonl, RUN/tensorboard/   see `training.log`
-    RUN/failure/          what was known when a loss or gradient stopped being finite
+    RUN/failure/          what was known when a loss or gradient stopped being finite: batch and losses, and the weights before
     RUN/evaluation/<split>/   see `evaluation.evaluate`
     RUN/diagnosis/<split>/    see `evaluation.diagnose`
     RUN/report.html       see `evaluation.report`
@@ -28,7 +28,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,15 +37,18 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 import case_fast
+from case_fast import checksums
 from case_fast.data import Featurizer, Store
 from case_fast.devices import device_in_words, resolve_device
-from case_fast.errors import CheckpointError, ConfigError, DataError
-from case_fast.files import plain, sync, whole_folder, write_json
+from case_fast.errors import CheckpointError, ConfigError, DataError, reason_of, remedy_of
+from case_fast.files import kind_of, plain, require_folder_place, require_room, sha256, sync, whole_folder, write_json
 from case_fast.models import DialogueModel, build
 from case_fast.models.base import read_config
-from case_fast.text_files import ReadReport, read_lines
+from case_fast.text_files import ReadReport, read_lines, reading
 
 _PACKAGES = ("torch", "numpy", "safetensors", "huggingface_hub")
 _CHECKPOINT = re.compile(r"\d{8,12}")
@@ -79,6 +82,11 @@ class Run:
 
     # ---- training in it
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in the folder."""
+        return any(os.path.lexists(path) for path in self._training)
+
     @contextmanager
     def held(self, resume: bool) -> Iterator[Self]:
         """Make the folder of a new run, or take up one to go on with, for this process alone. `set_up` fills it.
@@ -87,13 +95,16 @@ class Run:
             CheckpointError: it holds a run and ``resume`` is False, or the other way round; it cannot be written; another
                 process trains in it.
         """
+        if other := _other_kind(self.path):
+            raise CheckpointError(f"{self.path}: {other}. Choose another folder")
         there = [path.name for path in self._training if os.path.lexists(path)]
         if there and not resume:
             held = ", ".join(there)
             raise CheckpointError(f"{self.path} already holds a run ({held}). Resume it (--resume), or choose another folder")
         if not there and resume:
             raise CheckpointError(f"{self.path} holds no run to resume. Check the folder, or train without --resume")
-        with writing("the run", self.path):
+        with writing("the run", self.path, begun=resume):
+            require_folder_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -114,6 +125,11 @@ class Run:
         for part in self._training:
             for left in self.path.glob(f".{part.name}.*"):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+    def require_room(self, size: int, begun: bool) -> None:
+        """`CheckpointError` where the disk has no room for so many bytes; ``begun``: as of `writing`."""
+        with writing("the run", self.path, begun=begun):
+            require_room(self.path, size)
 
     def read_config(self) -> dict[str, Any]:
         """The settings; {} when they are missing, as in a run killed while it was set up. So `read_manifest`."""
@@ -160,8 +176,8 @@ class Run:
             write_json(self.manifest, self.read_manifest() | {"finished": _now(), **plain(facts)})
 
     def save_best(self, model: DialogueModel, phase: str = "") -> None:
-        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights differ within a run, so replacing each
-        replaces all at once."""
+        """Replace RUN/best, or what `best_of` a phase is. Of its files only the weights and their checksum differ within a run;
+        until both are replaced the checksums are of the old weights and of the new ones."""
         best = self.best_of(phase) if phase else self.best
         with (
             writing("the best weights", best),
@@ -174,32 +190,42 @@ class Run:
                 sync(file)
             sync(folder)
             if best.is_dir():
-                for file in folder.iterdir():
-                    os.replace(file, best / file.name)
+                checksums.write(folder, before=best)
                 sync(best)
+                for name in sorted((file.name for file in folder.iterdir()), key=checksums.NAME.__eq__):  # that one last
+                    os.replace(folder / name, best / name)
+                    sync(best)
             else:
                 folder.rename(best)
             sync(self.path)
 
-    def dump(self, step: int, facts: Mapping[str, Any]) -> Path:
-        """Write RUN/failure/step-<step>.json."""
-        path = self.failures / f"step-{step:08d}.json"
+    def failure(self, step: int) -> Path:
+        return self.failures / f"step-{step:08d}.json"
+
+    def dump(self, step: int, facts: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+        """Write RUN/failure/step-<step>.json, and beside it the weights that the step began with, as far as there is room."""
+        path = self.failure(step)
         with writing("the dump", path):
             path.parent.mkdir(exist_ok=True)
-            write_json(path, plain({"time": _now(), "step": step, **facts}))
+            tensors, listed = path.with_suffix(".safetensors"), None
+            with suppress(OSError, SafetensorError):
+                save_file({name: x.detach().cpu().contiguous() for name, x in weights.items()}, tensors)
+                listed = {"name": tensors.name, "sha256": sha256(tensors), "bytes": tensors.stat().st_size}
+            if listed is None:
+                tensors.unlink(missing_ok=True)
+            write_json(path, plain({"time": _now(), "step": step, **facts, "weights": listed}))
         return path
 
 
 @contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
-    """Turns a failure to write a part of a run into a `CheckpointError` with the reason and what to do."""
+def writing(what: str, path: Path, begun: bool = True) -> Iterator[None]:
+    """Turns a failure to write a part of a run into a `CheckpointError` with the reason and what to do; ``begun``: the run may
+    have checkpoints."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors gives its own error when a disk is full
-        raise CheckpointError(
-            f"{what} could not be written to {path} ({getattr(error, 'strerror', None) or error}). "
-            "The checkpoints before it are untouched: mend that, then resume"
-        ) from error
+        remedy = "The checkpoints before it are untouched: mend that, then resume" if begun else remedy_of(error)
+        raise CheckpointError(f"{what} could not be written to {path} ({reason_of(error)}). {remedy}") from error
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -257,8 +283,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
     """
     files, chosen = Run(run), resolve_device(device)
-    if not files.path.is_dir():
-        raise CheckpointError(f"{run}: run folder not found. Make one with: {_TRAIN} {run}")
+    _require_run(files)
     if checkpoint == "best" and not files.best.is_dir():
         raise CheckpointError(
             f"{files.best}: the run has no weights to use yet; training writes them at its first validation. Go on with it: "
@@ -281,7 +306,7 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
             config = files.read_config()
             settings = {"model": config.get("kind", "case"), **config.get("model", {})}
         model = build(settings.pop("model", "case"), saved=True, **settings)
-        model.load_weights(weights / _WEIGHTS)
+        model.load_weights(weights / _WEIGHTS, checksums.NAME if checkpoint == "best" else "manifest.json")
     except (ValueError, TypeError, RuntimeError) as error:
         reason = error.__cause__ or error  # the model's own sentence would say the same twice
         raise CheckpointError(f"{weights}: damaged, or not of this model ({reason}). {remedy}") from error
@@ -300,7 +325,8 @@ def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, An
         _require(folder / name, remedy)
     try:
         featurizer = Featurizer.load(folder)
-        knowledge = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
+        with reading(folder / "knowledge.json", "this part of the run"):
+            knowledge = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
         if not isinstance(knowledge["spec"], str) or not isinstance(knowledge.get("cache"), str | None):
             raise TypeError("spec and cache must be texts")
     except DataError as error:
@@ -311,6 +337,37 @@ def load_features(run: str | Path, words: int) -> tuple[Featurizer, dict[str, An
         problem = f"{len(featurizer.vocabulary)} words, the model has {words}: they are of different runs"
         raise CheckpointError(f"{folder}: {problem}. {remedy}")
     return featurizer, knowledge
+
+
+def _require_run(files: Run) -> None:
+    """`CheckpointError` where a folder is missing or is no run's, so that nothing is written into somebody else's."""
+    remedy = f"Make one with: {_TRAIN} {files.path}"
+    with reading(files.path, "run folder"):
+        if not files.path.is_dir():
+            raise CheckpointError(f"{files.path}: run folder not found. {remedy}")
+        if other := _other_kind(files.path):
+            raise CheckpointError(f"{files.path}: {other}. {remedy}")
+        parts = any(part.exists() for part in (files.log, files.best, files.checkpoints, files.evaluations))
+        if not (parts or _may_be(files.manifest, "command") or _may_be(files.config, "batch_size")):
+            raise CheckpointError(f"{files.path}: not a run folder. {remedy}")
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder is that has a manifest.json or config.json as a run has; "" if it may be a run."""
+    if kind := kind_of(folder):
+        return f"a {kind}, not a run folder"
+    return "the weights of a model, not a run folder" if os.path.lexists(folder / _WEIGHTS) else ""
+
+
+def _may_be(path: Path, key: str) -> bool:
+    """Whether a JSON file is there and may be a run's: it has a key that all of them have, or is empty or damaged."""
+    if not path.is_file():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return True
+    return not found or not isinstance(found, dict) or key in found
 
 
 def _require(path: Path, remedy: str) -> None:
@@ -344,13 +401,9 @@ class Record:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a run folder; `CheckpointError` if nothing in it belongs to a run."""
+        """Read a run folder; `CheckpointError` if nothing in it belongs to a run, `DataError` if it cannot be read."""
         files = Run(path)
-        remedy = f"Make one with: {_TRAIN} RUN"
-        if not files.path.is_dir():
-            raise CheckpointError(f"{path}: run folder not found. {remedy}")
-        if not any(part.exists() for part in (files.manifest, files.config, files.log, files.evaluations)):
-            raise CheckpointError(f"{path}: not a run folder. {remedy}")
+        _require_run(files)
         record = cls(files)
         record.manifest, record.config = record._object(files.manifest), record._object(files.config)
         store = record._object(Path(str(lookup(record.manifest, "store.path"))) / "manifest.json")

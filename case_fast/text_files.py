@@ -9,15 +9,18 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from case_fast.errors import DataError
+from case_fast.errors import DataError, reason_of, remedy_of
 
 MAX_LINE_BYTES = 1 << 20  # no real row of any supported format comes near 1 MiB
 _HOPELESS_LINE_BYTES = 1 << 28  # no text at all, such as a few kilobytes that unpack to terabytes of zeros
@@ -78,30 +81,59 @@ class ReadReport:
         }
 
 
+_most_lines: ContextVar[int | None] = ContextVar("most_lines", default=None)
+
+
+@contextmanager
+def first_lines(most: int) -> Iterator[None]:
+    """Inside, every file ends after so many lines for `read_lines`: a look at a large one by the reader that reads all of it."""
+    before = _most_lines.set(most)
+    try:
+        yield
+    finally:
+        _most_lines.reset(before)
+
+
 def require_file(path: str | Path, what: str, remedy: str = "") -> Path:
-    """The path of an existing regular file, or a `DataError` that names what was looked for."""
+    """The path of an existing regular file that can be read, or a `DataError` that names what was looked for."""
     path = Path(path)
-    if not path.is_file():
-        problem = f"{what} is a folder, not a file" if path.is_dir() else f"{what} not found"
-        raise DataError(path, problem, remedy or "Check the path")
+    with reading(path, what):
+        if not path.is_file():
+            problem = f"{what} is a folder, not a file" if path.is_dir() else f"{what} not found"
+            raise DataError(path, problem, remedy or "Check the path")
+        with open(path, "rb", buffering=0) as stream:
+            stream.read(1)
     return path
 
 
 def require_folder(path: str | Path, what: str, remedy: str = "") -> Path:
-    """The path of an existing folder, or a `DataError` that names what was looked for."""
+    """The path of an existing folder that can be read, or a `DataError` that names what was looked for."""
     path = Path(path)
-    if not path.is_dir():
-        problem = f"{what} is a file, not a folder" if path.exists() else f"{what} not found"
-        raise DataError(path, problem, remedy or "Check the path")
+    with reading(path, what):
+        if not path.is_dir():
+            problem = f"{what} is a file, not a folder" if path.exists() else f"{what} not found"
+            raise DataError(path, problem, remedy or "Check the path")
+        os.scandir(path).close()
     return path
+
+
+@contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """Turns a failure to read inside into a `DataError` that names ``path`` and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(path, f"{what} cannot be read ({reason_of(error)})", remedy_of(error)) from error
 
 
 def read_json(path: str | Path, what: str, remedy: str) -> Any:
     """The value in a JSON file of ours, or a `DataError` that says what it should have been."""
     path = require_file(path, what, remedy)
+    with reading(path, what):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise DataError(path, f"{what} is damaged ({error})", remedy) from error
 
 
@@ -127,13 +159,11 @@ def read_lines(path: str | Path, report: ReadReport, stream: BinaryIO | None = N
     """
     if stream is None:
         path = require_file(path, "input file")
-        try:
+        with reading(path, "input file"):
             stream = open(path, "rb")
-        except OSError as error:
-            raise DataError(path, f"cannot be opened ({error.strerror or error})", "Check its permissions") from error
-    number = 0
+    number, most = 0, _most_lines.get()
     with stream:
-        while True:
+        while number != most:
             number += 1
             try:
                 if number == 1:

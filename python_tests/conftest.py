@@ -28,6 +28,17 @@ def sample_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="session")
+def sample_run(sample_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a small model on the sample, two steps long; read only."""
+    from case_fast.training import preset, train
+
+    run = tmp_path_factory.mktemp("sample") / "run"
+    train(sample_store, run, preset("demo", model={"d_model": 16, "ffn": 16}, phase1_steps=1, max_steps=1, validate_every=1,
+                                    min_steps=0, valid_limit=2, device="cpu"))
+    return run
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of the real data sets; the test is skipped where it is absent."""
     if not (REAL_DATA / "empatheticdialogues").is_dir():

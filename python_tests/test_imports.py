@@ -19,18 +19,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
 # "": the package itself, its version
-BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional", "arguments"}
+BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional", "arguments", "checksums"}
 MAY_IMPORT = {
     "": set(),  # __init__.py: its lazy names are checked below
     "errors": set(),
     "text_files": set(),
     "files": set(),
+    "checksums": set(),
     "memory": set(),
     "devices": set(),
     "batch": set(),
     "html": set(),
     "optional": set(),
     "arguments": set(),
+    "terminal": set(),  # of the command line alone
     "ops": {"_native"},
     "equations": {"ops"},
     "equations_baselines": {"ops", "equations"},
@@ -41,15 +43,16 @@ MAY_IMPORT = {
     "runs": {"models", "data"},
     "references": {"models"},
     "diagnosis": {"models", "data", "references"},
-    # ops: profile measures what they can reach
-    "training": {"models", "data", "runs", "references", "diagnosis", "generation", "ops"},
+    # ops: profile measures what they can reach; knowledge: several processes infer it together
+    "training": {"models", "data", "runs", "references", "diagnosis", "generation", "ops", "knowledge"},
     "generation": {"models", "data", "equations"},
     "evaluation": {"models", "data", "runs", "references", "diagnosis", "generation"},
     "serving": {"models", "data", "knowledge", "runs", "generation"},
+    "doctor": {"ops", "equations", "models", "knowledge", "data", "runs", "references", "generation", "training"},
     "tables": {"models", "data", "runs", "training", "evaluation"},
 }
 # What these parts may import from outside the standard library.
-OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "memory")}
+OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "checksums", "memory")}
 OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 OUTSIDE |= {"arguments": {"torch", "numpy"}}
 ALL = {"cli", "cli_arguments", "__main__"}

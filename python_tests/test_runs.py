@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
+from copy import deepcopy as copy_of
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from training_helpers import PHASE_1, PHASE_2, MemoryStore
 from training_helpers import run as train_tiny
 
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models import CASEConfig
+from case_fast.models import CASE, CASEConfig, load
 from case_fast.runs import Record, Run, load_features, load_model, lookup
 from case_fast.training.checkpoint import Checkpoints
 
@@ -48,7 +51,8 @@ def test_every_version_writes_the_same_files(trained):
     steps = {f"checkpoints/{step:08d}/{name}" for step in (STEPS - 1, STEPS)
              for name in ("manifest.json", "model.safetensors", "optimizer.safetensors")}
     assert found - {"best/README.md"} == {
-        ".lock", "config.json", "manifest.json", "log.jsonl", "best/config.json", "best/model.safetensors", "checkpoints/latest",
+        ".lock", "config.json", "manifest.json", "log.jsonl", "best/config.json", "best/model.safetensors",
+        "best/checksums.json", "checkpoints/latest",
         "features/vocabulary.json", "features/features.json", "features/knowledge.json", *steps,
     }
     manifest = json.loads((trained / "manifest.json").read_text())
@@ -130,6 +134,12 @@ def test_settings_that_are_missing_are_empty_and_damaged_ones_are_named(copy):
 # ---- opening it for use
 
 
+def without_checksums(run: Path) -> Path:
+    """Make RUN/best one of an earlier version, which wrote no checksums; its settings."""
+    (run / "best" / "checksums.json").unlink()
+    return run / "best" / "config.json"
+
+
 def test_the_best_weights_are_opened_unless_a_step_is_asked_for(trained):
     best, device = load_model(trained)
     assert not best.training and device.type == next(best.parameters()).device.type
@@ -149,7 +159,8 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(trained,
 
 def test_a_step_is_opened_where_the_best_weights_are_damaged(copy):
     (copy / "best" / "model.safetensors").write_bytes(b"")
-    said = r"best: damaged, or not of this model \(Error [^()]*\)\. Put a copy of it back, or train again: case-fast train"
+    said = r"best: damaged, or not of this model \(.*its checksum does not match the manifest's\)\)\. " \
+           "Put a copy of it back, or train again: case-fast train"
     with pytest.raises(CheckpointError, match=said):
         load_model(copy, "cpu")
     load_model(copy, "cpu", str(STEPS))
@@ -159,7 +170,7 @@ def test_a_step_is_opened_where_the_best_weights_are_damaged(copy):
 
 
 def test_a_model_of_a_later_version_is_named(copy):
-    path = copy / "best" / "config.json"
+    path = without_checksums(copy)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "seer"}))
     with pytest.raises(CheckpointError, match="there is no model 'seer'; one of case, "):
         load_model(copy, "cpu")
@@ -167,7 +178,7 @@ def test_a_model_of_a_later_version_is_named(copy):
 
 def test_a_run_of_the_first_version_holds_case(copy):
     """Before there was a second model its config.json had no "model"."""
-    path = copy / "best" / "config.json"
+    path = without_checksums(copy)
     settings = json.loads(path.read_text())
     assert settings.pop("model") == "case"
     path.write_text(json.dumps(settings))
@@ -175,7 +186,7 @@ def test_a_run_of_the_first_version_holds_case(copy):
 
 
 def test_a_run_from_before_a_setting_existed_opens_with_what_it_was_trained_with(copy, monkeypatch):
-    path = copy / "best" / "config.json"
+    path = without_checksums(copy)
     settings = json.loads(path.read_text())
     del settings["kl_reduction"]
     path.write_text(json.dumps(settings))
@@ -193,6 +204,62 @@ def test_features_come_with_where_knowledge_came_from(store, copy):
         (copy / "features" / "knowledge.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"knowledge.json: damaged .* case-fast train --data STORE --out .* --resume"):
             load_features(copy, words)
+
+
+# ---- the best weights are those that were written
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checksums.json"])
+def test_a_flipped_bit_anywhere_in_the_best_weights_is_noticed(copy, name):
+    path, rng = copy / "best" / name, random.Random(name)
+    whole = path.read_bytes()
+    for _ in range(30):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        openings = (lambda: load_model(copy, "cpu"), lambda: load(copy / "best"), lambda: CASE.from_pretrained(copy / "best"))
+        for opened in openings:
+            with pytest.raises(CheckpointError, match="damaged"):
+                opened()
+    path.write_bytes(whole)
+    load_model(copy, "cpu")
+
+
+def test_a_flipped_bit_in_the_weights_of_a_step_is_noticed(copy):
+    path = copy / "checkpoints" / f"{STEPS:08d}" / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="its checksum does not match the manifest's"):
+        load_model(copy, "cpu", str(STEPS))
+
+
+def test_best_weights_of_an_earlier_version_load_which_is_said_once(copy, caplog):
+    without_checksums(copy)
+    for _ in range(3):
+        load_model(copy, "cpu")
+    assert [record.message.startswith(f"{copy / 'best'}: there are no checksums") for record in caplog.records] == [True]
+
+
+def test_while_the_best_weights_are_replaced_they_load_at_every_moment(copy, monkeypatch):
+    """Killed between any two system calls, the folder holds the old weights or the new ones, and checksums that fit."""
+    old, _ = load_model(copy, "cpu")
+    new = copy_of(old)
+    with torch.no_grad():
+        next(new.parameters()).add_(1)
+    found = []
+    real = os.replace
+
+    def looking(*paths: object) -> None:
+        real(*paths)
+        model, _ = load_model(copy, "cpu")
+        found.append(torch.equal(next(model.parameters()), next(new.parameters())))
+
+    monkeypatch.setattr(os, "replace", looking)
+    Run(copy).save_best(new)
+    assert found[0] is False and found[-1] is True and sorted(found) == found and len(found) >= 4
+    listed = json.loads((copy / "best" / "checksums.json").read_text())
+    assert set(listed) == {"format", "files", "sha256"} and set(listed["files"]) == {"config.json", "model.safetensors"}
 
 
 # ---- reading it for a report

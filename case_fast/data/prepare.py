@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from case_fast.data.embeddings import read_glove
 from case_fast.data.empathetic_dialogues import SPLITS, DialogueExample, listener_turns, read_conversations
@@ -23,7 +24,7 @@ from case_fast.data.text import stop_words, tokenize
 from case_fast.data.vocabulary import UNK, Vocabulary
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError, DataError, Interrupted
-from case_fast.files import whole_folder
+from case_fast.files import require_file_place, require_place, whole_folder, writing
 from case_fast.knowledge import (
     RELATIONS,
     CachedSource,
@@ -36,6 +37,8 @@ from case_fast.knowledge import (
 from case_fast.text_files import ReadReport, read_json, require_file
 
 Progress = Callable[[int, int], None]  # done, total
+Infer = Callable[[CachedSource, Sequence[str], Sequence[str], int], list[dict[str, list[str]]]]
+"""How texts are asked for: `CachedSource.infer`, or a way to share them out (`case_fast.training.processes`)."""
 
 
 @dataclass(frozen=True)
@@ -133,42 +136,59 @@ class Stages:
         pass
 
 
-def prepare(settings: PrepareSettings, stages: Stages | None = None,
-            read: Callable[[PrepareSettings, Progress | None], Material] = read_release) -> Store:
-    """Make a store; replaces a store that is already at ``settings.out``.
+@dataclass(frozen=True)
+class Inferred:
+    """What is known before anything is packed.
 
-    Inferences already in the cache are not asked for again, so that an interrupted run goes on where it stopped.
-
-    Args:
-        read: reads the dialogues; the default, those of the official files.
-
-    Raises:
-        DataError: an input is missing or unusable; ConfigError: a setting is; Interrupted: Ctrl-C, the cache is kept.
+    Attributes:
+        material: the dialogues. inferences: of their texts, ``asked`` of them. knowledge: where these came from.
+        lexicon, emotion_words: the emotional words. reports: what was read and left out.
     """
+
+    material: Material
+    asked: int
+    inferences: Inferences
+    knowledge: dict[str, Any]
+    lexicon: VADLexicon
+    emotion_words: list[str] | None
+    reports: list[ReadReport]
+
+
+def _path(settings: PrepareSettings, part: str) -> Path:
+    given = getattr(settings, part)
+    return bundled(part) if given == "bundled" else Path(given)
+
+
+def infer_knowledge(settings: PrepareSettings, stages: Stages | None = None,
+                    read: Callable[[PrepareSettings, Progress | None], Material] = read_release,
+                    infer: Infer = CachedSource.infer) -> Inferred:
+    """The first part of `prepare`, and the longest: read the dialogues, and have the inferences of their texts in the cache."""
     stages = stages or Stages()
     out = Path(os.path.abspath(settings.out))
     cache_path = Path(settings.cache) if settings.cache else out.with_name(out.name + ".knowledge.sqlite")
     _check_place(out, cache_path)
-    started = time.monotonic()
+    require_place(out)
+    if settings.knowledge is not None:
+        require_file_place(cache_path)
     reports: list[ReadReport] = []
 
     def noted(report: ReadReport) -> None:
         reports.append(report)
         stages.report(report.summary())
 
-    paths = {part: bundled(part) if getattr(settings, part) == "bundled" else Path(getattr(settings, part))
-             for part in ("conceptnet", "lexicon")}
     # what is used late is looked for now: hours of inference may lie between
     resolve_device(settings.device)
-    require_file(paths["lexicon"], "lexicon")
-    require_file(paths["conceptnet"], "ConceptNet assertions file")
+    require_file(_path(settings, "lexicon"), "lexicon")
+    require_file(_path(settings, "conceptnet"), "ConceptNet assertions file")
     if settings.embeddings:
         require_file(settings.embeddings, "file of word vectors")
+    if settings.emotion_words:
+        require_file(settings.emotion_words, "list of emotional words")
     with stages.stage("Reading dialogues") as progress:
         material = read(settings, progress)
         for report in material.reports:
             noted(report)
-        lexicon = VADLexicon.read(paths["lexicon"])
+        lexicon = VADLexicon.read(_path(settings, "lexicon"))
         if lexicon.report:
             noted(lexicon.report)
         emotion_words = None
@@ -176,8 +196,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
             emotion_words, report = read_emotion_words(settings.emotion_words)
             noted(report)
 
-    examples = material.examples
-    asked = dict.fromkeys(sub for split in SPLITS for item in examples[split]
+    asked = dict.fromkeys(sub for split in SPLITS for item in material.examples[split]
                           for sub in prompts(item.context, item.sub_utterances))
     inferences: Inferences = dict(material.inferences)
     knowledge: dict[str, Any] = {"spec": material.identity, "identity": material.identity, "settings": {}}
@@ -192,26 +211,53 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
             with InferenceCache(cache_path) as cache:
                 try:
                     cached = CachedSource(source, cache, progress)
-                    answers = cached.infer(texts_to_infer, RELATIONS, settings.features.inferences_per_relation)
+                    answers = infer(cached, texts_to_infer, RELATIONS, settings.features.inferences_per_relation)
                 except KeyboardInterrupt as error:
                     held = "has the inferences so far: the same command goes on there"
                     raise Interrupted(f"stopped; {cache_path} {held}") from error
         inferences |= dict(zip(texts_to_infer, answers, strict=True))
-        knowledge = {"spec": _absolute(settings.knowledge), "cache": str(cache_path.resolve()), "identity": source.identity,
+        knowledge = {"spec": _absolute(settings.knowledge), "cache": os.path.realpath(cache_path), "identity": source.identity,
                      "settings": source.settings, **({"imported": material.identity} if material.identity else {})}
     elif not inferences:
         raise ConfigError("no inferences came with the dialogues: give a source of them with --knowledge")
+    return Inferred(material, len(asked), inferences, knowledge, lexicon, emotion_words, reports)
+
+
+def prepare(settings: PrepareSettings, stages: Stages | None = None,
+            read: Callable[[PrepareSettings, Progress | None], Material] = read_release,
+            infer: Infer = CachedSource.infer) -> Store:
+    """Make a store; replaces a store that is already at ``settings.out``.
+
+    Inferences already in the cache are not asked for again, so that an interrupted run goes on where it stopped.
+
+    Args:
+        read: reads the dialogues; the default, those of the official files.
+        infer: asks for the inferences.
+
+    Raises:
+        DataError: an input is missing or unusable; ConfigError: a setting is; PlaceError: store or cache cannot be written;
+        Interrupted: Ctrl-C, the cache is kept.
+    """
+    stages = stages or Stages()
+    out, started = Path(os.path.abspath(settings.out)), time.monotonic()
+    found = infer_knowledge(settings, stages, read, infer)
+    material, inferences, lexicon, reports = found.material, found.inferences, found.lexicon, found.reports
+    examples = material.examples
+
+    def noted(report: ReadReport) -> None:
+        reports.append(report)
+        stages.report(report.summary())
 
     with stages.stage("Building the vocabulary"):
         vocabulary = Vocabulary.build(_count_words(material.train_turns, examples["train"], inferences), settings.min_count)
         intensity = {word: lexicon.intensity(word) for word in lexicon.words}
     with stages.stage("Reading ConceptNet") as progress:
         concepts, report = read_concepts(
-            paths["conceptnet"], vocabulary, intensity, stop_words(), settings.features.concepts_per_token,
+            _path(settings, "conceptnet"), vocabulary, intensity, stop_words(), settings.features.concepts_per_token,
             settings.features.minimum_intensity, progress=progress,
         )
         noted(report)
-    featurizer = Featurizer(vocabulary, concepts, intensity, settings.features, emotion_words)
+    featurizer = Featurizer(vocabulary, concepts, intensity, settings.features, found.emotion_words)
     vectors = None
     if settings.embeddings:
         with stages.stage("Reading word vectors"):
@@ -238,16 +284,16 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
             counts["examples"][split] = len(writer)
         if progress:
             progress(total, total)
-    counts |= _statistics(writers, texts, vocabulary, len(asked))
+    counts |= _statistics(writers, texts, vocabulary, found.asked)
     if counts["truncated_contexts"]:
         stages.report(f"{counts['truncated_contexts']:,} contexts cut to their latest {settings.features.max_context} words")
     if vectors is not None:
         counts["embedding_coverage"] = len(vectors[0]) / len(vocabulary)
-    with stages.stage("Writing the store"), whole_folder(out) as folder:
+    with stages.stage("Writing the store"), whole_folder(out) as folder, writing(out, SafetensorError):
         write_store(folder, featurizer, texts, writers, vectors, {
             "counts": counts,
             "settings": asdict(settings),
-            "knowledge": knowledge,
+            "knowledge": found.knowledge,
             "sources": [report.as_dict() for report in reports],
             "bundled": settings.dialogues == "bundled",
             "seconds": round(time.monotonic() - started, 1),
@@ -257,7 +303,7 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
 
 def _check_place(out: Path, cache: Path) -> None:
     """Refuse to replace a folder that is no store, or one with files that would be lost with it."""
-    if cache.resolve().is_relative_to(out.resolve()):
+    if Path(os.path.realpath(cache)).is_relative_to(os.path.realpath(out)):
         raise ConfigError(f"--cache {cache} lies in --out {out}, which is replaced as a whole; put it elsewhere")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -276,7 +322,7 @@ def _check_place(out: Path, cache: Path) -> None:
 def _absolute(spec: str) -> str:
     """The knowledge spec with its path made absolute, so that chat finds it from any folder."""
     kind, colon, path = spec.partition(":")
-    return f"{kind}:{Path(path).resolve()}" if colon else spec
+    return f"{kind}:{os.path.realpath(path)}" if colon else spec
 
 
 def _count_words(turns: Iterable[str], train: list[DialogueExample], inferences: Inferences) -> Counter[str]:

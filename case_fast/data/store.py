@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from case_fast.batch import PARTS, Batch
+from case_fast.checksums import digest_of
 from case_fast.data.empathetic_dialogues import EMOTIONS, SPLITS
 from case_fast.data.featurizer import Example, Featurizer, TextTable
 from case_fast.data.graphs import CSR
@@ -199,9 +200,9 @@ class _StoredTexts:
 
 
 class Store:
-    """A prepared data set; `open_store` opens it. Arrays are memory-mapped, so that opening costs next to nothing."""
+    """A prepared data set; `open_store` opens it. Arrays are memory-mapped."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, check: bool = True):
         self.path = require_folder(path, "store", "Make one with case-fast prepare, or out of a packed one with case-fast unpack")
         self.manifest = read_manifest(self.path)
         counts = self.manifest["counts"]["examples"]
@@ -215,6 +216,18 @@ class Store:
             if self.size(split) != counts[split]:
                 problem = f"{self.size(split)} examples, {counts[split]} in the manifest"
                 raise DataError(self.path / f"{split}.safetensors", problem, _REMEDY)
+        if check:
+            self._check()
+
+    def _check(self) -> None:
+        """Every byte of every file: with SHA instructions 0.16 s for 217 MB, which training reads again and again anyway."""
+        manifest = self.path / "manifest.json"
+        body = {name: value for name, value in self.manifest.items() if name != "sha256"}
+        own = self.manifest.get("sha256")  # not there: of an earlier version
+        if self.fingerprint != _fingerprint(self.manifest["files"]) or own not in (None, digest_of(body)):
+            raise DataError(manifest, "damaged (its checksum does not match)", _REMEDY)
+        for name in changed_files(self.path, self.manifest):
+            raise DataError(self.path / name, "damaged (its checksum does not match the manifest's)", _REMEDY)
 
     def size(self, split: str) -> int:
         """Number of examples of a split."""
@@ -272,18 +285,11 @@ class Store:
         """`DataError` if a split has no field for one of the parts of a batch."""
         for part in set(parts) & set(self._lacking(split)):
             raise DataError(self._split(split).path, f"it has no field {part}, of which the part {part} of a batch is made: an "
-                            "earlier version prepared it", f"Prepare the store again: {self._prepare_command()}")
+                            "earlier version prepared it", f"Prepare the store again: {prepare_command(self.manifest)}")
 
     def _lacking(self, split: str) -> list[str]:
         """Fields that a split lacks; such a field has the name of the part that is made of it."""
         return [name for name in _LATER if name not in self._split(split).ragged]
-
-    def _prepare_command(self) -> str:
-        """The command that made it, as far as its manifest tells."""
-        settings = self.manifest.get("settings", {})
-        given = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
-                 if value is not None and not isinstance(value, dict)]
-        return " ".join(["case-fast prepare", *given])
 
     def costs(self, split: str) -> np.ndarray:
         """(size,) about what each example adds to a step, in rows that a layer of an encoder reads: those of its texts, those
@@ -329,9 +335,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def open_store(path: str | Path) -> Store:
-    """Open a store that ``case-fast prepare`` made; `DataError` names what is missing or damaged."""
-    return Store(path)
+def prepare_command(manifest: dict[str, Any], out: str | Path | None = None) -> str:
+    """The command that made a store, as far as its manifest tells; ``out``: where the store is now."""
+    settings = manifest.get("settings", {}) | ({} if out is None else {"out": out})
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
+             if value is not None and not isinstance(value, dict)]
+    return " ".join(["case-fast prepare", *given])
+
+
+def changed_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The files of a store whose bytes are not those that its manifest knows; `DataError` if one is missing."""
+    if strange := [name for name in manifest["files"] if Path(name).name != name]:
+        raise DataError(folder / "manifest.json", f"{strange[0]!r} is no file of a store", _REMEDY)
+    parts = {name: require_file(folder / name, "part of the store", _REMEDY) for name in manifest["files"]}
+    return [name for name, path in parts.items() if sha256(path) != manifest["files"][name]]
+
+
+def open_store(path: str | Path, check: bool = True) -> Store:
+    """Open a store that ``case-fast prepare`` made; `DataError` names what is missing or damaged.
+
+    Args:
+        check: compare every byte with the manifest's checksums. Without it opening costs next to nothing.
+    """
+    return Store(path, check)
 
 
 def write_store(folder: Path, featurizer: Featurizer, texts: TextTable, splits: dict[str, SplitWriter],
@@ -345,12 +371,11 @@ def write_store(folder: Path, featurizer: Featurizer, texts: TextTable, splits: 
         ids, vectors = embeddings
         save_file({"ids": ids, "vectors": vectors}, folder / "embeddings.safetensors")
     files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "fingerprint": _fingerprint(files), **manifest, "emotions": list(EMOTIONS), "files": files}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    write_json(folder / "manifest.json", manifest | {"sha256": digest_of(manifest)})
+
+
+def _fingerprint(files: dict[str, str]) -> str:
     content = "\n".join(f"{name} {digest}" for name, digest in files.items())
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
-        **manifest,
-        "emotions": list(EMOTIONS),
-        "files": files,
-    }
-    write_json(folder / "manifest.json", manifest)
+    return hashlib.sha256(content.encode()).hexdigest()

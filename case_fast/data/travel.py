@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ import numpy as np
 from case_fast.data.empathetic_dialogues import SPLITS
 from case_fast.data.store import Store, open_store
 from case_fast.errors import ConfigError, DataError
-from case_fast.files import whole_folder, write_bytes
-from case_fast.text_files import require_file
+from case_fast.files import require_file_place, require_place, require_room, whole_folder, write_bytes
+from case_fast.text_files import reading, require_file
 
 MAX_UNPACKED_BYTES = 4 << 30  # of a store's files together: a small file could hold terabytes of zeros
 _MAGIC = b"case_fast travel 1\n"
@@ -77,15 +78,17 @@ def pack_store(store: str | Path | Store, out: str | Path) -> int:
 
     Raises:
         DataError: the store is damaged, or a file of it is not the one that its manifest knows.
-        ConfigError: ``out`` is there already.
+        ConfigError: ``out`` is there already. PlaceError: it cannot be written.
     """
-    store, out = store if isinstance(store, Store) else open_store(store), Path(out)
-    if out.exists():
+    store, out = store if isinstance(store, Store) else open_store(store, check=False), Path(out)
+    if os.path.lexists(out):
         raise ConfigError(f"{out} is there already; remove it, or name another file")
+    require_file_place(out)
     files: dict[str, Any] = {}
     packed: list[bytes] = []
     for name in [*store.manifest["files"], _MANIFEST]:
-        content = require_file(store.path / name, "part of the store", "Prepare the store again").read_bytes()
+        with reading(store.path / name, "part of the store"):
+            content = require_file(store.path / name, "part of the store", "Prepare the store again").read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         if digest != store.manifest["files"].get(name, digest):
             raise DataError(store.path / name, "it is not the file that the store's manifest knows", "Prepare the store again")
@@ -94,9 +97,10 @@ def pack_store(store: str | Path | Store, out: str | Path) -> int:
         packed += [data for _, data in found]
     header = json.dumps({"files": files}).encode()
     start = _MAGIC + len(header).to_bytes(8, "little") + hashlib.sha256(header).digest() + header
+    content = b"".join([start, *packed])
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out, b"".join([start, *packed]))
-    return out.stat().st_size
+    write_bytes(out, content)
+    return len(content)
 
 
 def _parts(name: str, content: bytes) -> Iterator[tuple[bytes, str, bool]]:
@@ -131,22 +135,30 @@ def unpack_store(path: str | Path, out: str | Path, max_bytes: int = MAX_UNPACKE
 
     Raises:
         DataError: ``path`` is missing, damaged, cut short, or no packed store. ConfigError: ``out`` is there already.
+        PlaceError: it cannot be written.
     """
     path, out = require_file(path, "packed store", "Make one with case-fast pack"), Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"{out} is there already; remove it, or name another folder")
+    require_place(out)
     try:
         with open(path, "rb") as stream, whole_folder(out) as folder:
-            files = _read_header(stream, path.stat().st_size, max_bytes)
+            with reading(path, "packed store"):
+                files = _read_header(stream, path.stat().st_size, max_bytes)
+            require_room(folder, sum(part.bytes for _, parts in files.values() for part in parts))
             for name, (expected, parts) in files.items():
                 digest = hashlib.sha256()
                 with open(folder / name, "wb") as file:
                     for part in parts:
-                        content = part.unpack(stream.read(part.size))
+                        with reading(path, "packed store"):
+                            packed = stream.read(part.size)
+                        content = part.unpack(packed)
                         digest.update(content)
                         file.write(content)
                 if digest.hexdigest() != expected:
                     raise ValueError(f"the checksum of {name} does not match")
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, lzma.LZMAError) as error:
         raise DataError(path, f"damaged, or no packed store ({error})", _REMEDY) from error
     return open_store(out)

@@ -158,7 +158,7 @@ def main() -> None:
             block: Any = b""
             try:
                 if store is None:
-                    store = open_store(path)
+                    store = open_store(path, check=False)  # as who asks has done
                 if store.fingerprint != fingerprint:
                     raise DataError(store.path, "it is not the store any more that training began with", "Start again")
                 joined, tensors = store.batch(**json.loads(line)).joined()

@@ -18,7 +18,7 @@ from case_fast.diagnosis import diagnose
 from case_fast.errors import ConfigError
 from case_fast.evaluation.evaluate import check
 from case_fast.evaluation.figures import diagnosis_png
-from case_fast.files import plain, write_json
+from case_fast.files import plain, require_folder_place, write_json
 from case_fast.optional import MissingPackage, needed
 from case_fast.runs import Run, load_model
 
@@ -61,20 +61,22 @@ def diagnose_run(run: str | Path, data: str | Path, split: str = "valid", out: s
     Raises:
         ConfigError: no such split, a model of other words than the store's, or one that has nothing to diagnose.
         CheckpointError, DataError: a part of the run or of the store is missing or damaged.
+        PlaceError: the files cannot be written; found before the work, as far as it is so by then.
     """
     if batches < 1:
         raise ConfigError(f"batches must be at least 1, not {batches}")
     store = open_store(data)
     model, chosen = load_model(run, device, checkpoint)
     check(model, store, split)
+    folder = Run(run).diagnosis(split) if out is None else Path(out)
+    require_folder_place(folder)
     found = {
         "run": str(run), "checkpoint": checkpoint, "store": {"path": str(store.path), "fingerprint": store.fingerprint},
         "version": __version__, "model": model.config.as_dict(),
         **diagnose(model, store, split, batches, device=chosen, progress=progress),
     }
-    folder = Run(run).diagnosis(split) if out is None else Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "diagnosis.json", folder / "diagnosis.png"]
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(files[0], plain(found))
     files[1].unlink(missing_ok=True)  # that of an earlier diagnosis
     try:

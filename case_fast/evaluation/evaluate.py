@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from case_fast import __version__
+from case_fast.arguments import whole
 from case_fast.batch import Batch
 from case_fast.data.empathetic_dialogues import EMOTIONS
 from case_fast.data.store import Store
@@ -32,7 +33,7 @@ from case_fast.errors import CheckpointError, ConfigError
 from case_fast.evaluation import metrics as m
 from case_fast.evaluation.figures import confusion_png
 from case_fast.evaluation.metrics import Metric, format_value
-from case_fast.files import write_json, write_text
+from case_fast.files import require_folder_place, write_json, write_text
 from case_fast.models import DialogueModel
 from case_fast.optional import MissingPackage, needed
 from case_fast.references import read_references
@@ -127,11 +128,15 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
             into metrics.json. What the strategy uses of it enters the signatures of the reply metrics.
 
     Raises:
-        ConfigError: no such split, no examples, or a model whose vocabulary or emotions are not the store's.
+        ConfigError: no such split, no examples, a batch of none, or a model whose vocabulary or emotions are not the store's.
+        PlaceError: nothing can be written into ``out``; found before the work, as far as it is so by then.
     """
     size = check(model, store, split, limit)
+    if (batch_size := whole("batch_size", batch_size)) < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     indices = range(size if limit is None else min(limit, size))
     out = Path(out)
+    require_folder_place(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)  # its presence says that the other files are whole and belong to it
 
@@ -170,6 +175,8 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
         "seconds": {"references": round(read - started, 3), "replies": round(answered - read, 3)},
         "versions": {"case_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }, out, dict(model.published.get(model.config.ablation, {})))
+    if console is not None:
+        show(evaluation, console)  # before it is written: what took hours is seen on a full disk too
     write_text(out / "predictions.jsonl", "".join(_predictions(store, split, indices, nll, scores, ranking, replies)))
     (out / "confusion.png").unlink(missing_ok=True)  # that of an earlier evaluation, perhaps of another model
     if ranking is not None:
@@ -182,7 +189,7 @@ def evaluate(model: DialogueModel, store: Store, split: str, out: str | Path, ge
     write_text(out / "metrics.md", markdown(evaluation))
     write_json(out / "metrics.json", as_dict(evaluation))
     if console is not None:
-        show(evaluation, console)
+        console.print(needed("rich.text", "a table in the terminal").Text(f"Written to {out}"), soft_wrap=True)
     return evaluation
 
 
@@ -313,8 +320,6 @@ def show(evaluation: Evaluation, console: Console) -> None:
     for metric in evaluation.metrics:
         reason = f"   n/a: {metric.reason}" if metric.reason else ""
         console.print(Text(metric.signature + reason, style="dim"), soft_wrap=True)
-    if evaluation.out is not None:
-        console.print(Text(f"Written to {evaluation.out}"))
 
 
 def compare(evaluations: Mapping[str, Evaluation], title: str = "") -> Table:

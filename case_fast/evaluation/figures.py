@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from case_fast.files import write_bytes
 from case_fast.optional import needed
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def confusion_png(counts: np.ndarray, names: Sequence[str], title: str, path: Pa
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
-    os.replace(temporary, path)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
+    write_bytes(path, stream.getvalue())
 
 
 _OURS, _OTHER, _LIMIT, _PALE = "#2563a8", "#7fb0e6", "#b45309", "#5a6573"  # of a diagnosis

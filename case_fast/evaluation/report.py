@@ -17,7 +17,7 @@ from case_fast.errors import CheckpointError
 from case_fast.evaluation.evaluate import Evaluation, heading
 from case_fast.evaluation.figures import Curve, curve_svg
 from case_fast.evaluation.metrics import format_value
-from case_fast.files import write_text
+from case_fast.files import require_file_place, write_text
 from case_fast.html import Html, Node, facts, page, section, tag
 from case_fast.models import MODELS, title_of
 from case_fast.optional import needed
@@ -81,12 +81,13 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     missing and which command makes it.
 
     Raises:
-        CheckpointError: the folder is missing or nothing in it belongs to a run.
+        CheckpointError: the folder is missing or nothing in it belongs to a run. PlaceError: the page cannot be written.
     """
     found = Reported.read(run)
     path = Path(out) if out is not None else found.files.report
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, _page(found))
+    place = require_file_place(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, _page(found))
     return path
 
 

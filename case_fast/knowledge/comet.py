@@ -72,7 +72,7 @@ class CometSource:
             "max_new_tokens": max_new_tokens,
         }
         folder = require_folder(folder, "COMET folder", "Give the unpacked COMET-ATOMIC-2020 BART folder as comet:DIR")
-        weights = _weight_files(folder)
+        weights = weight_files(folder)
         self.tokenizer, self.model, generation_config = _load(folder, use_safetensors=weights[0].suffix != ".bin")
         self.identity = f"comet:{_digest(folder, weights)}"
         self.model.to(self.device).eval()
@@ -134,7 +134,7 @@ class CometSource:
         return [text.replace(_GENERATE, " ") for text in decoded]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files the weights come from, after a look that every part of the folder is there."""
     if not (folder / "config.json").is_file():
         raise DataError(folder, "no config.json in this COMET folder", _DOWNLOAD_AGAIN)

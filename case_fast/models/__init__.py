@@ -37,7 +37,7 @@ def model_class(name: str) -> type[DialogueModel]:
 
 def title_of(name: str) -> str:
     """The name of a model for people."""
-    return model_class(name).title or model_class(name).__name__
+    return vars(model_class(name)).get("title") or model_class(name).__name__
 
 
 def build(name: str, saved: bool = False, **settings: Any) -> DialogueModel:

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from case_fast import checksums, ops
 from case_fast import equations as eq
-from case_fast import ops
 from case_fast.arguments import at_least_1, check_choices, settle
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
@@ -40,11 +40,13 @@ class Length:
         validate_every: steps between validations, of which early stopping counts those that are no better; None: there are none,
             and the phase has just as many ``steps``.
         min_steps: before early stopping counts.
+        cooldown: of the ``steps`` the last ones, in which the learning rate falls linearly.
     """
 
     steps: int | None
     validate_every: int | None = None
     min_steps: int = 0
+    cooldown: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     Attributes:
         needs: parts of the `Batch` that it reads.
-        title: its name for people; empty: that of the class.
+        title: its name for people; none of its own: that of the class.
         phases: of training, in order; the last one trains the whole objective.
         presets: named changes to the training recipe, the first one the default.
         published: the figures of papers: ablation ("" for the whole model) -> {"source", metric: value}.
@@ -419,7 +421,7 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """L_div of Sabour et al. (2022); in training the most probable words (EOS aside) are counted first."""
         if self.training:
             said = ((prediction != self.config.eos_id) & (batch.target_weight > 0)).to(self.word_counts.dtype)
-            self.word_counts.index_add_(0, prediction, said)
+            self.word_counts.add_(batch.total(torch.zeros_like(self.word_counts).index_add_(0, prediction, said)))
         return eq.diversity_loss(nll, batch.target, eq.diversity_weights(self.word_counts), batch.target_weight)
 
     def reply_logits(self, words: Tensor, cu: Tensor, reading: Reading, last_only: bool = False) -> Tensor:
@@ -471,6 +473,13 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 
     # ---- weights on disk
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> Any:
+        """As of `huggingface_hub.PyTorchModelHubMixin`: a folder for `from_pretrained`, with checksums that loading checks."""
+        (Path(save_directory) / checksums.NAME).unlink(missing_ok=True)  # it is about what goes
+        made = super().save_pretrained(save_directory, **options)
+        checksums.write(Path(save_directory))
+        return made
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, map_location: str = "cpu") -> Self:
         """The model that `save_pretrained` wrote into ``folder``, in evaluation mode, on the device ``map_location``.
@@ -493,13 +502,17 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
             raise _not_of_this_model(folder, error) from error
         return model.to(map_location).eval()
 
-    def load_weights(self, path: str | Path) -> None:
+    def load_weights(self, path: str | Path, listed_in: str = checksums.NAME) -> None:
         """Load a safetensors file of this model's weights, all of them and no others.
+
+        Args:
+            listed_in: the file beside it that has its checksum.
 
         Raises:
             CheckpointError: it is missing, damaged, or not of this model.
         """
         try:
+            checksums.check(Path(path), listed_in)
             self.load_tensors(load_file(path))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _not_of_this_model(Path(path).parent, error) from error
@@ -528,11 +541,12 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings in FOLDER/config.json, the model's name among them (absent: case); `CheckpointError` if there are none."""
     try:
+        checksums.check(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
         return config
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise _not_of_this_model(folder, error) from error
 
 

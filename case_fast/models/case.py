@@ -410,24 +410,28 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
     def _coarse(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
         *_, pairs, sizes = aligned = self._coarse_pairs(batch, reading)
         negatives = (pairs < sizes[0]) * (sizes[0] - 1)
-        return self._mim("coarse", *aligned, (negatives, negatives), diagnostics)
+        return self._mim("coarse", batch, *aligned, (negatives, negatives), diagnostics)
 
     def _fine(self, batch: Batch, reading: CASEReading, diagnostics: dict[str, Tensor]) -> Tensor:
-        case, k = batch.case, self.config.num_negatives
-        negatives = case.negatives_affection, case.negatives_cognition
-        if k is not None:
-            negatives = tuple((count > 0) * k for count in negatives)
-        seed = 0 if k is None else drawn(seed_at(batch.seed, "negatives"))
-        return self._mim("fine", *self._fine_pairs(batch, reading), negatives, diagnostics, k, seed)
+        negatives = batch.case.negatives_affection, batch.case.negatives_cognition
+        return self._mim("fine", batch, *self._fine_pairs(batch, reading), negatives, diagnostics, self.config.num_negatives)
 
-    def _mim(self, name: str, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor,
-             negatives: tuple[Tensor, ...], diagnostics: dict[str, Tensor], num_negatives: int | None = None,
-             seed: int | Tensor = 0) -> Tensor:
+    def _mim(self, name: str, batch: Batch, x: Tensor, y: Tensor, weight: Tensor, positive: Tensor, sizes: Tensor,
+             negatives: tuple[Tensor, ...], diagnostics: dict[str, Tensor], num_negatives: int | None = None) -> Tensor:
         """``negatives``: how many each pair has over rows of y (affection) and over rows of x (cognition)."""
+        pairs, seed = sizes[0], batch.seed
+        if (others := batch.others) is not None and others.negatives:
+            x, y, positive, sizes = others.pairs(eq.full_precision(x), eq.full_precision(y), positive)
+            pairs, seed = sizes[0] * others.count, others.seed  # each process has its share of what all of them make
+            negatives = sizes[1] - 1, sizes[0] - eq.group_sizes(positive, y.shape[0])[positive]
+        elif others is not None:
+            pairs = others.total(pairs)
+        if num_negatives is not None:
+            negatives = tuple((count > 0) * num_negatives for count in negatives)
+        seed = 0 if num_negatives is None else drawn(seed_at(seed, "negatives"))
         with no_autocast(x):
             compared, score = self._compared(x, y, weight, sizes)
             side_y, side_x, logit = ops.mim_sides(*compared, positive, num_negatives, seed, score, sizes=sizes)
-        pairs = sizes[0]
         with torch.no_grad():
             if self.config.mim_score != "dot":
                 diagnostics[f"{name}_saturated"] = eq.reduced((logit.abs() > SATURATED).to(logit.dtype), "mean", pairs)
@@ -492,7 +496,7 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
             (log_q_concept, reading.log_prior_concept, batch.concept.graph.dialogue),
         ):
             weight = eq.take(batch.dialogue_weight, dialogue)
-            weight = eq.shares(weight) if self.config.kl_reduction == "mean" else weight
+            weight = eq.shares(weight, batch.total) if self.config.kl_reduction == "mean" else weight
             kl = kl + eq.discernment_kl(log_q.detach() if self.config.detach_posterior else log_q, log_p, weight)
         diagnostics: dict[str, Tensor] = {}
         zero = bow.new_zeros(())

@@ -253,7 +253,7 @@ class MoEL(MultiTRS, paper_url="https://aclanthology.org/D19-1012"):
         gates = eqb.listener_gates(reading.emotion_logits, self.config.top_k)
         if self.training:
             probability = eqb.forcing_probability(self.steps, self.config.schedule, self.config.schedule_floor)
-            forced = eqb.coin(self.steps, probability, drawn(seed_at(batch.seed, "teacher forcing")))
+            forced = eqb.coin(self.steps, probability, drawn(seed_at(batch.seed_of_all, "teacher forcing")))
             gates = eqb.forced_gates(gates, batch.emotion, forced)
         return replace(reading, gates=gates)
 

@@ -148,6 +148,7 @@ class MultiTRS(Transformer, paper_url="https://aclanthology.org/P19-1534"):
     """The `Transformer` with log P_emo = log softmax(W_emo c) of the context's [CLS] row c, and L = L_gen + lambda L_emo."""
 
     Config = MultiTRSConfig
+    title = "Multi-TRS"
     presets = {
         "released": Transformer.presets["released"],
         "frame": {"model": {**Transformer.presets["frame"]["model"], "emotion_scale": "one"}},

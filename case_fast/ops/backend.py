@@ -23,8 +23,7 @@ from case_fast.ops import transforms
 
 BACKENDS = ("native", "triton", "reference")
 GPUS = ("cuda", "xpu")  # AMD's are "cuda" to torch
-# What os.environ keeps itself in: asked before every call, and its own `get` takes 0.7 us where a variable is unset.
-_environment, _variable = os.environ._data, os.environ.encodekey("CASE_FAST_BACKEND")
+_ASKED = "CASE_FAST_BACKEND asks for it"
 _log = logging.getLogger("case_fast")
 
 try:
@@ -65,12 +64,25 @@ def choose(family: str, device: str, beyond: str = "") -> str:
     torch always are."""
     if under := transforms.beyond_kernels():
         beyond = f"it is called under {under}, which no kernel knows"
-    said = _environment.get(_variable)
-    return _choose(family, device, beyond, os.environ.decodevalue(said) if said else "")
+    return _choose(family, device, beyond, os.environ.get("CASE_FAST_BACKEND", ""))
+
+
+def backend_with_reason(family: str, device: str) -> tuple[str, str]:
+    """The backend that runs a family of ops on a type of device, and why; raises as `backend_name`, and logs nothing."""
+    return _decided(family, device, "", os.environ.get("CASE_FAST_BACKEND", ""))
 
 
 @functools.cache
 def _choose(family: str, device: str, beyond: str, said_by_user: str) -> str:
+    name, why = _decided(family, device, beyond, said_by_user)
+    if name == "reference" and why != _ASKED:
+        _log.warning("backend of %s on %s: reference, plain torch and slower (%s)", family, device, why)
+    else:
+        _log.info("backend of %s on %s: %s (%s)", family, device, name, why)
+    return name
+
+
+def _decided(family: str, device: str, beyond: str, said_by_user: str) -> tuple[str, str]:
     asked = _asked(family, said_by_user)
     absent = {"native": beyond or _native_absent(family, device), "triton": beyond or _triton_absent(family, device, asked)}
     said = beyond or "; ".join(f"{name} not used: {why}" for name, why in absent.items() if why)
@@ -80,15 +92,11 @@ def _choose(family: str, device: str, beyond: str, said_by_user: str) -> str:
                 f"CASE_FAST_BACKEND={asked}: {family} on {device} cannot run there: {absent[asked]}. "
                 "Choose another backend, or unset it"
             )
-        _log.info("backend of %s on %s: %s (CASE_FAST_BACKEND asks for it)", family, device, asked)
-        return asked
+        return asked, _ASKED
     for name, why in absent.items():
         if not why:
-            detail = native.simd if (name, device) == ("native", "cpu") else said or "its kernels serve this device"
-            _log.info("backend of %s on %s: %s (%s)", family, device, name, detail)
-            return name
-    _log.warning("backend of %s on %s: reference, plain torch and slower (%s)", family, device, said)
-    return "reference"
+            return name, native.simd if (name, device) == ("native", "cpu") else said or "its kernels serve this device"
+    return "reference", said
 
 
 def _asked(family: str, said: str) -> str:

@@ -25,9 +25,10 @@ from case_fast.models import MODELS, model_class, title_of
 from case_fast.runs import Record, Run, lookup
 from case_fast.training import TrainConfig, preset
 from case_fast.training.config import ADJUSTABLE
+from case_fast.training.process import StopRequest
 
-# What may be otherwise in a run of a table: all that changes no number, but max_steps, which decides how long it was trained.
-FREE = set(ADJUSTABLE) - {"max_steps"}
+# What may be otherwise in a run of a table: all that changes no number; max_steps and cooldown decide how it was trained.
+FREE = set(ADJUSTABLE) - {"max_steps", "cooldown"}
 
 
 @dataclass(frozen=True)
@@ -209,30 +210,31 @@ def carry_out(planned: Sequence[Planned], store: Store, device: str, jobs: int, 
     """
     waiting = [item for item in planned if item.state != "finished"]
     going: list[tuple[Planned, subprocess.Popen[bytes]]] = []
-    try:
-        while waiting or going:
-            while waiting and len(going) < jobs:
-                item = waiting.pop(0)
-                going.append((item, _begin(item, store, device)))
-                told(item, "training" if item.state != "evaluate" else "evaluating")
-            time.sleep(0.1)
-            for item, process in [pair for pair in going if pair[1].poll() is not None]:
-                going.remove((item, process))
-                if process.returncode == 0 and item.state != "evaluate":
-                    item.state = "evaluate"
-                    waiting.insert(0, item)
-                    continue
-                _look(item, store)
-                if item.state != "finished":
-                    item.problem = _last_line(_log_of(item)) or f"ended with status {process.returncode}"
-                told(item, item.problem or item.about)
-    except KeyboardInterrupt as error:
-        raise Interrupted("stopped; each run has its checkpoint, and the same command goes on") from error
-    finally:
-        for _, process in going:
-            process.send_signal(signal.SIGTERM)
-        for _, process in going:
-            process.wait()
+    with StopRequest("stopping the runs, each with a checkpoint") as stop:
+        try:
+            while (waiting or going) and not stop.signal:
+                while waiting and len(going) < jobs:
+                    item = waiting.pop(0)
+                    going.append((item, _begin(item, store, device)))
+                    told(item, "training" if item.state != "evaluate" else "evaluating")
+                time.sleep(0.1)
+                for item, process in [pair for pair in going if pair[1].poll() is not None]:
+                    going.remove((item, process))
+                    if process.returncode == 0 and item.state != "evaluate":
+                        item.state = "evaluate"
+                        waiting.insert(0, item)
+                        continue
+                    _look(item, store)
+                    if item.state != "finished":
+                        item.problem = _last_line(_log_of(item)) or f"ended with status {process.returncode}"
+                    told(item, item.problem or item.about)
+        finally:
+            for _, process in going:
+                process.send_signal(signal.SIGTERM)
+            for _, process in going:
+                process.wait()
+        if stop.signal:
+            raise Interrupted(f"stopped by {stop.signal}; each run has its checkpoint, and the same command goes on")
 
 
 def _begin(item: Planned, store: Store, device: str) -> subprocess.Popen[bytes]:

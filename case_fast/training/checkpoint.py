@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from case_fast.checksums import MAX_BYTES, damaged, sealed, unsealed
 from case_fast.errors import CheckpointError
 from case_fast.files import sync, whole_folder, write_text
 from case_fast.runs import checkpoint_name, checkpoint_steps, writing
@@ -35,7 +36,6 @@ from case_fast.training.adam import Adam
 
 FORMAT = "case_fast checkpoint 1"
 PARTS = ("model", "optimizer")
-MAX_MANIFEST_BYTES = 1 << 20
 MAX_HEADER_BYTES = 1 << 24  # of a safetensors file; a model's is a few KiB
 _log = logging.getLogger("case_fast")
 
@@ -82,7 +82,7 @@ class Checkpoints:
                         safetensors.torch.save_file(content, file)
                         files[file.name] = {"sha256": _digest(file, content), "bytes": file.stat().st_size}
                     body = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
-                    (temporary / "manifest.json").write_bytes(_sealed(body))
+                    (temporary / "manifest.json").write_bytes(sealed(body))
             write_text(self.folder / "latest", path.name + "\n")
             sync(self.folder)
             if len(self.steps()) > self.keep:
@@ -122,7 +122,7 @@ class Checkpoints:
             with _opened(self.path(step) / name) as stream:
                 found = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": os.fstat(stream.fileno()).st_size}
             if found != listed:
-                raise _damaged(self.path(step) / name)
+                raise damaged(self.path(step) / name)
 
     def _manifest(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the manifest of ``step`` says: its files, and the state of the run."""
@@ -130,16 +130,9 @@ class Checkpoints:
         if path.is_symlink() or not path.is_dir():
             raise CheckpointError(f"{path}: {'a link' if path.is_symlink() else 'no folder'}, expected a checkpoint")
         manifest = path / "manifest.json"
-        raw = _read_file(manifest, MAX_MANIFEST_BYTES)
-        try:
-            body = json.loads(raw)
-            body.pop("sha256")
-            sound = _sealed(body) == raw
-            form, own_step, files, state = body["format"], body["step"], body["files"], body["state"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{manifest}: damaged ({error!r})") from error
-        if not sound:
-            raise CheckpointError(f"{manifest}: damaged (its checksum does not match)")
+        raw = _read_file(manifest, MAX_BYTES)
+        body = unsealed(manifest, raw, "format", "step", "files", "state")
+        form, own_step, files, state = body["format"], body["step"], body["files"], body["state"]
         if form != FORMAT:
             raise CheckpointError(f"{manifest}: format {form!r}, this version reads {FORMAT!r}")
         if own_step != step:
@@ -153,7 +146,7 @@ class Checkpoints:
         listed = files[path.name] if isinstance(files[path.name], dict) else {}
         data = _read_file(path, max_bytes)
         if len(data) != listed.get("bytes") or hashlib.sha256(data).hexdigest() != listed.get("sha256"):
-            raise _damaged(path)
+            raise damaged(path)
         if int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: refused: a header of more than {MAX_HEADER_BYTES} bytes")
         try:
@@ -205,16 +198,6 @@ def _digest(file: Path, content: Mapping[str, Tensor]) -> str:
     for name in sorted(places, key=places.get):
         digest.update(content[name].reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged (its checksum does not match the manifest's)")
-
-
-def _sealed(body: dict[str, Any]) -> bytes:
-    """The only text that a manifest of this content can have, its own checksum included."""
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True).encode()
 
 
 def _read_file(path: Path, max_bytes: int | None) -> bytes:

@@ -20,8 +20,10 @@ PRECISIONS = ("float32", "bf16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 STEPS = ("auto", "eager", "captured", "padded")
 
-# What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from.
-ADJUSTABLE = frozenset({"max_steps", "device", "step", "workers", "log_every", "checkpoint_every", "keep_checkpoints"})
+# What may differ between a run and its resumption: none of these changes what is computed up to the step resumed from (of
+# max_steps and cooldown together `refuse_changes` sees to that).
+ADJUSTABLE = frozenset({"max_steps", "cooldown", "device", "step", "workers", "log_every", "checkpoint_every",
+                        "keep_checkpoints"})
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -47,6 +49,7 @@ class TrainConfig:
         patience: validations in a row without a better perplexity that end training: the last phase takes
             (ceil(min_steps / validate_every) + patience - 1) x validate_every steps at least.
         max_steps: most steps of the last phase; None: until early stopping.
+        cooldown: of these the last ones, in which the learning rate falls linearly to 0; it needs max_steps.
         valid_limit: validate on the first so many examples of the split; None: on all.
         device: auto, cpu, cuda or cuda:N.
         step: eager, each op launched by itself; captured, the whole step in CUDA graphs; auto, captured on CUDA and eager
@@ -57,6 +60,8 @@ class TrainConfig:
             that multiplies it (AVX512_BF16), TF32 on a GPU.
         deterministic: the same weights bit for bit each time on one device.
         workers: processes that make batches; 0: a thread of this one makes them. The batches are the same.
+        gather_negatives: where several processes train together, the negatives of a pair come from the whole batch, as with one
+            process; off: from the dialogues of the process that holds it.
         log_every: steps between two records of the log.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of them are kept.
@@ -78,6 +83,7 @@ class TrainConfig:
     min_steps: int = 13_000
     patience: int = 3
     max_steps: int | None = None
+    cooldown: int = 0
     valid_limit: int | None = None
     device: str = "auto"
     step: Literal["auto", "eager", "captured", "padded"] = "auto"
@@ -85,19 +91,22 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     deterministic: bool = True
     workers: int = 0
+    gather_negatives: bool = True
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         settle(self)
-        for name in ("seed", "phase1_epochs", "min_steps", "workers"):
+        for name in ("seed", "phase1_epochs", "min_steps", "cooldown", "workers"):
             self._whole(name, 0)
         for name in ("batch_size", "warmup", "validate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
             self._whole(name, 1)
         for name, least in (("phase1_steps", 0), ("max_steps", 1), ("valid_limit", 1)):
             if getattr(self, name) is not None:
                 self._whole(name, least)
+        if self.cooldown > (self.max_steps or 0):
+            raise ConfigError(f"cooldown is the last part of max_steps, which is {self.max_steps}; {self.cooldown} is more")
         if self.seed >= 1 << 63:
             raise ConfigError(f"seed must be below 2^63, not {self.seed}")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -134,7 +143,7 @@ class TrainConfig:
         """How long each phase is, with so many training examples."""
         first = self.phase1_steps
         first = self.phase1_epochs * math.ceil(examples / self.batch_size) if first is None else first
-        last = Length(self.max_steps, self.validate_every, self.min_steps)
+        last = Length(self.max_steps, self.validate_every, self.min_steps, self.cooldown)
         return [self.model.length(phase) or (last if phase == self.open_phase else Length(first))
                 for phase in model_class(self.model.kind).phases]
 
@@ -220,13 +229,18 @@ def differences(run: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def refuse_changes(run: Path, ran: Mapping[str, Any], ran_on: Mapping[str, Any], config: TrainConfig, store: Store) -> None:
+def refuse_changes(run: Path, ran: Mapping[str, Any], ran_on: Mapping[str, Any], config: TrainConfig, store: Store,
+                   done: int = 0) -> None:
     """`ConfigError` naming what differs between what ``run`` was started with, as far as it is known, and what it resumes with.
 
     Args:
-        ran: its `TrainConfig.as_dict`. ran_on: "path" and "fingerprint" of its store.
+        ran: its `TrainConfig.as_dict`. ran_on: "path" and "fingerprint" of its store. done: its steps of the last phase.
     """
     found = differences(ran, config.as_dict()) if ran else []
+    before, now = ((each.get("max_steps"), each.get("cooldown", 0)) for each in (ran or {}, config.as_dict()))
+    if ran and before != now and any(cooldown and done > steps - cooldown for steps, cooldown in (before, now)):
+        found.append(f"max_steps and cooldown are {before[0]} and {before[1]} in the run and {now[0]} and {now[1]} now, and "
+                     f"after {done} steps the learning rate would have begun to fall")
     if ran_on.get("fingerprint", store.fingerprint) != store.fingerprint:
         of_run = f"{ran_on.get('path')} ({str(ran_on['fingerprint'])[:12]})"
         found.append(f"the store is {of_run} in the run and {store.path} ({store.fingerprint[:12]}) now")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -122,4 +123,16 @@ class Display:
     def line(self, text: str) -> None:
         """A line that stays."""
         self._printed = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def perplexity(nll: float) -> float:
+    return math.inf if nll > 700 else math.exp(nll)
+
+
+def in_words(metrics: dict[str, Any]) -> str:
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in metrics["losses"].items())
+    measured = f"perplexity {metrics['ppl']:.2f}"
+    if metrics["accuracy"] is not None:
+        measured += f", emotion accuracy {100 * metrics['accuracy']:.1f} %"
+    return f"{measured}, loss {metrics['loss']:.3f} ({losses})"

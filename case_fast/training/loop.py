@@ -19,7 +19,7 @@ import torch
 from case_fast.batch import Batch
 from case_fast.data import Store
 from case_fast.data.workers import Workers
-from case_fast.devices import device_name, resolve_device
+from case_fast.devices import device_name
 from case_fast.diagnosis import figures, held_out, in_short, look
 from case_fast.errors import CaseFastError, CheckpointError, ConfigError, DataError, Interrupted
 from case_fast.memory import keep_freed_memory
@@ -38,11 +38,12 @@ from case_fast.training.checkpoint import (
     set_rng_state,
 )
 from case_fast.training.config import TrainConfig, refuse_changes
-from case_fast.training.log import Display, RunLog
+from case_fast.training.log import Display, in_words, perplexity
 from case_fast.training.process import StopRequest, matmul_precision, peak_memory, reproducible
+from case_fast.training.processes import Processes, resumes, together
 from case_fast.training.sampler import Sampler, step_seed
-from case_fast.training.schedule import EarlyStopping, noam
-from case_fast.training.step import Prepared, Taken, make_step
+from case_fast.training.schedule import EarlyStopping, cooling, noam
+from case_fast.training.step import Prepared, StepTaken, Taken
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,12 +70,16 @@ class TrainResult:
 
 
 def train(
-    store: Store, out: str | Path, config: TrainConfig, console: Console | PlainConsole | None = None, resume: bool = False
+    store: Store, out: str | Path, config: TrainConfig, console: Console | PlainConsole | None = None, resume: bool | str = False
 ) -> TrainResult:
-    """Train a model on ``store`` into the run folder ``out``.
+    """Train a model on ``store`` into the run folder ``out``; by several processes where a launcher started them
+    (`case_fast.training.processes`).
 
     Resuming goes on from the newest sound checkpoint, bit for bit as if nothing had happened (on the same device, with as
-    many threads). Ctrl-C and SIGTERM end the step, write a checkpoint and raise; a second one aborts at once.
+    many threads and processes). Ctrl-C and SIGTERM end the step, write a checkpoint and raise; a second one aborts at once.
+
+    Args:
+        resume: whether to go on with the run in ``out``; "auto": if there is one.
 
     Raises:
         ConfigError: a setting cannot work here, or differs from those of the run that is resumed; so for the store.
@@ -83,6 +88,7 @@ def train(
         DataError: the store lacks the splits train and valid, or a field that the model reads.
         Interrupted: stopped by the user, state saved.
         NotFinite: a loss or gradient became NaN or infinite.
+        Elsewhere: another process failed, or does not answer; Unlike: has other weights.
     """
     with trainer(store, out, config, console, resume) as ready:
         return ready.train()
@@ -90,55 +96,44 @@ def train(
 
 @contextmanager
 def trainer(store: Store, out: str | Path, config: TrainConfig, console: Console | PlainConsole | None = None,
-            resume: bool = False) -> Iterator[Trainer]:
+            resume: bool | str = False) -> Iterator[Trainer]:
     """The run that `train` trains, ready for its next step and held by this process alone; errors are those of `train`."""
     for split in ("train", "valid"):
         if split not in store.splits or store.size(split) == 0:
             raise DataError(store.path, f"the store has no {split} examples", "Training needs the splits train and valid")
         store.require(split, model_class(config.model.kind).needs)
-    device = resolve_device(config.device)
     keep_freed_memory()
     config = config.resolved(len(store.featurizer.vocabulary))
-    with Run(out).held(resume) as run:
-        if resume:
-            ran_on = run.read_manifest().get("store")
-            refuse_changes(run.path, run.read_config(), ran_on if isinstance(ran_on, dict) else {}, config, store)
-        with (
-            reproducible(config.seed, config.deterministic, device),
-            matmul_precision(config.matmul_precision),
-            StopRequest() as stop,
-            Display(console or open_console()) as display,
-            Workers(store, config.workers) as workers,
-            ThreadPoolExecutor(1, "case_fast batches") as pool,
-        ):
-            ready = Trainer(store, run, config, device, display, stop, workers, pool, resume)
-            try:
-                yield ready
-            finally:
-                ready.close()
-
-
-@dataclass
-class StepTaken:
-    """One step; ``numbers``: when they have come from the device."""
-
-    dialogues: int
-    words: int
-    seconds: float = 0.0
-    numbers: Taken | None = None
-
-    @property
-    def losses(self) -> dict[str, float]:
-        return {} if self.numbers is None else self.numbers.losses
+    with together(config.device) as processes:
+        device, run = processes.device(config.device), processes.run(out)
+        resume = processes.value(resumes(resume, run))
+        with run.held(resume):
+            processes.check(config, store)
+            if resume:
+                ran_on = run.read_manifest().get("store")
+                refuse_changes(run.path, run.read_config(), ran_on if isinstance(ran_on, dict) else {}, config, store)
+            with (
+                reproducible(config.seed, config.deterministic, device),
+                matmul_precision(config.matmul_precision),
+                processes.stop_request() as stop,
+                Display(processes.console(console or open_console())) as display,
+                Workers(store, config.workers) as workers,
+                ThreadPoolExecutor(1, "case_fast batches") as pool,
+            ):
+                ready = Trainer(store, run, config, device, processes, display, stop, workers, pool, resume)
+                try:
+                    yield ready
+                finally:
+                    ready.close()
 
 
 class Trainer:
     """One run, from its set-up or newest checkpoint to its end. ``step`` counts optimizer steps over all phases; ``began`` holds
     where each phase up to the present one began."""
 
-    def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, display: Display,
+    def __init__(self, store: Store, run: Run, config: TrainConfig, device: torch.device, processes: Processes, display: Display,
                  stop: StopRequest, workers: Workers, pool: ThreadPoolExecutor, resume: bool):
-        self.store, self.run, self.config, self.device = store, run, config, device
+        self.store, self.run, self.config, self.device, self.processes = store, run, config, device, processes
         self.display, self.stop, self.workers, self.pool = display, stop, workers, pool
         costs = None if config.batching == "shuffled" else store.costs("train")
         self.sampler = Sampler(store.size("train"), config.batch_size, config.seed, config.batching, costs)
@@ -151,17 +146,19 @@ class Trainer:
         self.best: dict[str, Any] = {}
 
         self.model = self._new_model()
-        self.form = make_step(store, self.sampler, self.model, config, device)
+        self.form = processes.make_step(store, self.sampler, self.model, config, device)
         self.optimizer, self.parameters = self.form.optimizer, self.form.parameters
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.parameters]
         self.checkpoints = Checkpoints(run.checkpoints, config.keep_checkpoints)
         if resume:
             self._restore()
+        # a checkpoint holds both moments of Adam too; it is written before the one in whose place it comes is removed
+        run.require_room(self._weight_bytes * (3 if resume else 7), begun=resume)
         run.set_up(config.as_dict(), store, device)
         self.model.set_phase(self.phase_name)
         with writing("the log", run.path):
-            self.log = RunLog(run, self.step if resume else None)
+            self.log = processes.log(run, self.step if resume else None)
         self.batches = self._ahead(self._training_batch, itertools.count(self.step))
         self.recent: deque[StepTaken] = deque(maxlen=config.log_every)
 
@@ -261,9 +258,10 @@ class Trainer:
                 break
             if self.stopped:
                 continue
-            if self.stop.signal:
+            if signal := self.processes.signal:
                 path = self._save()
-                raise Interrupted(f"stopped by {self.stop.signal} after step {self.step}; the state is in {path}. "
+                self.processes.wait()
+                raise Interrupted(f"stopped by {signal} after step {self.step}; the state is in {path}. "
                                   f"Continue with the same command and --resume")
             if self.step and self.step % self.config.checkpoint_every == 0:
                 self._save()
@@ -280,8 +278,7 @@ class Trainer:
     def _introduce(self) -> None:
         self.display.line(
             f"{type(self.model).__name__} with {self.parameter_count:,} trained parameters on {self.device} "
-            f"({device_name(self.device)}); "
-            f"{self.sampler.examples:,} training dialogues, "
+            f"({device_name(self.device)}){self.processes.in_words}; {self.sampler.examples:,} training dialogues, "
             f"{self.sampler.steps_per_epoch:,} steps an epoch; {self.valid_size:,} for validation"
         )
         self.display.line(", then ".join(said for number in range(len(self.lengths)) if (said := self._said_of(number))))
@@ -300,6 +297,7 @@ class Trainer:
             return f"{length.steps:,} steps of phase {number + 1}" if length.steps else ""
         ends = "training" if number + 1 == len(self.lengths) else f"phase {number + 1}"
         most = f"; {length.steps:,} steps at most" if length.steps else ""
+        most += f", the learning rate falling over the last {length.cooldown:,}" if length.cooldown else ""
         return (f"{config.fewest(length):,} steps at least: {config.patience} validations in a row without a better perplexity "
                 f"end {ends}, one every {length.validate_every:,} steps, counted from step {length.min_steps:,} on{most}")
 
@@ -311,8 +309,8 @@ class Trainer:
             began = self.began[-1] + (self.length.steps or 0)
         else:
             self.display.line(f"phase {self.phase} ({self.phase_name}) is over ({self.stopped}); what follows begins with its "
-                              f"best weights, of step {self.best_step:,}: {_in_words(self.best)}")
-            self.model.load_weights(self.run.best_of(self.phase_name) / "model.safetensors")
+                              f"best weights, of step {self.best_step:,}: {in_words(self.best)}")
+            self.processes.load_weights(self.model, self.run.best_of(self.phase_name) / "model.safetensors")
         self.began.append(began)
         self.stopping, self.best = EarlyStopping(self.config.patience, self.length.min_steps), {}
 
@@ -332,9 +330,9 @@ class Trainer:
         result = TrainResult(self.run.path, self.step, self.began[-1], self.stopped, self.best_step, self.best)
         self.log.write("end", self.phase, self.step, stopped=self.stopped, best_step=self.best_step, best=self.best)
         self.run.finish(parameters=self.parameter_count, result=asdict(result) | {"run": str(self.run.path)})
-        self.display.line(
-            f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: {_in_words(self.best)}"
-        )
+        self.display.line(f"done after {self.step:,} steps ({self.stopped}); best after step {self.best_step:,}: "
+                          f"{in_words(self.best)}")
+        self.processes.wait()
         return result
 
     # ---- batches
@@ -355,8 +353,9 @@ class Trainer:
         return make(split, indices, self.model.needs, seed)
 
     def _training_batch(self, step: int) -> Callable[[], Prepared]:
-        batch = self._batch("train", self.sampler.indices(step), step_seed(self.config.seed, step))
-        return lambda: self.form.prepared(batch())
+        indices, negatives = self.sampler.indices(step), self.config.gather_negatives
+        batch = self._batch("train", self.processes.share(indices), step_seed(self.config.seed, step))
+        return lambda: self.form.prepared(self.processes.shared(batch(), len(indices), negatives))
 
     def _validation_batch(self, start: int) -> Callable[[], Batch]:
         batch = self._batch("valid", range(start, min(start + VALIDATION_BATCH, self.valid_size)), seed=0)
@@ -369,6 +368,7 @@ class Trainer:
         config, started = self.config, time.perf_counter()
         batch = next(self.batches)
         lr = noam(self.step + 1, config.model.d_model, config.warmup, config.lr_scale)
+        lr *= cooling(self.phase_step + 1, self.length.steps, self.length.cooldown)
         self.model.set_turn(self.phase_step)
         self.form.take(batch, lr)
         # step and phase before the count moves on: the last step of phase 1 is one of phase 1
@@ -396,23 +396,25 @@ class Trainer:
 
     def _fail(self, step: int, numbers: Taken) -> None:
         self.step = step - 1  # where the weights are
+        self.model.set_turn(self.phase_step)
         losses, norm = numbers.losses, numbers.norm
-        seed = step_seed(self.config.seed, self.step)
-        self.form.examine(lambda: self.form.prepared(
-            self.store.batch("train", self.sampler.indices(self.step), self.model.needs, seed)
-        ))
-        bad = [
-            name
-            for name, p in zip(self.names, self.parameters, strict=True)
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        indices = self.sampler.indices(self.step)
-        facts = {"phase": self.phase, "split": "train", "indices": indices, "losses": losses, "grad_norm": norm}
-        path = self.run.dump(step, facts | {"parameters_with_bad_gradients": bad})
-        self.log.write("failure", self.phase, step, losses=losses, grad_norm=norm)
+        indices, seed = self.sampler.indices(self.step), step_seed(self.config.seed, self.step)
+        self.form.examine(lambda: self.form.prepared(self.store.batch("train", indices, self.model.needs, seed)))
+        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        kept = self._dump("train", step, indices=indices, seed=seed, losses=losses, grad_norm=norm,
+                          parameters_with_bad_gradients=bad)
         what = f"loss {losses['loss']}" if not math.isfinite(losses["loss"]) else f"norm of the gradients {norm}"
-        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. Batch and losses are in {path}; "
-                        "the last checkpoint is untouched")
+        raise NotFinite(f"step {step}: {what}; nothing was changed by this step. {kept}; the last checkpoint is untouched")
+
+    def _dump(self, split: str, step: int, **facts: Any) -> str:
+        """Keep what is known of a failure; in words, where. A disk that is full as well does not hide the failure."""
+        at = {"phase": self.phase, "phase_name": self.phase_name, "phase_step": self.phase_step, "split": split}
+        try:
+            path = self.run.dump(step, at | facts, self.model.state_dict())
+            self.log.write("failure", self.phase, step, **facts)
+        except CheckpointError as error:
+            return f"What is known could not be kept ({error})"
+        return f"Batch and losses are in {path}, and case-fast debug {path} looks into them"
 
     # ---- numbers of the latest steps
 
@@ -426,7 +428,7 @@ class Trainer:
         losses = next((taken.losses for taken in reversed(self.recent) if taken.numbers), {})
         shown = f"loss {losses['loss']:.3f}" if losses else "loss to come"
         if "generation" in losses:
-            shown += f", perplexity {_perplexity(losses['generation']):.1f}"
+            shown += f", perplexity {perplexity(losses['generation']):.1f}"
         return f"{shown}, lr {lr:.1e}, {dialogues:.0f} dialogues/s, {words:,.0f} words/s"
 
     def _log_step(self, phase: int, lr: float) -> None:
@@ -450,32 +452,31 @@ class Trainer:
     def _validate(self) -> None:
         """Measure the validation split; keep the weights if they are the best. A stop request ends it without a result."""
         started = time.perf_counter()
-        batches = self._ahead(self._validation_batch, range(0, self.valid_size, VALIDATION_BATCH))
+        batches = self._ahead(self._validation_batch, self.processes.part(range(0, self.valid_size, VALIDATION_BATCH)))
         found = read_references(self.model, itertools.takewhile(lambda _: not self.stop.signal, batches), self.form.forward)
-        if self.stop.signal:
+        found = self.processes.joined(found)
+        if self.processes.signal:
             return
         mean, losses = found.mean_nll, dict(found.losses)
-        metrics: dict[str, Any] = {"ppl": _perplexity(mean), "ppl_geometric": _perplexity(found.mean_nll_of_replies),
+        metrics: dict[str, Any] = {"ppl": perplexity(mean), "ppl_geometric": perplexity(found.mean_nll_of_replies),
                                    "accuracy": found.accuracy, "loss": losses.pop("loss"), "losses": losses,
                                    "examples": self.valid_size, "target_words": found.words}
         if not math.isfinite(mean):
-            path = self.run.dump(self.step, {"phase": self.phase, "split": "valid", "metrics": metrics})
-            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}; its losses are in {path}")
+            kept = self._dump("valid", self.step, metrics=metrics)
+            raise NotFinite(f"validation after step {self.step}: mean negative log-likelihood {mean}. {kept}")
         better = self.stopping.update(self.phase_step, mean)
         if better:
             self.best = metrics
             self.run.save_best(self.model, "" if self.in_last_phase else self.phase_name)
         self.validated = self.step
-        diagnosis = self._diagnosis()
+        diagnosis = self._diagnosis() if self.processes.first else {}
         seconds = time.perf_counter() - started
-        self.log.write(
-            "validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures, diagnosis=diagnosis,
-            seconds=round(seconds, 2),
-        )
+        self.log.write("validation", self.phase, self.step, **metrics, best=better, failures=self.stopping.failures,
+                       diagnosis=diagnosis, seconds=round(seconds, 2))
         verdict = "the best so far" if better else f"not better than at step {self.best_step:,}"
         if self.stopping.failures:
             verdict += f", {self.stopping.failures} of {self.config.patience} before stopping"
-        self.display.line(f"validation after step {self.step:,}: {_in_words(metrics)}; {verdict}")
+        self.display.line(f"validation after step {self.step:,}: {in_words(metrics)}; {verdict}")
         if diagnosis:
             said = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in diagnosis.items())
             self.display.line(f"diagnosis after step {self.step:,}: {said}")
@@ -493,8 +494,15 @@ class Trainer:
 
     # ---- saving and coming back
 
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+
     def _save(self) -> Path:
         self.collect()  # a checkpoint is of steps that are known to be sound
+        self.processes.compare(self.model)
+        if not self.processes.first:
+            return self.checkpoints.path(self.step)
         started = time.perf_counter()
         state = {
             "config": self.config.as_dict(),
@@ -512,39 +520,30 @@ class Trainer:
         return path
 
     def _restore(self) -> None:
-        self.checkpoints.clean()
-        weights = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
-        found = self.checkpoints.newest(max_bytes=3 * weights + MAX_HEADER_BYTES)
+        found = self.processes.checkpoint(self._newest)
         if found is None:
             self.display.line("there is no checkpoint yet: the run starts from the beginning")
-            return
-        self._take(found)
+        else:
+            self._take(found)
+
+    def _newest(self) -> Checkpoint | None:
+        self.checkpoints.clean()
+        return self.checkpoints.newest(max_bytes=3 * self._weight_bytes + MAX_HEADER_BYTES)
 
     def _take(self, found: Checkpoint) -> None:
         try:
             ran, ran_on, state = found.state["config"], found.state["store"], found.state["stopping"]
-            refuse_changes(self.run.path, ran, ran_on, self.config, self.store)
             if retired := self.model.load_tensors(found.tensors["model"]):
                 self.display.line(f"the run is of an earlier version ({', '.join(retired)} is not used any more): dropout and "
                                   "drawn negatives follow another rule from here on")
             load_optimizer(self.optimizer, self.names, found.tensors["optimizer"])
             self.step, self.validated, self.best = found.step, int(found.state["validated"]), dict(found.state["best"])
             self.began = list(found.state.get("began", self._began_by(found.step)))  # not there: of an earlier version
+            done = self.phase_step if self.phase_name == self.config.open_phase else 0
+            refuse_changes(self.run.path, ran, ran_on, self.config, self.store, done)
             self.stopping = EarlyStopping(self.config.patience, self.length.min_steps, **state)
             set_rng_state(found.state["rng"], self.device)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CaseFastError):
                 raise
             raise CheckpointError(f"{found.path}: its state cannot be used ({error!r})") from error
-
-
-def _perplexity(nll: float) -> float:
-    return math.inf if nll > 700 else math.exp(nll)
-
-
-def _in_words(metrics: dict[str, Any]) -> str:
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in metrics["losses"].items())
-    measured = f"perplexity {metrics['ppl']:.2f}"
-    if metrics["accuracy"] is not None:
-        measured += f", emotion accuracy {100 * metrics['accuracy']:.1f} %"
-    return f"{measured}, loss {metrics['loss']:.3f} ({losses})"

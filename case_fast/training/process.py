@@ -7,8 +7,9 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -16,10 +17,17 @@ import torch
 
 
 class StopRequest:
-    """Notices Ctrl-C and SIGTERM: the first one asks (``signal`` is its name), the second raises KeyboardInterrupt."""
+    """Notices Ctrl-C and SIGTERM: the first one asks (``signal`` is its name), the second raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    Args:
+        saying: what is told to happen then; None: nothing is told.
+        echo: seconds in which a further signal is the same request: a terminal or a scheduler and the launcher both send it.
+    """
+
+    def __init__(self, saying: str | None = "finishing this step and saving", echo: float = 0.0) -> None:
+        self.saying, self.echo = saying, echo
         self.signal: str | None = None
+        self._asked = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -33,10 +41,14 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if time.monotonic() - self._asked < self.echo:
+                return
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.signal, self._asked = signal.Signals(number).name, time.monotonic()
         # not through the display: this runs between any two instructions, one of the display's own included
-        os.write(2, f"\n{self.signal}: finishing this step and saving; once more aborts at once\n".encode())
+        if self.saying is not None:
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, f"\n{self.signal}: {self.saying}; once more aborts at once\n".encode())
 
 
 @contextmanager

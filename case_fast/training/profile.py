@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from collections import defaultdict
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from case_fast.data import Store
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError
+from case_fast.files import require_folder_place, write_bytes
 from case_fast.models import DialogueModel
 from case_fast.optional import PlainConsole, needed
 from case_fast.runs import Run, load_model
@@ -72,7 +74,7 @@ def profile_training(store: Store, out: str | Path, steps: int = 5, run: str | P
         The device's rates, measured first, and the phases in turn, each recorded when it is asked for.
 
     Raises:
-        ConfigError: no steps, or ``out`` cannot be written; what `train` refuses. CheckpointError: no such run.
+        ConfigError: no steps; what `train` refuses. PlaceError: ``out`` cannot be written. CheckpointError: no such run.
         DataError: the store is damaged or lacks a split.
     """
     if steps < 1:
@@ -87,11 +89,9 @@ def profile_training(store: Store, out: str | Path, steps: int = 5, run: str | P
             raise ConfigError(f"{run} was trained on another store: it has {weights.config.vocab_size} words, {store.path} has "
                               f"{len(store.featurizer.vocabulary)}")
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be made ({error.strerror}); give another folder with --out") from error
+    require_folder_place(out)
     rates = measure_rates(resolve_device(device))
+    out.mkdir(parents=True, exist_ok=True)
     return rates, _phases(store, out, steps, config, weights, rates)
 
 
@@ -261,4 +261,6 @@ def picture(profiled: PhaseProfile, rates: Rates, path: Path) -> None:
     axes.legend(loc="best", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    write_bytes(path, stream.getvalue())

@@ -10,6 +10,13 @@ def noam(step: int, d_model: int, warmup: int, scale: float = 1.0) -> float:
     return scale * d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
+def cooling(step: int, steps: int | None, cooldown: int) -> float:
+    """The factor on the learning rate of a phase's step (1, 2, ...): 1, and over the last ``cooldown`` of its ``steps`` falling
+    linearly to 1 / cooldown, so that the weights settle (Hägele et al., 2024, "Scaling laws and compute-optimal training
+    beyond fixed training durations")."""
+    return min(1.0, (steps - step + 1) / cooldown) if cooldown and steps is not None else 1.0
+
+
 @dataclass
 class EarlyStopping:
     """Counts validations in a row that were no better than the best one.

@@ -52,7 +52,21 @@ class Taken:
         return math.isfinite(self.losses["loss"]) and math.isfinite(self.norm)
 
 
-@dataclass(frozen=True)
+@dataclass
+class StepTaken:
+    """One step; ``numbers``: when they have come from the device."""
+
+    dialogues: int
+    words: int
+    seconds: float = 0.0
+    numbers: Taken | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return {} if self.numbers is None else self.numbers.losses
+
+
+@dataclass
 class Prepared:
     """A batch on its way to a step; ``dialogues`` and ``words`` (of contexts and replies) are the real ones.
 
@@ -78,6 +92,8 @@ class EagerStep:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = Adam(groups, self._rate(), config.betas, config.eps)
         self._taken: list[Taken] = []
+        saved = model.state_dict()
+        self._counts = [buffer for name, buffer in model.named_buffers() if name in saved]  # what forward changes
 
     def _rate(self) -> float | Tensor:
         return 0.0
@@ -102,13 +118,20 @@ class EagerStep:
         self.optimizer.zero_grad()
 
     def take(self, prepared: Prepared, lr: float) -> None:
+        before = [count.clone() for count in self._counts]
         output, norm = self._backward(prepared.batch)
         names, values = _numbers(output, norm)
         taken = _taken(names, values.tolist())  # one transfer for all
         self._taken.append(taken)
-        if taken.finite:  # else the gradients stay, to be examined
+        if taken.finite:
             self._follow(lr)
             self._update(norm)
+        else:  # the gradients stay, to be examined
+            self._count_as(before)
+
+    def _count_as(self, before: Sequence[Tensor]) -> None:
+        for count, kept in zip(self._counts, before, strict=True):
+            count.copy_(kept)
 
     def _follow(self, lr: float | Tensor) -> None:
         for group in self.optimizer.param_groups:
@@ -135,8 +158,6 @@ class PaddedStep(EagerStep):
         self._lr = torch.zeros((), device=device)
         super().__init__(model, config, device)
         self.sizes = list(sizes)
-        saved = model.state_dict()
-        self._counts = [buffer for name, buffer in model.named_buffers() if name in saved]  # what forward changes
         self._inputs: dict[int, tuple[Batch, Tensor]] = {}  # of each capacity
         self._rings: dict[Objective, tuple[list[str], Tensor]] = {}  # names, and (log_every, names) of the latest steps
         self._row = torch.zeros(1, dtype=torch.int64, device=device)  # of the ring, that the next step writes
@@ -207,7 +228,9 @@ class PaddedStep(EagerStep):
 
     def examine(self, prepared: Callable[[], Prepared]) -> None:
         self.optimizer.zero_grad()
+        before = [count.clone() for count in self._counts]
         self._backward(prepared().batch)
+        self._count_as(before)
 
 
 class CapturedStep(PaddedStep):

@@ -22,7 +22,7 @@ from case_fast.errors import ConfigError
 
 def slow_batch(examples: list[Example], texts: TextTable) -> dict[str, list]:
     """The fields of the batch and of its parts as plain lists, one dialogue after the other, no arithmetic on whole arrays."""
-    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "longest", "seed", *PARTS)}
+    home = {item.name: "" for item in fields(Batch) if item.name not in ("size", "longest", "seed", "others", *PARTS)}
     home |= {item.name: "case." for item in fields(CasePart)}
     out: dict[str, list] = {name: [0] if name.startswith("cu_") else [] for name in home}
     concept: dict[str, list] = {name: [] for name in ("word", "position", "type", "intensity")}

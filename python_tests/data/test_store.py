@@ -104,7 +104,7 @@ def test_a_store_of_before_the_feedback_serves_all_other_parts_and_names_what_it
     for split in SPLITS:
         arrays = load_file(path / f"{split}.safetensors")
         save_file({name: x for name, x in arrays.items() if not name.startswith("feedback")}, path / f"{split}.safetensors")
-    store = open_store(path)
+    store = open_store(path, check=False)
     others = [part for part in PARTS if part != "feedback"]
     found = dict(tensors(store.batch("train", [3, 1], seed=0)))
     expected = dict(tensors(make_batch([made[0]["train"][3], made[0]["train"][1]], made[1], others)))
@@ -169,7 +169,7 @@ def test_opening_reads_no_array(tmp_path, made):
     del arrays
     tracemalloc.start()
     try:
-        store = open_store(folder)
+        store = open_store(folder, check=False)
         store.batch("train", [0])
         assert len(store.example("train", 1).response) >= 10_000_000
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
@@ -395,7 +395,7 @@ def test_a_split_name_is_no_path(store):
     shutil.copy(store.path / "train.safetensors", outside)
     manifest = store.path / "manifest.json"
     manifest.write_bytes(manifest_with(counts={"examples": {"../outside": 40, "valid": 3}})(manifest.read_bytes()))
-    assert open_store(store.path).splits == ("valid",)
+    assert open_store(store.path, check=False).splits == ("valid",)
 
 
 def test_what_is_no_store_is_refused(tmp_path):
@@ -413,10 +413,12 @@ def test_damaged_word_vectors_are_named(store, damage):
     path = store.path / "embeddings.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"embeddings\.safetensors: damaged"):
-        open_store(store.path).embeddings()
+        open_store(store.path, check=False).embeddings()
     path.unlink()
     with pytest.raises(DataError, match=r"embeddings\.safetensors: word vectors of the store not found"):
-        open_store(store.path).embeddings()
+        open_store(store.path, check=False).embeddings()
+    with pytest.raises(DataError, match=r"embeddings\.safetensors: part of the store not found"):
+        open_store(store.path)
 
 
 def test_any_flipped_byte_of_a_header_is_survived(store):
@@ -431,7 +433,45 @@ def test_any_flipped_byte_of_a_header_is_survived(store):
         damaged[rng.randrange(size)] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            open_store(store.path)
+            open_store(store.path, check=False)
         except DataError:
             refused += 1
     assert refused > 150
+
+
+@pytest.mark.parametrize("part", ["manifest.json", "vocabulary.json", "features.json", "texts.safetensors", "train.safetensors",
+                                  "valid.safetensors", "embeddings.safetensors"])
+def test_a_flipped_bit_anywhere_is_noticed_on_opening(store, part):
+    """Of the manifest: but where JSON has the same value all the same, or where it is the name of its own checksum."""
+    path = store.path / part
+    whole = path.read_bytes()
+    rng = random.Random(part)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = open_store(store.path)
+        except DataError as error:
+            assert str(error).startswith(f"{path}: ") or part == "manifest.json", error
+        else:
+            assert part == "manifest.json"
+            assert {name: found.manifest[name] for name in store.manifest if name != "sha256"} == {
+                name: value for name, value in store.manifest.items() if name != "sha256"}
+    path.write_bytes(whole)
+    open_store(store.path)
+
+
+def test_a_manifest_of_before_it_had_a_checksum_is_read_and_other_checksums_hold(store):
+    path = store.path / "manifest.json"
+    path.write_bytes(manifest_without("sha256")(path.read_bytes()))
+    assert open_store(store.path).fingerprint == store.fingerprint
+    for change in (manifest_with(fingerprint="0" * 64), manifest_with(files=store.manifest["files"] | {"x": "0" * 64})):
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        with pytest.raises(DataError, match=r"manifest\.json: damaged \(its checksum does not match\)"):
+            open_store(store.path)
+        path.write_bytes(whole)
+    path.write_bytes(manifest_with(files={"../train.safetensors": "0" * 64})(path.read_bytes()))
+    with pytest.raises(DataError, match="damaged"):
+        open_store(store.path)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from case_fast.data import open_store, travel
+from case_fast.data import travel
 from case_fast.data.travel import pack_store, unpack_store
 from case_fast.errors import ConfigError, DataError
 
@@ -141,5 +141,5 @@ def test_a_store_that_is_not_the_one_of_its_manifest_is_not_packed(sample_store,
     shutil.copytree(sample_store.path, tmp_path / "store")
     (tmp_path / "store" / "features.json").write_text((tmp_path / "store" / "features.json").read_text() + " ")
     with pytest.raises(DataError, match="features.json: it is not the file that the store's manifest knows"):
-        pack_store(open_store(tmp_path / "store"), tmp_path / "out")
+        pack_store(tmp_path / "store", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

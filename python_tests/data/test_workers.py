@@ -78,7 +78,7 @@ def test_closing_ends_workers_that_are_not_listened_to(sample_store):
         for _ in range(8):  # more than a pipe holds
             one.ask("train", range(sample_store.size("train")), PARTS, 0)
         started = time.monotonic()
-    assert time.monotonic() - started < 5 and one.processes[0].poll() is not None
+    assert time.monotonic() - started < 30 and one.processes[0].poll() is not None
 
 
 def test_another_store_at_the_same_place_is_refused(sample_store, monkeypatch):

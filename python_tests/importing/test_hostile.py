@@ -70,10 +70,9 @@ def array(shape: bytes, code: str, raw: bytes) -> bytes:
 
 def rows_again(times: int) -> bytes:
     """A release whose contexts are one list of lists, each the same again."""
-    turn = [["w" * 1000] * 300] * 1
-    context = [turn[0]] * 301
+    context = [["w" * 1000] * 300] * 301
     part = {"context": [context] * times, "target": [["a"]] * times, "emotion": ["sad"] * times}
-    return pickled([part, part, part], 4)
+    return pickle.dumps([part, part, part, {"word2index": {}}], 4)
 
 
 def doubled(levels: int, pair: bytes) -> bytes:

@@ -44,6 +44,7 @@ from safetensors.torch import load_file, save_file
 from slow_case import SlowCase
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from case_fast import checksums
 from case_fast import equations as eq
 from case_fast.batch import Batch
 from case_fast.data.featurizer import Example, TextTable
@@ -698,6 +699,7 @@ def test_weights_of_earlier_versions_load(tmp_path):
     """Without the model's name, with the seed of drawn negatives and its counter."""
     model = tiny_model().eval()
     model.save_pretrained(tmp_path)
+    (tmp_path / checksums.NAME).unlink()
     config = {key: value for key, value in model.config.as_dict().items() if key != "model"} | {"seed": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = load_file(tmp_path / "model.safetensors")
@@ -729,6 +731,7 @@ def test_weights_saved_before_a_setting_existed_load_with_what_they_were_trained
     config = model.config.as_dict()
     assert config.keys() - first - {"model"} == CASEConfig.came_later.keys()  # a new setting says what came before it
     model.save_pretrained(tmp_path)
+    (tmp_path / checksums.NAME).unlink()
     (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in first}))
     later = {name: getattr(LaterConfig(), name) for name in CASEConfig.came_later}
     for loaded in (load(tmp_path), CASE.from_pretrained(tmp_path)):

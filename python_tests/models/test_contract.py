@@ -162,16 +162,19 @@ def test_a_batch_without_a_part_that_the_model_needs_is_refused(name):
 
 @pytest.mark.slow
 def test_eight_dialogues_are_learnt_by_heart(name):
+    """In 300 steps at most."""
     examples, texts = random_examples(8, seed=5)
     smoothing = {} if name == "case" else {"label_smoothing": 0.0}
-    batch, model = make_batch(examples, texts), tiny(name, d_model=32, ffn=64, **smoothing).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        optimizer.zero_grad()
-        out = model(batch)
-        out.loss.backward()
-        optimizer.step()
-    assert model.eval()(batch).losses["generation"] < 0.05
+    batch, model = make_batch(examples, texts), tiny(name, d_model=32, ffn=64, **smoothing)
+    optimizer, steps = torch.optim.Adam(model.parameters(), lr=3e-3), 0
+    while model.eval()(batch).losses["generation"] >= 0.05:
+        assert steps < 300
+        model.train()
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(batch).loss.backward()
+            optimizer.step()
+        steps += 20
 
 
 def never_asks(name: str) -> None:
@@ -236,6 +239,7 @@ def test_saved_weights_come_back_as_the_model_they_are(name, tmp_path):
     with pytest.raises(CheckpointError, match=f"holds the model {name}, not {other}"):
         model_class(other).from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "checksums.json").unlink()  # as another version wrote it, not damaged
     (tmp_path / "config.json").write_text(json.dumps(config | {"model": "oracle"}))
     with pytest.raises(CheckpointError, match="'oracle', which this version does not know; it knows case, "):
         load(tmp_path)

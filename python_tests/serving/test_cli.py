@@ -13,7 +13,7 @@ import pytest
 from case_fast import __version__, cli
 from case_fast.data import open_store
 from case_fast.errors import Interrupted
-from case_fast.models import CASE, MODELS, model_class
+from case_fast.models import CASE, MODELS, model_class, title_of
 
 SMALL = ["--model.d_model", "16", "--model.ffn", "16", "--phase1-steps", "2", "--max-steps", "4", "--validate-every", "2",
          "--valid-limit", "8", "--min-steps", "0", "--log-every", "1"]
@@ -175,7 +175,7 @@ def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, t
     assert predicts or "n/a: the model predicts no emotion" in shown
     assert cli.main(["report", str(run)]) == 0
     text = (run / "report.html").read_text()
-    assert f"{model_class(name).__name__} run" in text and "Training loss" in text and "phase 1" not in text
+    assert f"{title_of(name)} run" in text and "Training loss" in text and "phase 1" not in text
     assert ("Emotion accuracy" in text) and ("no value: the model predicts no emotion" in text) != predicts
     monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n/why\n"))
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import case_fast
+from case_fast import checksums
 from case_fast.data.empathetic_dialogues import Turn
 from case_fast.data.featurizer import FeatureSettings, Featurizer, prompts
 from case_fast.data.text import detokenize, tokenize
@@ -269,6 +270,7 @@ def test_from_pretrained_is_strict_and_gives_its_settings(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["w_aff"]
     save_file(weights, tmp_path / "model.safetensors")
+    checksums.write(tmp_path)
     with pytest.raises(RuntimeError, match="w_aff"):
         CASE.from_pretrained(str(tmp_path))
 

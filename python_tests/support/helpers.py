@@ -22,7 +22,7 @@ from case_fast.data.prepare import PrepareSettings, prepare
 from case_fast.data.store import Store
 from case_fast.data.vocabulary import SPECIALS, Vocabulary
 from case_fast.knowledge.source import COGNITION_RELATIONS, REACTION_RELATION, RELATIONS
-from case_fast.models import CASE, CASEConfig, model_class
+from case_fast.models import CASE, CASEConfig, DialogueModel, model_class
 from case_fast.training import preset
 
 PLAIN_WORDS = "i you we my the a to was is am not and so it had went feel".split()
@@ -203,6 +203,15 @@ def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def split_rows(packed: Tensor, cu: Tensor) -> list[Tensor]:
     """Packed rows as one tensor a sequence."""
     return list(packed.split((cu[1:] - cu[:-1]).tolist()))
+
+
+def model_outputs(model: DialogueModel, batch: Batch) -> list[dict[str, Tensor]]:
+    """hidden, nll and emotion of each dialogue."""
+    out = model(batch)
+    found = {"hidden": split_rows(out.hidden, batch.cu_target), "nll": split_rows(out.nll, batch.cu_target)}
+    if out.emotion_logits is not None:
+        found["emotion"] = list(out.emotion_logits)
+    return [{name: rows[b] for name, rows in found.items()} for b in range(batch.size)]
 
 
 def close(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray, tolerance: float) -> bool:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from case_fast import cli
 from case_fast.data.store import Store
-from case_fast.errors import CheckpointError, ConfigError
+from case_fast.errors import CheckpointError, ConfigError, Interrupted
 from case_fast.models import MODELS
 from case_fast.runs import Run
 from case_fast.tables import plan, rows_of, table_of, write_table
 from case_fast.tables.numbers import METRICS, floors_of
-from case_fast.tables.plan import Planned, Row, digest
+from case_fast.tables.plan import Planned, Row, carry_out, digest
 from case_fast.tables.write import latex, markdown
-from case_fast.training import preset
+from case_fast.training import preset, train
 
 SMALL = {"model": {"d_model": 16, "ffn": 16}, "max_steps": 2, "validate_every": 2, "valid_limit": 8, "min_steps": 0,
-         "log_every": 1}
+         "log_every": 1, "device": "cpu"}
 
 
 def test_table_1_has_every_model_and_table_2_every_ablation():
@@ -53,11 +58,17 @@ def test_a_digest_changes_with_what_decides_the_numbers_alone():
 
 @pytest.fixture(scope="module")
 def made(sample_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small table 1 of two seeds, made by the command itself."""
-    folder = tmp_path_factory.mktemp("table")
+    """The folder of a small table 1 of two seeds. All runs but the last are there, the first not evaluated; the command makes
+    what is missing, in processes of its own, and the table."""
+    folder, data = tmp_path_factory.mktemp("table"), str(sample_store.path)
     settings = folder / "settings.json"
     settings.write_text(json.dumps({key: value for key, value in SMALL.items() if key != "max_steps"} | {"phase1_steps": 1}))
-    words = ["table", "1", "--data", str(sample_store.path), "--out", str(folder / "out"), "--models", "transformer,cem",
+    first, *others, _ = small_plan(sample_store, folder / "out")
+    for item in (first, *others):
+        train(sample_store, item.folder, item.config, Console(file=io.StringIO()))
+    for item in others:
+        assert cli.main(["evaluate", str(item.folder), "--data", data]) == 0
+    words = ["table", "1", "--data", data, "--out", str(folder / "out"), "--models", "transformer,cem",
              "--seeds", "2", "--settings", str(settings), "--max_steps", "2", "--device", "cpu", "--jobs", "2"]
     assert cli.main(words) == 0
     return folder / "out"
@@ -174,10 +185,26 @@ def test_a_dry_run_says_what_there_is_and_does_nothing(sample_store, tmp_path, c
     assert "w/o Align (paper), seed 0: new" in shown and "0 of 7 runs finished" in shown
     assert "7 runs whose speed is not known" in shown
     assert not out.exists()
-    for words, said in ((["--seeds", "0"], "at least 1"), (["--settings", str(tmp_path / "no.yaml")], "no YAML or JSON file"),
+    for words, said in ((["--seeds", "0"], "at least 1"),
+                        (["--settings", str(tmp_path / "no.yaml")], "no.yaml: file of settings not found"),
                         (["--runs", f"{tmp_path},{tmp_path / 'no'}"], f"there is no folder {tmp_path / 'no'}. Name runs")):
         assert cli.main(["table", "2", "--data", str(sample_store.path), "--out", str(out), *words]) == 1
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_the_runs_too(sample_store, tmp_path, monkeypatch, name):
+    begun = []
+
+    def begin(*_: object) -> subprocess.Popen[bytes]:
+        begun.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True))
+        return begun[-1]
+
+    monkeypatch.setitem(carry_out.__globals__, "_begin", begin)
+    planned = plan(rows_of(2), [0], sample_store, tmp_path)
+    with pytest.raises(Interrupted, match=f"stopped by {name}; each run has its checkpoint"):
+        carry_out(planned, sample_store, "cpu", 1, lambda *_: signal.raise_signal(signal.Signals[name]))
+    assert len(begun) == 1 and begun[0].returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def reseal(path: Path, change: Callable[[dict], object]) -> None:
     body = json.loads(path.read_bytes())
     del body["sha256"]
     change(body)
-    path.write_bytes(module._sealed(body))
+    path.write_bytes(module.sealed(body))
 
 
 def test_what_was_saved_is_read_back(two):

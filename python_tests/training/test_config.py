@@ -69,6 +69,13 @@ def test_plain_values_and_back():
         TrainConfig.from_dict({"model": 3})
 
 
+def test_a_cooldown_is_a_part_of_max_steps():
+    assert TrainConfig(max_steps=9, cooldown=9).lengths(1)[-1].cooldown == 9
+    for steps in (None, 8):
+        with pytest.raises(ConfigError, match=f"cooldown is the last part of max_steps, which is {steps}; 9 is more"):
+            TrainConfig(max_steps=steps, cooldown=9)
+
+
 @pytest.mark.parametrize("name", CASEConfig.ablations)
 def test_resolved_carries_out_the_ablation_and_takes_the_vocabulary(name):
     config = TrainConfig(model=tiny_config(), ablation=name).resolved(99)

@@ -22,6 +22,7 @@ from helpers import PRINTED, tiny_config
 from rich.console import Console
 from training_helpers import PHASE_1, PHASE_2, MemoryStore, at_step, interrupt_at, outcome, records, run, tiny_run
 
+from case_fast import runs
 from case_fast.data import Featurizer
 from case_fast.diagnosis import figures, held_out, in_short
 from case_fast.diagnosis import look as inside_of
@@ -30,6 +31,7 @@ from case_fast.models import CASE, CASEConfig
 from case_fast.training import NotFinite, TrainConfig, loop, train
 from case_fast.training.checkpoint import Checkpoints
 from case_fast.training.process import matmul_precision, reproducible
+from case_fast.training.schedule import cooling, noam
 
 STEPS = PHASE_1 + PHASE_2
 
@@ -236,6 +238,21 @@ def test_bf16_and_clipping_train_float32_weights_to_another_outcome(store, tmp_p
 
 
 # ---- determinism, interruption, resumption
+
+
+def test_a_cooldown_goes_on_from_a_run_without_one(store, tmp_path):
+    whole = run(store, tmp_path / "whole", tiny_run(max_steps=PHASE_2 + 3, cooldown=3))
+    rates = [record["lr"] for record in records(tmp_path / "whole", "step") if record["phase"] == 2]
+    late = [noam(PHASE_1 + step, 16, 8) * cooling(step, PHASE_2 + 3, 3) for step in range(2, PHASE_2 + 4, 2)]
+    assert rates == pytest.approx(late, rel=1e-6)
+    run(store, tmp_path / "parts")
+    with pytest.raises(ConfigError, match=r"cooldown are 9 and 0 in the run and 9 and 3 now, and after 9 steps"):
+        run(store, tmp_path / "parts", tiny_run(cooldown=3), resume=True)
+    run(store, tmp_path / "parts", tiny_run(max_steps=PHASE_2 + 3, cooldown=3), resume=True)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"12 and 3 in the run and 15 and 3 now"):
+        run(store, tmp_path / "parts", tiny_run(max_steps=PHASE_2 + 6, cooldown=3), resume=True)
+    assert whole.stopped == "max_steps"
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(store, whole, tmp_path):
@@ -566,6 +583,61 @@ def test_a_file_that_cannot_grow_stops_the_run_with_the_reason(store, whole, tmp
     assert not (tmp_path / "run" / "best").exists()
     run(store, tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == outcome(whole)
+
+
+@pytest.mark.parametrize(("step", "number", "calls"), [
+    (PHASE_1, errno.ENOSPC, ("open", "mkdir")), (8, errno.EDQUOT, ("fsync",)), (8, errno.EIO, ("fsync", "replace")),
+    (8, errno.EROFS, ("open", "mkdir", "rename", "replace", "unlink")), (11, errno.EACCES, ("open", "mkdir")),
+])
+def test_where_nothing_can_be_written_any_more_the_last_checkpoint_stays(store, whole, tmp_path, step, number, calls):
+    """Full, over a quota, broken, read-only or forbidden from a step on: the run ends with the reason; resumed, it is as ever."""
+    out = tmp_path / "run"
+
+    def failing(real):
+        def call(path, *others, **named):
+            creates = real.__name__ != "open" or (others and others[0] & os.O_CREAT)
+            if creates and (isinstance(path, int) or str(path).startswith(str(out))):
+                raise OSError(number, os.strerror(number), None if isinstance(path, int) else str(path))
+            return real(path, *others, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda: [patch.setattr(os, name, failing(getattr(os, name))) for name in calls])
+        before = time.monotonic()
+        with pytest.raises(CheckpointError, match=rf"could not be written to .*{os.strerror(number)}.* then resume"):
+            run(store, out)
+        assert time.monotonic() - before < 10
+    checkpoints = Checkpoints(out / "checkpoints")
+    last = 3 * (step // 3)
+    assert checkpoints.steps()[-1] >= last
+    checkpoints.check(last)
+    run(store, out, resume=True)
+    assert outcome(out) == outcome(whole)
+
+
+@pytest.mark.parametrize("part", ["write_json", "save_file"])
+def test_a_full_disk_does_not_hide_what_was_not_finite(tmp_path, monkeypatch, part):
+    store = MemoryStore()
+
+    def poison(split, indices, batch):
+        batch.concept.intensity[0] = float("nan")
+        return batch
+
+    def full(*arguments):
+        if any("failure" in str(argument) for argument in arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    real = getattr(runs, part)
+    monkeypatch.setattr(runs, part, full)
+    store.on_batch = poison
+    kept = r"could not be kept \(the dump .*No space left" if part == "write_json" else "Batch and losses are in"
+    with pytest.raises(NotFinite, match=rf"step 1: loss nan; .*{kept}"):
+        run(store, tmp_path / "run")
+    if part == "save_file":
+        (dump,) = (tmp_path / "run" / "failure").iterdir()
+        assert json.loads(dump.read_text())["weights"] is None
 
 
 @pytest.mark.parametrize("gone", ["run", "run/checkpoints"])

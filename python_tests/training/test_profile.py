@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from training_helpers import MemoryStore, run
 
 from case_fast.cli import main
-from case_fast.errors import ConfigError
+from case_fast.errors import ConfigError, PlaceError
 from case_fast.ops import graph_attention, linear_cross_entropy, packed_attention
 from case_fast.training import profile as profile_module
 from case_fast.training.floors import COSTS, Rates, measure_rates
@@ -94,6 +94,6 @@ def test_profile_refuses_what_it_cannot_do(sample_store, tmp_path):
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         profile_training(sample_store, tmp_path, 0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(PlaceError, match="cannot be written .Not a directory"):
         profile_training(sample_store, tmp_path / "file" / "folder")
     assert main(["profile", "--store", str(tmp_path / "none")]) == 1

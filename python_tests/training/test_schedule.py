@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from case_fast.errors import ConfigError
 from case_fast.training import TrainConfig
 from case_fast.training.sampler import WINDOW, Sampler, epoch_order
-from case_fast.training.schedule import EarlyStopping, noam
+from case_fast.training.schedule import EarlyStopping, cooling, noam
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,12 @@ def test_noam_rises_to_the_end_of_warmup_and_falls_after_it():
     rates = [noam(step, 64, 50) for step in range(1, 200)]
     assert np.argmax(rates) == 49
     assert all(np.diff(rates[:50]) > 0) and all(np.diff(rates[49:]) < 0)
+
+
+def test_the_learning_rate_falls_over_the_last_steps_of_a_phase():
+    assert [cooling(step, 10, 4) for step in range(1, 11)] == [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [cooling(step, 4, 4) for step in (1, 4)] == [1, 0.25]
+    assert cooling(5, None, 4) == cooling(5, 5, 0) == 1  # no end is known, or no cooldown asked for
 
 
 def test_early_stopping_counts_failures_in_a_row_after_the_minimum():
