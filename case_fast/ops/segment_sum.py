@@ -18,8 +18,8 @@ from case_fast.arguments import whole
 from case_fast.ops import backend, common, reference, transforms
 
 FAMILY = "segment_sum"
-# Elements below which plain torch sums faster on CPU: with a gradient (autograd through Python takes 10 us more), and without.
-FEW, FEWER = 1 << 13, 1 << 11
+# Elements below which plain torch sums faster on CPU: with a gradient (autograd through Python takes 20 us more), and without.
+FEW, FEWER = 1 << 19, 1 << 11
 ANY = 1 << 62
 _PLAIN = (torch.float32, torch.float64)
 _REFUSED = (IndexError, RuntimeError, TypeError, ValueError)  # what torch raises at wrong arguments
