@@ -241,7 +241,6 @@ PyMethodDef functions[] = {
     ON_CPU(residual_norm_backward),
     ON_CPU(residual_norm_drop),
     ON_CPU(segment_sum_forward),
-    ON_CPU(segment_sum_backward),
 #ifdef CASE_FAST_WITH_CUDA
     ON_CUDA(graph_attention_workspace),
     ON_CUDA(graph_attention_forward),

@@ -28,7 +28,7 @@ def index_add(case: SegmentCase) -> Work:
 
 
 def scatter_reduce(case: SegmentCase) -> Work:
-    index = case.segment.view(-1, *[1] * (case.x.dim() - 1)).expand_as(case.x)
+    index = _of_elements(case)
 
     def add(x: Tensor) -> Tensor:
         return x.new_zeros(case.grad_out.shape).scatter_reduce_(0, index, x, "sum")
@@ -36,9 +36,24 @@ def scatter_reduce(case: SegmentCase) -> Work:
     return Work(add, case.inputs, case.grad_out)
 
 
+def scatter_add(case: SegmentCase) -> Work:
+    """Its gradient is a gather of torch's own, faster than the index_select that index_add's is."""
+    index = _of_elements(case)
+
+    def add(x: Tensor) -> Tensor:
+        return x.new_zeros(case.grad_out.shape).scatter_add_(0, index, x)
+
+    return Work(add, case.inputs, case.grad_out)
+
+
+def _of_elements(case: SegmentCase) -> Tensor:
+    return case.segment.view(-1, *[1] * (case.x.dim() - 1)).expand_as(case.x)
+
+
 PEERS: dict[str, Callable[[SegmentCase], Work]] = {
     OURS: ours,
     f"{OURS}, by its kernel": kernel,
     "index_add, eager": index_add,
+    "scatter_add, eager": scatter_add,
     "scatter_reduce, eager": scatter_reduce,
 }

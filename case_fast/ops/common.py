@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C import _get_fp32_precision_getter as _fp32_precision  # torch.backends' own, which takes five times as long
 from torch._C import _len_torch_dispatch_stack as _dispatch_modes
 from torch._C._autograd import _profiler_enabled as _profiled
+from torch.nn import Parameter
 
 from case_fast.arguments import misfit_of_call, number, truth, whole
 from case_fast.ops import backend, transforms
@@ -35,12 +36,15 @@ def device_type(x: Tensor) -> str:
 def compute_dtype(like: Tensor) -> tuple[torch.dtype, bool]:
     """The dtype that a call on ``like`` computes in, and whether its inputs must be cast to it: under autocast, autocast's;
     on CPU, float32 in place of half precision."""
-    device = device_type(like)
+    device, dtype = device_type(like), like.dtype
     autocast = torch.is_autocast_enabled(device)
-    compute = torch.get_autocast_dtype(device) if autocast else like.dtype
-    if device == "cpu" and compute in HALF:
-        compute = torch.float32
-    return compute, autocast or compute != like.dtype
+    if autocast:
+        dtype = torch.get_autocast_dtype(device)
+    elif dtype not in HALF:
+        return dtype, False
+    if device == "cpu" and dtype in HALF:
+        return torch.float32, True
+    return dtype, autocast
 
 
 def cast(compute: torch.dtype, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,9 +190,10 @@ def beyond_gpu(dimension: int, device: str) -> str:
 
 def reads(validate: bool | None, runs: str, device: str) -> bool:
     """Whether an op must check the contents of offsets and indices itself: by default on CPU, where the native kernels do."""
+    kernels_do = runs == "native" and device == "cpu"
     if validate is None:
-        validate = device == "cpu" and not torch.compiler.is_compiling()
-    return truth("validate", validate) and not (runs == "native" and device == "cpu")
+        return device == "cpu" and not kernels_do and not torch.compiler.is_compiling()
+    return truth("validate", validate) and not kernels_do
 
 
 @transforms.reading
@@ -341,7 +346,7 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
     return op
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, str, int, float, bool, type(None), list}
+_SIMPLE = frozenset({str, int, float, bool, type(None)})
 
 
 def call(op: Callable, implementation: Callable, *arguments):
@@ -351,7 +356,7 @@ def call(op: Callable, implementation: Callable, *arguments):
     """
     if torch.compiler.is_compiling():
         return op(*arguments)
-    if watched(arguments):
+    if _seen(arguments):
         if transforms.is_any():
             transforms.refuse(op, arguments)
         return op(*arguments)
@@ -374,21 +379,25 @@ def _without_graph(op: Callable, implementation: Callable, *arguments):
 
 def watched(arguments: tuple) -> bool:
     """Whether anything but the op itself would see a call with these arguments."""
-    if torch.compiler.is_compiling() or _dispatch_modes() > 0 or _profiled():
-        return True
-    return transforms.is_any() or not _are_plain(arguments)
+    return torch.compiler.is_compiling() or _seen(arguments)
+
+
+def _seen(arguments: tuple) -> bool:
+    """The same of a call that is not being compiled."""
+    return _dispatch_modes() > 0 or _profiled() or transforms.is_any() or not _are_plain(arguments)
 
 
 def _are_plain(arguments: tuple | list) -> bool:
     """Whether the kernels can take them as they lie: no subclass, and no tensor whose numbers are negated when they are read, as
     those of ``x.conj().imag``, which the dispatcher does."""
-    if not _PLAIN.issuperset(map(type, arguments)):
-        return False
     for x in arguments:
-        if isinstance(x, Tensor):
-            if x.is_neg():
+        kind = type(x)
+        if kind in _SIMPLE:
+            continue
+        if kind is list:
+            if not _are_plain(x):
                 return False
-        elif type(x) is list and not _are_plain(x):
+        elif (kind is not Tensor and kind is not Parameter) or x.is_neg():
             return False
     return True
 

@@ -87,23 +87,25 @@ def _check(x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: st
     """Shapes, dtypes and devices: whatever is known without reading a tensor."""
     dtype, device, shape = x.dtype, x.device, x.shape
     common.check_dtype("x", x)
-    if len(shape) not in (2, 3):
+    dimensions = len(shape)
+    if dimensions not in (2, 3):
         raise ValueError(f"x must be (n, K), or with groups (n, G, K), not {tuple(shape)}")
     if not weights:
         raise ValueError("weight must be a tensor or several, not none")
-    groups, depth, outputs = shape[1:-1], shape[-1], 0
+    depth, outputs = shape[-1], 0
     for place, w in enumerate(weights):
         found = w.shape
-        if w.dtype != dtype or w.device != device or len(found) != len(shape) or found[-1] != depth or found[:-2] != groups:
+        differs = len(found) != dimensions or found[-1] != depth or (dimensions == 3 and found[0] != shape[1])
+        if differs or w.dtype != dtype or w.device != device:
             name = "weight" if len(weights) == 1 else f"weight[{place}]"
             common.check_like(name, w, dtype, device, "x")
-            wanted = ", ".join([*map(str, groups), "N", str(depth)])
+            wanted = ", ".join([*map(str, shape[1:-1]), "N", str(depth)])
             raise ValueError(f"{name} must be ({wanted}) as x, not {tuple(found)}")
         outputs += found[-2]
     if bias is not None:
         common.check_like("bias", bias, dtype, device, "x")
-        if bias.shape != (*groups, outputs):
-            raise ValueError(f"bias must be {(*groups, outputs)} as the outputs of weight, not {tuple(bias.shape)}")
+        if bias.shape != (*shape[1:-1], outputs):
+            raise ValueError(f"bias must be {(*shape[1:-1], outputs)} as the outputs of weight, not {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be {', '.join(str(name) for name in ACTIVATIONS)}, not {activation!r}")
 
@@ -115,17 +117,22 @@ def _outputs(x: Tensor, weights: list[Tensor], activation: str | None, keep: boo
     """Uninitialised y, whole or of each weight; and to keep for the Gaussian unit's gradient, what it is applied to."""
     of = x.shape[:-1]
     if apart:
-        return [x.new_empty((*of, w.shape[-2])) for w in weights]
-    y = x.new_empty((*of, weights[0].shape[-2] if len(weights) == 1 else sum([w.shape[-2] for w in weights])))
+        return [x.new_empty(*of, w.shape[-2]) for w in weights]
+    y = x.new_empty(*of, _width(weights))
     return [y, torch.empty_like(y)] if keep and activation == "gelu" else [y]
+
+
+def _width(weights: list[Tensor]) -> int:
+    """Outputs of all."""
+    return weights[0].shape[-2] if len(weights) == 1 else sum([w.shape[-2] for w in weights])
 
 
 def _gradients(x: Tensor, weights: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
     """Uninitialised gradients of x, bias and weights; None where not wanted."""
     of_x, of_bias, *of_weights = wanted
     return [
-        (torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)) if of_x else None,
-        x.new_empty((*x.shape[1:-1], sum([w.shape[-2] for w in weights]))) if of_bias else None,
+        torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None,
+        x.new_empty(*x.shape[1:-1], _width(weights)) if of_bias else None,
         *[_gradient(w) if wants else None for w, wants in zip(weights, of_weights, strict=True)],
     ]
 
@@ -144,36 +151,28 @@ def _rows(x: Tensor) -> Tensor:
 def _run(direction: str, x: Tensor, weights: list[Tensor], grads: Sequence[Tensor | None], results: Sequence[Tensor],
          activation: str | None, *others: Tensor | None) -> None:
     """Runs the native kernel. results: y or grad_y, whole or of each weight; others: what its arguments are beside these."""
-    rows, *of, depth = x.shape
-    *strides, _ = x.stride()
+    shape, strides, y = x.shape, x.stride(), results[0]
+    grouped, element = len(shape) == 3, x.itemsize
     call = (  # struct case_fast_linear
-        rows, of[0] if of else 1, depth, strides[0], strides[-1], len(weights), common.DTYPES[x.dtype],
+        shape[0], shape[1] if grouped else 1, shape[-1], strides[0], strides[-2], len(weights), common.DTYPES[x.dtype],
         ACTIVATIONS.index(activation), common.bf16_products(),
     )
-    sources = []
-    whole = results[0] if len(results) == 1 else None
-    at = 0 if whole is None else whole.data_ptr()
+    sources, at, of_y = [], y.data_ptr(), y.stride()
     for place, w in enumerate(weights):  # struct case_fast_linear_weight
-        grad = grads[place] if grads else None
-        outputs = w.shape[-2]
-        *apart, _ = (results[place] if whole is None else whole).stride()
-        sources.append((
-            outputs, *_strides(w), w.data_ptr(), *(_NOTHING if grad is None else (grad.data_ptr(), *_strides(grad))),
-            results[place].data_ptr() if whole is None else at, apart[0], apart[-1],
-        ))
-        at += outputs * x.itemsize
+        if place > 0 and len(results) > 1:
+            at, of_y = results[place].data_ptr(), results[place].stride()
+        outputs, of_w, grad = w.shape[-2], w.stride(), _NOTHING
+        if grads and grads[place] is not None:
+            of_grad = grads[place].stride()
+            grad = (grads[place].data_ptr(), of_grad[0] if grouped else 0, of_grad[-2], of_grad[-1])
+        sources.append((outputs, of_w[0] if grouped else 0, of_w[-2], of_w[-1], w.data_ptr(), *grad, at, of_y[0], of_y[-2]))
+        at += outputs * element
     status = getattr(backend.native, direction)(call, sources, *common.pointers(x, *others), torch.get_num_threads())
     if status:
         common.refuse(FAMILY, status)
 
 
 _NOTHING = (0, 0, 0, 0)
-
-
-def _strides(weight: Tensor) -> tuple[int, int, int]:
-    """Of groups, outputs and depth."""
-    strides = weight.stride()
-    return strides if len(strides) == 3 else (0, *strides)
 
 
 def _forward(runs: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, activation: str | None, keep: bool, apart: bool

@@ -2,7 +2,8 @@
 
 The equations in plain torch are `segment_sum` and `take` of `case_fast.ops.reference`: the oracle of the tests, and what runs
 where there is no kernel. The registered ops `case_fast::segment_sum_forward` (the sum) and `_backward` (the gather) call the
-kernels; autograd stands outside, and each of the two is the other's gradient, so that there are derivatives of any order.
+kernels; autograd stands outside, and each of the two is the other's gradient, so that there are derivatives of any order. On CPU
+the gather is torch's own, at any size faster than a kernel that Python must call.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from case_fast.arguments import whole
 from case_fast.ops import backend, common, reference, transforms
 
 FAMILY = "segment_sum"
-# Elements below which plain torch is faster on CPU: with a gradient (autograd through Python takes some 20 us more), and without.
-FEW, FEWER = 1 << 16, 1 << 13
+# Elements below which plain torch sums faster on CPU: with a gradient (autograd through Python takes 20 us more), and without.
+FEW, FEWER = 1 << 19, 1 << 11
+ANY = 1 << 62
 _PLAIN = (torch.float32, torch.float64)
 _REFUSED = (IndexError, RuntimeError, TypeError, ValueError)  # what torch raises at wrong arguments
 
@@ -50,9 +52,9 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
     Deterministic: equal inputs give equal bits, forward and backward, whatever the number of threads; on CPU those of the
     torch line above. Differentiable any number of times.
     """
-    if size and segment.dim() == 1 and _is_plain(x, x.numel(), few):
+    if size and segment.dim() == 1 and _is_plain(x, x.numel(), few, FEWER):
         try:
-            return x.new_zeros((size, *x.shape[1:])).index_add_(0, segment, x)
+            return x.new_zeros(size, *x.shape[1:]).index_add_(0, segment, x)
         except _REFUSED:
             pass  # what follows says what is wrong
     device = _checked(x)
@@ -74,7 +76,7 @@ def segment_sum(x: Tensor, segment: Tensor, size: int, validate: bool | None = N
 def take(x: Tensor, index: Tensor, validate: bool | None = None, few: int | None = None) -> Tensor:
     """Rows of ``x`` (n, ...) at ``index`` (...), int32 or int64 in [0, n): as ``x[index]``. Its gradient is `segment_sum`, which
     says what holds of dtypes, ``validate``, ``few`` (elements taken), errors, determinism and derivatives."""
-    if index.dim() == 1 and _is_plain(x, index.shape[0] * math.prod(x.shape[1:]), few):
+    if index.dim() == 1 and _is_plain(x, index.shape[0] * math.prod(x.shape[1:]), few, ANY):
         try:
             return x.index_select(0, index)
         except _REFUSED:
@@ -119,13 +121,13 @@ def _chosen(device: str, name: str, index: Tensor, size: int, validate: bool | N
     return runs
 
 
-def _is_plain(x: Tensor, elements: int, few: int | None) -> bool:
-    """Whether a call goes to plain torch, which checks its arguments itself: few elements on CPU, though not none, of which it
-    would check nothing. Its bits are those of the native and the reference backend, so no backend is chosen, which takes 3 us.
-    Not in compiled code, which would add by atomics."""
-    if not 0 < elements < ((FEW if x.requires_grad and torch.is_grad_enabled() else FEWER) if few is None else few):
-        return False
-    return x.is_cpu and x.dtype in _PLAIN and x.dim() > 0 and not torch.compiler.is_compiling()
+def _is_plain(x: Tensor, elements: int, few: int | None, fewer: int) -> bool:
+    """Whether a call goes to plain torch, which checks its arguments itself: few elements on CPU (``fewer``: without a gradient),
+    though not none, of which it would check nothing. Its bits are those of the native and the reference backend, so no backend is
+    chosen. Not in compiled code, which would add by atomics."""
+    if few is None:
+        few = FEW if x.requires_grad and torch.is_grad_enabled() else fewer
+    return 0 < elements < few and x.is_cpu and x.dtype in _PLAIN and x.dim() > 0 and not torch.compiler.is_compiling()
 
 
 def _named(function: Callable[..., Tensor], name: str, x: Tensor, index: Tensor, *size: int) -> Tensor:
@@ -147,8 +149,15 @@ def _forward(runs: str, x: Tensor, segment: Tensor, size: int) -> Tensor:
         return triton.forward(x, segment, size)
     if x.dtype in common.HALF:
         return _forward(runs, x.float(), segment, size).to(x.dtype)
-    out = x.new_empty((size, *x.shape[1:]))
-    _run("forward", "segment", x, out, segment, size)
+    out = x.new_empty(size, *x.shape[1:])
+    read, width, stride = common.dense_rows(x)
+    segment = segment.contiguous()
+    call = (  # struct case_fast_segment_sum
+        segment.shape[0], size, width, stride, common.DTYPES[x.dtype], common.INDEX_BITS[segment.dtype], segment.data_ptr(),
+    )
+    status = backend.native.segment_sum_forward(call, read.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    if status:
+        common.refuse_contents(FAMILY, status, {13: "segment"}, lambda: common.check_within("segment", segment, size))
     return out
 
 
@@ -157,30 +166,20 @@ def _backward(runs: str, grad_out: Tensor, segment: Tensor) -> Tensor:
         from case_fast.ops import segment_sum_triton as triton
 
         return triton.backward(grad_out, segment)
-    grad_x = grad_out.new_empty((segment.shape[0], *grad_out.shape[1:]))
-    _run("backward", "index", grad_out, grad_x, segment, grad_out.shape[0])
-    return grad_x
+    return _named(_selected, "index", grad_out, segment)
 
 
-def _run(direction: str, name: str, read: Tensor, written: Tensor, index: Tensor, size: int) -> None:
-    """Runs the native kernel."""
-    read, width, stride = common.dense_rows(read)
-    index = index.contiguous()
-    call = (  # struct case_fast_segment_sum
-        index.shape[0], size, width, stride, common.DTYPES[read.dtype], common.INDEX_BITS[index.dtype], index.data_ptr(),
-    )
-    status = common.run_native(f"{FAMILY}_{direction}", read, call, (read.data_ptr(), written.data_ptr()))
-    if status:
-        common.refuse_contents(FAMILY, status, {13: name}, lambda: common.check_within(name, index, size))
+def _selected(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(0, index)
 
 
 _forward_op = common.register(
     f"{FAMILY}_forward(str backend, Tensor x, Tensor segment, SymInt size) -> Tensor", _forward,
-    lambda runs, x, segment, size: x.new_empty((size, *x.shape[1:])),
+    lambda runs, x, segment, size: x.new_empty(size, *x.shape[1:]),
 )
 _backward_op = common.register(
     f"{FAMILY}_backward(str backend, Tensor grad_out, Tensor segment) -> Tensor", _backward,
-    lambda runs, grad_out, segment: grad_out.new_empty((segment.shape[0], *grad_out.shape[1:])),
+    lambda runs, grad_out, segment: grad_out.new_empty(segment.shape[0], *grad_out.shape[1:]),
 )
 
 
@@ -200,6 +199,13 @@ def _gather(runs: str, x: Tensor, index: Tensor) -> Tensor:
         return reference.take(x, index)
     if x.requires_grad and torch.is_grad_enabled():
         return _Gather.apply(runs, x, index)
+    return _gathered(runs, x, index)
+
+
+def _gathered(runs: str, x: Tensor, index: Tensor) -> Tensor:
+    """Without a graph."""
+    if runs == "native" and not torch.compiler.is_compiling():
+        return _backward(runs, x, index)  # torch's op, which all see that would see ours
     return common.call(_backward_op, _backward, runs, x, index)
 
 
@@ -220,7 +226,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, runs, x, index):
         ctx.save_for_backward(index)
         ctx.runs, ctx.size = runs, x.shape[0]
-        return common.call(_backward_op, _backward, runs, x, index)
+        return _gathered(runs, x, index)
 
     @staticmethod
     def backward(ctx, grad_out):

@@ -171,12 +171,23 @@ CASE_FAST_INLINE void sums(const Vector<T> x[4], T out[4]) {
 }
 #endif
 
+// p 2^n for a whole n in [-252, 0], given as n + 1.5 * 2^23, which any number of that size is rounded to by adding it; rounded once
+// where it is denormal.
+CASE_FAST_INLINE Vector<float> times_two_to(Vector<float> p, Vector<float> shifted) {
+#if CASE_FAST_VECTOR_BYTES == 64
+    return (Vector<float>)_mm512_scalef_ps((__m512)p, (__m512)(shifted - 12582912.0f));
+#else
+    typedef int32_t Bits __attribute__((vector_size(CASE_FAST_VECTOR_BYTES)));
+    const Bits whole = (Bits)shifted - 0x4B400000, half = whole >> 1;  // a product of two normal numbers
+    return p * (Vector<float>)((half + 127) << 23) * (Vector<float>)((whole - half + 127) << 23);
+#endif
+}
+
 // e^x for x <= 0 or NaN, within 1.5 units in the last place, through the denormals to 0.
 CASE_FAST_INLINE Vector<float> exp_nonpositive(Vector<float> x) {
-    typedef int32_t Bits __attribute__((vector_size(CASE_FAST_VECTOR_BYTES)));
     const Vector<float> zero = {};
     x = x < -104.0f ? zero - 104.0f : x;                // false for NaN, which goes through
-    const Vector<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+    const Vector<float> shifted = x * 1.44269504f + 12582912.0f;
     const Vector<float> n = shifted - 12582912.0f;
     const Vector<float> r = (x - n * 0.693145751953125f) - n * 1.42860677e-6f;  // ln 2 in two parts
     Vector<float> p = zero + 1.3888889e-3f;
@@ -186,9 +197,7 @@ CASE_FAST_INLINE Vector<float> exp_nonpositive(Vector<float> x) {
     p = p * r + 0.5f;
     p = p * (r * r) + r;
     p = p + 1.0f;
-    // 2^n as a product of two normal numbers, so that a denormal result is rounded once
-    const Bits whole = (Bits)shifted - 0x4B400000, half = whole >> 1;
-    return p * (Vector<float>)((half + 127) << 23) * (Vector<float>)((whole - half + 127) << 23);
+    return times_two_to(p, shifted);
 }
 
 // e^x for 0 <= x <= 1 or NaN, within 1.5 units in the last place: a minimax polynomial about 0.5.

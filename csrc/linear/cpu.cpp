@@ -1,9 +1,11 @@
 // Products of rows with weights on the CPU: checks, and the division into tasks. The arithmetic is in cpu_kernels.cpp.
 //
 // Every task makes some rows of a product, or some columns where they are more, whole, so no sum is divided. One operand is packed,
-// by each task for itself, and the rows of the other are read as they lie: forward packs the weights, or x where it fills one panel.
+// by each task for itself, and the rows of the other are read as they lie: forward packs the weights, or x where it fills one panel, as
+// backward does with the gradient.
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "common/calls.h"
 #include "common/parallel.h"
@@ -66,6 +68,9 @@ int64_t workers_for(const case_fast_linear &c, int64_t outputs, int threads) {
     return c.rows * c.groups * outputs * std::max<int64_t>(c.depth, 1) > few_products ? std::max(threads, 1) : 1;
 }
 
+// Whether so many rows are packed, and the product is stored transposed.
+bool fill_panel(int64_t rows, int64_t depth) { return rows > panel_rows / 2 && rows <= panel_rows && depth <= linear_transposed; }
+
 // Outputs [begin, end) of all: calls part(weight, the number of its first output, from, to) for each weight that has some.
 template <class Part>
 void each_part(const case_fast_linear &c, const case_fast_linear_weight *weights, int64_t begin, int64_t end, Part part) {
@@ -88,7 +93,7 @@ int forward(const case_fast_linear &c, const case_fast_linear_weight *weights, c
     const int64_t outputs = outputs_of(c, weights), stride = c.groups * outputs;
     if (c.rows == 0 || stride == 0) return CASE_FAST_OK;
     const bool wide = c.rows < outputs;
-    const bool transposed = wide && c.rows > panel_rows / 2 && c.rows <= panel_rows && c.depth <= linear_transposed;
+    const bool transposed = wide && fill_panel(c.rows, c.depth);
     const int64_t length = wide ? outputs : c.rows, workers = workers_for(c, outputs, threads);
     const int64_t most = kernel.scratch(transposed ? c.rows : outputs, c.depth);
     Workspace workspace;
@@ -196,12 +201,15 @@ int backward(const case_fast_linear &c, const case_fast_linear_weight *weights, 
         kernel.product({w.outputs, c.rows, {grad_z(w, first, 0, group), 1, z_row(w)}, false, false, CASE_FAST_IDENTITY}, &rows, 1,
                        scratch + worker * most);
     };
+    const bool transposed = c.rows < c.depth && c.sources == 1 && fill_panel(c.rows, outputs);
     const auto of_x = [&](int64_t group, int64_t row, int64_t last_row, int64_t begin, int64_t end, int64_t worker) {
         T *const to = grad_x + (row * c.groups + group) * c.depth + begin;
         bool more = false;
         const auto add = [&](LinearOperand<T> a, int64_t count, LinearOperand<T> b) {
-            const LinearRows<T> rows = {a, last_row - row, to, c.groups * c.depth, nullptr, nullptr, 0};
-            kernel.product({end - begin, count, b, false, more, CASE_FAST_IDENTITY}, &rows, 1, scratch + worker * most);
+            int64_t rows = last_row - row, columns = end - begin;
+            if (transposed) std::swap(a, b), std::swap(rows, columns);
+            const LinearRows<T> part = {a, rows, to, c.groups * c.depth, nullptr, nullptr, 0};
+            kernel.product({columns, count, b, transposed, more, CASE_FAST_IDENTITY}, &part, 1, scratch + worker * most);
             more = true;
         };
         each_part(c, weights, 0, outputs, [&](const case_fast_linear_weight &w, int64_t first, int64_t, int64_t) {

@@ -4,7 +4,6 @@
 // a range of rows that begins and ends with a segment. Elsewhere it reads all of `segment` to find the rows of its own range of segments,
 // or where segments are few, which need not be alike, its own block of columns of them all.
 #include <algorithm>
-#include <cstring>
 
 #include "common/calls.h"
 #include "common/indices.h"
@@ -19,15 +18,13 @@ constexpr int64_t few_elements = 1 << 16;  // of x, up to which waking a thread 
 constexpr int64_t least_columns = 64;       // of a task
 constexpr int64_t least_segments = 16;      // of a task, so that tasks are alike
 
-int64_t element_bytes(int dtype) { return dtype == CASE_FAST_F64 ? 8 : dtype == CASE_FAST_F32 ? 4 : 2; }
-
-int check(const case_fast_segment_sum *call, const void *read, const void *written, int64_t rows_written, int last_dtype) {
+int check(const case_fast_segment_sum *call, const void *x, const void *out) {
     if (!call) return CASE_FAST_BAD_ARGUMENT;
     const case_fast_segment_sum &c = *call;
     const bool sizes = c.rows >= 0 && c.size >= 0 && c.width >= 0 && c.stride >= 0;
-    const bool kinds = c.dtype >= 0 && c.dtype <= last_dtype && (c.index_bits == 32 || c.index_bits == 64);
+    const bool kinds = (c.dtype == CASE_FAST_F32 || c.dtype == CASE_FAST_F64) && (c.index_bits == 32 || c.index_bits == 64);
     if (!sizes || !kinds || (c.rows > 0 && !c.segment)) return CASE_FAST_BAD_ARGUMENT;
-    if (c.width > 0 && ((c.rows > 0 && !read) || (rows_written > 0 && !written))) return CASE_FAST_BAD_ARGUMENT;
+    if (c.width > 0 && ((c.rows > 0 && !x) || (c.size > 0 && !out))) return CASE_FAST_BAD_ARGUMENT;
     const bool good = c.index_bits == 64 ? all_within(static_cast<const int64_t *>(c.segment), c.rows, c.size)
                                          : all_within(static_cast<const int32_t *>(c.segment), c.rows, c.size);
     return good ? CASE_FAST_OK : CASE_FAST_BAD_SEGMENT;
@@ -74,43 +71,10 @@ int forward(const case_fast_segment_sum &c, const void *x, void *out, int thread
                   : share(a, static_cast<const int32_t *>(c.segment), c.size, wanted, threads, kernel);
 }
 
-template <class T, class I>
-void gather(const case_fast_segment_sum &c, const void *from, void *to, int64_t begin, int64_t end) {
-    const I *const segment = static_cast<const I *>(c.segment);
-    const T *const rows = static_cast<const T *>(from);
-    T *const out = static_cast<T *>(to);
-    if (c.width == 1)
-        for (int64_t i = begin; i < end; ++i) out[i] = rows[segment[i] * c.stride];
-    else
-        for (int64_t i = begin; i < end; ++i)
-            std::memcpy(out + i * c.width, rows + segment[i] * c.stride, size_t(c.width) * sizeof(T));
-}
-
-template <class T>
-void backward(const case_fast_segment_sum &c, const void *grad_out, void *grad_x, int threads) {
-    prepare_output(grad_x, size_t(c.rows) * size_t(c.width) * sizeof(T));
-    const int64_t tasks = c.rows * c.width <= few_elements ? 1 : std::max<int64_t>(1, std::min<int64_t>(threads, c.rows));
-    const auto run = c.index_bits == 64 ? gather<T, int64_t> : gather<T, int32_t>;
-    case_fast_parallel(threads, tasks, [&](int64_t task) {
-        run(c, grad_out, grad_x, c.rows * task / tasks, c.rows * (task + 1) / tasks);
-    });
-}
-
 }  // namespace
 
 extern "C" int case_fast_segment_sum_forward_cpu(const case_fast_segment_sum *call, const void *x, void *out, int threads) {
-    const int status = check(call, x, out, call ? call->size : 0, CASE_FAST_F64);
+    const int status = check(call, x, out);
     if (status != CASE_FAST_OK || call->width == 0) return status;
     return guarded(call->dtype, [&](auto like) { return forward<decltype(like)>(*call, x, out, threads); });
-}
-
-extern "C" int case_fast_segment_sum_backward_cpu(const case_fast_segment_sum *call, const void *grad_out, void *grad_x, int threads) {
-    const int status = check(call, grad_out, grad_x, call ? call->rows : 0, CASE_FAST_BF16);
-    if (status != CASE_FAST_OK || call->width == 0) return status;
-    switch (element_bytes(call->dtype)) {
-        case 8: backward<uint64_t>(*call, grad_out, grad_x, threads); break;
-        case 4: backward<uint32_t>(*call, grad_out, grad_x, threads); break;
-        default: backward<uint16_t>(*call, grad_out, grad_x, threads);
-    }
-    return CASE_FAST_OK;
 }

@@ -304,6 +304,36 @@ void test_that_only_float_rounds(const Shape &s) {
     CHECK(same_bits(found[0], found[1]) && same_bits(grad_x[0], grad_x[1]));
 }
 
+// The Gaussian unit, near 0 and far from it, where it is 0 or its argument. Its argument is a product of 1 and x.
+template <class T>
+void test_gaussian_unit() {
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    std::vector<T> x = {T(-1e30), T(-1000), T(-40), T(-1e-30), T(0), T(1e-30), T(40), T(1000), T(1e30), infinity, -infinity, T(NAN)};
+    const size_t far = x.size();
+    for (int i = -6000; i <= 6000; ++i) x.push_back(T(i) / T(1000));
+    std::vector<T> y = nan_filled<T>(int64_t(x.size())), z = y, slope_of = y, grad_y(x.size(), T(1)), weight = {T(1)};
+    const case_fast_linear call = {int64_t(x.size()), 1, 1, 1, 1, 1, std::is_same_v<T, float> ? CASE_FAST_F32 : CASE_FAST_F64, CASE_FAST_GELU, 0};
+    case_fast_linear_weight w = {1, 0, 1, 1, weight.data(), nullptr, 0, 1, 1, y.data(), 1, 0};
+    CHECK(case_fast_linear_forward_cpu(&call, &w, x.data(), nullptr, z.data(), 1) == CASE_FAST_OK);
+    w.y = grad_y.data();
+    CHECK(case_fast_linear_backward_cpu(&call, &w, x.data(), z.data(), slope_of.data(), nullptr, 1) == CASE_FAST_OK);
+    for (size_t i = 0; i + 3 < far; ++i) {
+        if (std::fabs(x[i]) < T(1))
+            CHECK(std::fabs(y[i] - x[i] / 2) <= T(1e-6) * std::fabs(x[i]) && std::fabs(slope_of[i] - T(0.5)) < T(1e-7));
+        else
+            CHECK(y[i] == std::max(x[i], T(0)) && std::fabs(slope_of[i] - T(x[i] > T(0))) < T(1e-20));
+    }
+    CHECK(y[far - 3] == infinity);
+    for (const T value : {y[far - 2], y[far - 1], slope_of[far - 3], slope_of[far - 2], slope_of[far - 1]}) CHECK(value != value);
+    constexpr double error = std::is_same_v<T, float> ? 1.5e-7 : 1e-15;
+    for (size_t i = far; i < x.size(); ++i) {
+        const double exact = 0.5 * double(x[i]) * std::erfc(-double(x[i]) * std::sqrt(0.5));
+        CHECK(std::fabs(double(y[i]) - exact) <= error * std::max(1.0, std::fabs(exact)));
+        if (x[i] <= T(0)) CHECK(std::fabs(double(y[i]) - exact) <= 0.01 * std::fabs(exact));  // none is lost against 1
+        CHECK(std::fabs(double(slope_of[i]) - slope(double(x[i]), CASE_FAST_GELU)) <= 2 * error);
+    }
+}
+
 void test_wrong_arguments() {
     Call<float> c({4, 2, 3, {5, 2}, ROWS, 0, CASE_FAST_TANH});
     std::vector<float> y(size_t(c.size()), -9.0f);
@@ -373,6 +403,8 @@ void test_all() {
         test_gradients<float>(s);
         test_results_apart<float>(s);
     }
+    test_gaussian_unit<float>();
+    test_gaussian_unit<double>();
     test_wrong_arguments();
 }
 

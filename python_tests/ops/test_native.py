@@ -57,7 +57,8 @@ def test_every_family_has_its_kernel_its_op_and_its_reference():
     families = native_report()["families"]
     assert families
     for family in families:
-        assert callable(getattr(native, f"{family}_forward")) and callable(getattr(native, f"{family}_backward"))
+        assert callable(getattr(native, f"{family}_forward"))
+        assert hasattr(native, f"{family}_backward") == (family != "segment_sum")  # whose gradient is a gather of torch's own
         assert getattr(ops, family).__module__ == f"case_fast.ops.{family}"
         oracle = getattr(reference, family)
         expected = ops.segment_sum if family == "segment_sum" else oracle  # no equation of the paper: what they sum by

@@ -105,7 +105,7 @@ class Case:
 
     @classmethod
     def native_calls(cls) -> tuple[str, ...]:
-        """The native functions that `results` calls, each once."""
+        """The native functions that `results` calls, each once: forward, backward where there is one, and others."""
         return f"{cls.family}_forward", f"{cls.family}_backward", *cls.NATIVE
 
     @classmethod

@@ -103,6 +103,11 @@ class SegmentSum(Case):
         return cls(normal(segment.numel(), 0), segment, size, normal(size, 1), few)
 
     @classmethod
+    def native_calls(cls) -> tuple[str, ...]:
+        """The gradient is a gather of torch's own."""
+        return ("segment_sum_forward",)
+
+    @classmethod
     def plain(cls, few: int, **arguments: object) -> Tensor:
         return reference.segment_sum(**arguments)
 
