@@ -92,9 +92,9 @@ def read_replies(given: str | Path) -> ReplyFile:
     """Read ``[NAME=]PATH[#FIELD]``.
 
     Args:
-        given: PATH is a file, the folder of an evaluation or a run. NAME: what to call the system, by default the run's or the
-            file's name. FIELD: which reply of text blocks that hold several: "generation_result.txt#MOE"; by default ``Pred``,
-            else ``Greedy``, else ``Beam``, else the only one there is.
+        given: PATH is a file, the folder of an evaluation or a run. NAME: what to call the system, by default the run's, the
+            folder's or the file's name. FIELD: which reply of text blocks that hold several, as in "generation_result.txt#MOE";
+            by default ``Pred``, else ``Greedy``, else ``Beam``, else the only one there is.
 
     Raises:
         DataError: it is missing or has no usable reply; its blocks hold several replies and no FIELD chooses one.
@@ -121,20 +121,26 @@ def matched(first: ReplyFile, other: ReplyFile) -> list[tuple[Reply, Reply]]:
     return [(reply, waiting[reply.key].pop()) for reply in first.replies if waiting.get(reply.key)]
 
 
-@lru_cache(maxsize=1 << 16)
 def context_key(turn: str) -> str:
     """What of a turn is the same in every repository's spelling: lower-cased letters and digits, contractions written out."""
     return "".join(sign for word in _words(turn) for sign in word if sign.isalnum())
 
 
+# The same texts come again and again: in the contexts of later turns, in each file, as replies that systems repeat.
+@lru_cache(maxsize=1 << 16)
 def _words(text: str) -> tuple[str, ...]:
     """Tokens, also of a text that was cut into tokens before ("should n't")."""
     return tuple(tokenize(_PARTED.sub("", text)))
 
 
+@lru_cache(maxsize=1 << 16)
+def _written(words: tuple[str, ...]) -> str:
+    return detokenize(list(words))
+
+
 def _reply(line: int, context: list[str], text: str, reference: str) -> Reply:
     words, reference_words = _words(text), _words(reference)
-    return Reply(tuple(context), detokenize(list(words)), detokenize(list(reference_words)), words, reference_words,
+    return Reply(tuple(map(_written, map(_words, context))), _written(words), _written(reference_words), words, reference_words,
                  tuple(map(context_key, context)), line)
 
 
@@ -156,17 +162,17 @@ def _parts(given: str) -> tuple[str, str, str]:
 
 def _located(given: str) -> tuple[Path, str]:
     """The file, and what to call its system."""
-    path = Path(given)
-    if not path.is_dir():
-        return require_file(path, "file of replies"), path.name.removesuffix(".gz").rpartition(".")[0] or path.name
-    remedy = "Give a file of replies, the folder of an evaluation or a run. A run's replies are made by: " \
-             f"case-fast evaluate {given} --data STORE"
-    run, inside = Run(path), path / PREDICTIONS
-    if not inside.is_file():
-        inside = run.evaluation("test") / PREDICTIONS
-    elif path.resolve().parent.name == run.evaluations.name:  # RUN/evaluation/test
-        path = path.resolve().parent.parent
-    return require_file(inside, "file of replies", remedy), path.resolve().name
+    path, remedy = Path(given), "Give a file of replies, the folder of an evaluation, or a run"
+    if path.is_dir():
+        if (run := Run(path)).begun:
+            path, remedy = run.evaluation("test"), f"Make it with: case-fast evaluate {given} --data STORE"
+        path /= PREDICTIONS
+    path = require_file(path, "file of replies", remedy)
+    if path.name != PREDICTIONS:
+        return path, path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+    folder = path.resolve().parent  # RUN/evaluation/test, or a copy of it
+    run = Run(folder.parent.parent)
+    return path, (run.path if run.begun else folder).name
 
 
 # ---- what is in a file
