@@ -55,6 +55,8 @@ class Reply:
         words, reference_words: the same as tokens of `tokenize`.
         key: of each turn its letters and digits, contractions written out: equal for the same context, however it is spelt.
         line: of the file, from 1.
+        emotion, predicted: label of the dialogue and what the system took it for; nll: -log P of the reference by the system, all
+            ``tokens`` of it together. Of predictions.jsonl alone; "" and None elsewhere.
     """
 
     context: tuple[str, ...]
@@ -64,6 +66,10 @@ class Reply:
     reference_words: tuple[str, ...]
     key: tuple[str, ...]
     line: int
+    emotion: str = ""
+    predicted: str = ""
+    nll: float | None = None
+    tokens: int = 0
 
 
 @dataclass
@@ -102,8 +108,7 @@ def read_replies(given: str | Path) -> ReplyFile:
     name, path, wanted = _parts(str(given))
     place, known = _located(path)
     report = ReadReport(str(place))
-    rows, form = _rows(place, report, wanted)
-    replies = [_reply(*row) for row in rows]
+    replies, form = _read(place, report, wanted)
     report.rows = len(replies)
     report.require_rows(_EXPECTED)
     with reading(place, "file of replies"):
@@ -138,10 +143,10 @@ def _written(words: tuple[str, ...]) -> str:
     return detokenize(list(words))
 
 
-def _reply(line: int, context: list[str], text: str, reference: str) -> Reply:
-    words, reference_words = _words(text), _words(reference)
+def _reply(line: int, context: list[str], text: str, reference: Any, **facts: Any) -> Reply:
+    words, reference_words = _words(text), _words(reference if isinstance(reference, str) else "")
     return Reply(tuple(map(_written, map(_words, context))), _written(words), _written(reference_words), words, reference_words,
-                 tuple(map(context_key, context)), line)
+                 tuple(map(context_key, context)), line, **facts)
 
 
 # ---- where a file lies
@@ -177,10 +182,8 @@ def _located(given: str) -> tuple[Path, str]:
 
 # ---- what is in a file
 
-Row = tuple[int, list[str], str, str]  # line, turns, reply, reference
-
-
-def _rows(path: Path, report: ReadReport, wanted: str) -> tuple[list[Row], str]:
+def _read(path: Path, report: ReadReport, wanted: str) -> tuple[list[Reply], str]:
+    """The replies, and the form of the file."""
     lines = read_lines(path, report)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
@@ -190,8 +193,7 @@ def _rows(path: Path, report: ReadReport, wanted: str) -> tuple[list[Row], str]:
         return _of_blocks(path, list(_blocks(everything, report)), report, wanted)
     if wanted:
         raise DataError(path, f"these are JSON lines, and #{wanted} chooses a reply of text blocks", "Leave it out")
-    rows = list(_of_json(everything, report))
-    return rows, "predictions" if path.name == PREDICTIONS else "json lines"
+    return list(_of_json(everything, report)), "predictions" if path.name == PREDICTIONS else "json lines"
 
 
 def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
@@ -199,7 +201,7 @@ def _again(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
     yield from rest
 
 
-def _of_json(lines: Iterator[tuple[int, str]], report: ReadReport) -> Iterator[Row]:
+def _of_json(lines: Iterator[tuple[int, str]], report: ReadReport) -> Iterator[Reply]:
     for number, line in lines:
         if not line.strip():
             report.ignored["empty line"] += 1
@@ -214,13 +216,21 @@ def _of_json(lines: Iterator[tuple[int, str]], report: ReadReport) -> Iterator[R
             continue
         context = found.get("context")
         turns = _turns([context] if isinstance(context, str) else context)
-        text, reference = found.get("reply"), found.get("reference")
+        text = found.get("reply")
         if turns is None:
             report.skip('no "context" of turns', number)
         elif not isinstance(text, str):
             report.skip('no "reply"', number)
         else:
-            yield number, turns, text, reference if isinstance(reference, str) else ""
+            yield _reply(number, turns, text, found.get("reference"), **_facts(found))
+
+
+def _facts(found: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation of ours adds."""
+    facts = {name: found[name] for name in ("emotion", "predicted") if isinstance(found.get(name), str)}
+    nll, tokens = found.get("nll"), found.get("tokens")
+    known = type(nll) in (int, float) and type(tokens) is int and tokens > 0
+    return facts | ({"nll": float(nll), "tokens": tokens} if known else {})
 
 
 def _turns(value: Any) -> list[str] | None:
@@ -255,9 +265,9 @@ def _blocks(lines: Iterator[tuple[int, str]], report: ReadReport) -> Iterator[Bl
         yield start, fields
 
 
-def _of_blocks(path: Path, blocks: list[Block], report: ReadReport, wanted: str) -> tuple[list[Row], str]:
+def _of_blocks(path: Path, blocks: list[Block], report: ReadReport, wanted: str) -> tuple[list[Reply], str]:
     field = _chosen(path, blocks, wanted)
-    rows: list[Row] = []
+    replies: list[Reply] = []
     for number, fields in blocks:
         turns = _literal(fields.get("context", ""))
         reference = fields.get("ref", fields.get("reference", ""))
@@ -266,8 +276,8 @@ def _of_blocks(path: Path, blocks: list[Block], report: ReadReport, wanted: str)
         elif field not in fields:
             report.skip(f"block without {field or 'a reply'}", number)
         else:
-            rows.append((number, turns, fields[field], reference))
-    return rows, f"text blocks, {field}"
+            replies.append(_reply(number, turns, fields[field], reference))
+    return replies, f"text blocks, {field}"
 
 
 def _chosen(path: Path, blocks: list[Block], wanted: str) -> str:
