@@ -201,6 +201,12 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 
+def _score(args: Namespace, console: Terminal) -> None:
+    from case_fast.evaluation.score_command import ScoreSettings, score_command
+
+    _print_paths(score_command(args.predictions, ScoreSettings(**_fields(args, ScoreSettings)), console), console)
+
+
 def _diagnose(args: Namespace, console: Terminal) -> None:
     from case_fast.evaluation.diagnose import answers, diagnose_run, table
 
@@ -373,7 +379,6 @@ def _print_paths(paths: Sequence[str | Path], console: Terminal) -> None:
         console.say(f"{path}")
 
 
-
 # name -> what it does, its arguments, what carries it out and may give an exit status; a command imports only what it needs
 _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Namespace, Terminal], int | None]]] = {
     "prepare": ("Official files to a store: dialogues, inferences, concepts, both graphs, packed.",
@@ -390,6 +395,8 @@ _COMMANDS: dict[str, tuple[str, Callable[[ArgumentParser], None], Callable[[Name
               arguments.train, _train),
     "table": ("Table 1 or 2 of the paper: train what is missing, evaluate it, and compare over seeds.", arguments.table, _table),
     "evaluate": ("Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.", arguments.evaluate, _evaluate),
+    "score": ("BLEU, ROUGE, diversity, repetition, empathy proxies of replies in files, of any system, with intervals.",
+              arguments.score, _score),
     "doctor": ("Is all in order here: software, machine, kernels, data, stores, runs; and can what comes next be done.",
                arguments.doctor, _doctor),
     "diagnose": ("Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",

@@ -109,6 +109,15 @@ def evaluate(parser: ArgumentParser) -> None:
     parser.add_class_arguments(GenerationConfig)
 
 
+def score(parser: ArgumentParser) -> None:
+    from case_fast.evaluation.score_command import ScoreSettings
+
+    parser.add_argument("predictions", type=str, nargs="+", metavar="PREDICTIONS",
+                        help="files of replies, runs or their evaluations, as [NAME=]PATH[#FIELD]; the others are compared with "
+                        "the first")
+    parser.add_class_arguments(ScoreSettings)
+
+
 def diagnose(parser: ArgumentParser) -> None:
     from case_fast.devices import DEVICES
 
