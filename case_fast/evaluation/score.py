@@ -69,7 +69,8 @@ class Scores:
     methods: dict[str, str] = field(default_factory=lambda: {
         "unit": "conversation: replies whose contexts begin with the same turn",
         "interval": f"95 %; what sums over replies decide: percentile bootstrap; else spread of {s.HALVES} random halves",
-        "p": "two-sided, exchange of both systems' replies in random conversations", "several": "Holm, over the systems",
+        "p": "two-sided, exchange of both systems' replies in random conversations; of gzip_ratio, self_repetition and "
+             "common_replies from the spread of their difference", "several": "Holm, over the systems",
     })
 
     def as_dict(self) -> dict[str, Any]:
@@ -228,19 +229,21 @@ def _compare(cells: dict[str, Cell], pairs: Sequence[tuple[Reply, Reply]], measu
 
 
 def _exchanges(first: _Measured, own: _Measured, names: Sequence[str], draws: int) -> dict[str, float]:
-    """p of each metric that both have; none of those whose value takes long."""
+    """p of each metric that both have."""
     sums = [name for name in names if isinstance(own.measures[name].spread, Sums)]
-    one, other = s.exchanged(own.sums(sums), first.sums(sums), draws)
-    one, other = own.values(one, sums), own.values(other, sums)
+    one, other = (own.values(values, sums) for values in s.exchanged(own.sums(sums), first.sums(sums), draws))
     found = {}
-    for name in sums:
-        differences = one[name] - other[name]
-        if np.isfinite(differences).all():
-            found[name] = s.share_as_large(differences, own.measures[name].metric.value - first.measures[name].metric.value)
     for name in names:
-        things = [getattr(of.measures[name].spread, "things", None) for of in (own, first)]
-        if things[0] is not None:
-            found[name] = s.distinct_difference([things[0]], [things[1]], own.conversation, 1, min(draws, EXCHANGES)).p
+        whole, spread = own.measures[name].metric.value - first.measures[name].metric.value, own.measures[name].spread
+        if isinstance(spread, Sums):
+            differences = one[name] - other[name]
+            if np.isfinite(differences).all():
+                found[name] = s.share_as_large(differences, whole)
+        elif spread.things is not None:
+            sides = [spread.things], [first.measures[name].spread.things]
+            found[name] = s.distinct_difference(*sides, own.conversation, 1, min(draws, EXCHANGES)).p
+        else:
+            found[name] = s.as_far(whole, own.drawn[name] - first.drawn[name])
     return found
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MARKS = ((0.01, "‡"), (0.05, "†"))  # adjusted p below
 _ARROW = {"higher": " ↑", "lower": " ↓", None: ""}
 NOTES = (
-    "In brackets the 95 % interval, drawn over conversations. † p < 0.05, ‡ p < 0.01 after Holm's method over the systems, by "
-    "exchange of two systems' replies in random conversations.",
+    "In brackets the 95 % interval, drawn over conversations. † p < 0.05, ‡ p < 0.01 that there is no difference, by Holm's "
+    "method over the systems.",
     "Overlap with one reference says little of a reply that may be good in many ways, and empathy's figures are those of rough "
     "classifiers, whose accuracy stands in their signatures: only people who read the replies can tell.",
 )

@@ -149,6 +149,12 @@ def about(whole: float, values: np.ndarray, level: float = 0.95) -> tuple[float,
     return whole - half, whole + half
 
 
+def as_far(whole: float, values: np.ndarray) -> float:
+    """Two-sided p of a normal distribution with the draws' sd: how often it is as far from 0 as the whole."""
+    sd = float(values.std(ddof=1))
+    return float(2 * stats.norm.sf(abs(whole) / sd)) if sd else float(whole == 0)
+
+
 # ---- how many different things are said
 
 
