@@ -61,7 +61,6 @@ class BertScore:
         if not 1 <= self.layer <= layers:
             raise ConfigError(f"bertscore_layer must lie in 1 .. {layers}, the layers of {folder}, not {layer}")
         self.model.to(self.device).eval()
-        self.special = torch.tensor(sorted(self.tokenizer.all_special_ids), device=self.device)
         self.floor = 0.0 if baseline is None else _floor(baseline, self.layer)
         self.signature = signature_of(
             "bert_score", of="F1", scale=100, model=_digest(folder), layer=self.layer, idf="no",
@@ -84,9 +83,10 @@ class BertScore:
     @torch.inference_mode()
     def _vectors(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """(B, T, D) unit vectors and (B, T) which of them are words."""
-        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt").to(self.device)
+        inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=_LONGEST, return_special_tokens_mask=True,
+                                return_tensors="pt").to(self.device)
+        words = inputs["attention_mask"].bool() & ~inputs.pop("special_tokens_mask").bool()
         vectors = self.model(**inputs, output_hidden_states=True).hidden_states[self.layer]
-        words = inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], self.special)
         return torch.nn.functional.normalize(vectors, dim=-1), words
 
     def measures(self, replies: Sequence[Reply]) -> list[Measure]:
