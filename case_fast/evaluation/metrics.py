@@ -38,7 +38,7 @@ TITLES = {
     "epitome_er": "EPITOME: emotional reactions, 0-2",
     "epitome_ip": "EPITOME: interpretations, 0-2",
     "epitome_ex": "EPITOME: explorations, 0-2",
-    "intent_agreement": "Intent that of the reference, %",
+    "intent_agreement": "Intent of the reference, %",
     **{f"intent_{name}": f"Intent {name}, %" for name in INTENTS},
     "bert_score": "BERTScore, F1",
     **{f"rouge_{kind}": f"ROUGE-{kind}, F1" for kind in ("1", "2", "L")},

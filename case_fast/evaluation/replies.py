@@ -105,8 +105,9 @@ def read_replies(given: str | Path) -> ReplyFile:
     Raises:
         DataError: it is missing or has no usable reply; its blocks hold several replies and no FIELD chooses one.
     """
-    name, path, wanted = _parts(str(given))
-    place, known = _located(path)
+    with reading(given, "file of replies"):
+        name, path, wanted = _parts(str(given))
+        place, known = _located(path)
     report = ReadReport(str(place))
     replies, form = _read(place, report, wanted)
     report.rows = len(replies)
@@ -134,8 +135,8 @@ def context_key(turn: str) -> str:
 # The same texts come again and again: in the contexts of later turns, in each file, as replies that systems repeat.
 @lru_cache(maxsize=1 << 16)
 def _words(text: str) -> tuple[str, ...]:
-    """Tokens, also of a text that was cut into tokens before ("should n't")."""
-    return tuple(tokenize(_PARTED.sub("", text)))
+    """Tokens, also of a text that was cut into tokens before ("should n't"); an unknown word, <unk> or UNK, is one of them."""
+    return tuple(tokenize(_PARTED.sub("", text.replace("<unk>", " unk "))))
 
 
 @lru_cache(maxsize=1 << 16)

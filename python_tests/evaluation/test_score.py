@@ -276,7 +276,7 @@ def test_the_command_shows_and_writes_everything(tmp_path, capsys):
     assert cli.main(["score", *files, "--epitome", str(epitome_data(tmp_path / "epitome")), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     for text in ("KEMP", "mine", "Dist-1", "Less KEMP, on replies to the same contexts", 'no "context" of turns; line 5',
-                 "Intent that of the reference, %: give the folder datasets of anuradha1992/EmpatheticIntents: --intents DIR",
+                 "Intent of the reference, %: give the folder datasets of anuradha1992/EmpatheticIntents: --intents DIR",
                  "dist_1|scale=100", "score.png"):
         assert text in said, text
     written = json.loads((out / "score.json").read_text())
