@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from case_fast.data.text import tokenize
-from case_fast.errors import DataError
+from case_fast.errors import ConfigError, DataError
 from case_fast.evaluation.measures import Measure, of_rows, percent
 from case_fast.evaluation.measures import mean as mean_of
 from case_fast.evaluation.metrics import INTENTS, signature_of
@@ -35,7 +35,10 @@ class Classifier:
     """Logistic regression on TF-IDF of words (1 to 2) and characters within words (2 to 5). It draws no random numbers.
 
     Args:
-        texts: words parted by blanks; labels: one each, at least two different ones.
+        texts: words parted by blanks; labels: one each.
+
+    Raises:
+        ConfigError: there is nothing to learn: a single label, or no word that two texts have.
     """
 
     def __init__(self, texts: Sequence[str], labels: Sequence[Any]):
@@ -47,7 +50,10 @@ class Classifier:
         linear = needed("sklearn.linear_model", "a classifier of replies")
         self._features = union
         self._model = linear.LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000)
-        self._model.fit(union.fit_transform(texts), labels)
+        try:
+            self._model.fit(union.fit_transform(texts), labels)
+        except ValueError as error:  # no word that two texts have, a single label
+            raise ConfigError(f"nothing can be learnt from {len(texts)} texts ({error}): give the published data") from error
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """(n,) labels; each different text is looked at once."""
@@ -107,7 +113,7 @@ class Epitome:
         seekers = {seeker: place for place, seeker in enumerate(dict.fromkeys(seeker for seeker, *_ in rows))}
         held = np.array([seekers[seeker] % HELD_OUT == 0 for seeker, *_ in rows], dtype=bool)
         texts, labels = np.array([self._cut(text) for _, text, _ in rows], dtype=object), np.array([level for *_, level in rows])
-        if len(set(labels[~held].tolist())) < 2 or not held.any():
+        if not held.any() or held.all():
             raise DataError(path, f"{len(rows)} pairs, too few to learn from", _EPITOME)
         classifier = Classifier(texts[~held], labels[~held])
         return classifier, Trial.of(classifier, texts[held], labels[held]), sha256(path)[:8]

@@ -136,6 +136,7 @@ def context_key(turn: str) -> str:
 @lru_cache(maxsize=1 << 16)
 def _words(text: str) -> tuple[str, ...]:
     """Tokens, also of a text that was cut into tokens before ("should n't"); an unknown word, <unk> or UNK, is one of them."""
+    text = text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
     return tuple(tokenize(_PARTED.sub("", text.replace("<unk>", " unk "))))
 
 

@@ -17,7 +17,7 @@ from case_fast import cli
 from case_fast.errors import ConfigError, DataError
 from case_fast.evaluation.measures import GROUPS
 from case_fast.evaluation.metrics import INTENTS
-from case_fast.evaluation.proxies import Epitome, Intents
+from case_fast.evaluation.proxies import Classifier, Epitome, Intents
 from case_fast.evaluation.replies import read_all
 from case_fast.evaluation.score import score
 from case_fast.evaluation.score_table import difference_of, markdown, signatures_of, value_of
@@ -113,6 +113,18 @@ def test_values_measured_otherwise_are_not_compared(tmp_path):
     assert {"vocabulary=10", "vocabulary=11"} <= {part for of in signatures_of(found) for part in of.split("|")}
 
 
+def test_hostile_replies_are_texts_like_others(tmp_path, capsys):
+    replies = ["<script>alert(1)</script>", "\u202eright to left", "w" * 10_000, "=cmd() | [red]x[/red]", "\ud83d",
+               "\U0001f600" * 50, "", " 's" * 300, "\\`|"]
+    path = json_lines(tmp_path / "bad.jsonl", [
+        {"context": [f"turn {place}"], "reply": reply, "reference": reply} for place, reply in enumerate(replies * 3)])
+    path.write_bytes(path.read_bytes() + b'{"context": ["nul"], "reply": "\0"}\n\xff\n')
+    assert cli.main(["score", f"[red]a|b={path}", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "[red]a|b" in said and "NUL byte" in said and "not UTF-8" in said
+    assert "| [red]a\\|b |" in (tmp_path / "out" / "score.md").read_text()
+
+
 def test_tables_are_in_order_and_escape_names(tmp_path):
     files = read_all([f"a|b={json_lines(tmp_path / 'a.jsonl', rows())}", f"<i>={json_lines(tmp_path / 'b.jsonl', rows())}"])
     found = score(files, (), DRAWS)
@@ -195,6 +207,13 @@ def test_intents_are_those_planted_and_agree_with_the_reference(tmp_path):
     (tmp_path / "datasets" / "lexically_extended_intent_data" / "train" / "neutral.txt").unlink()
     with pytest.raises(DataError, match="no texts of the intent neutral. Give the folder datasets"):
         Intents(tmp_path / "datasets" / "lexically_extended_intent_data")
+
+
+def test_texts_that_teach_nothing_are_refused():
+    with pytest.raises(ConfigError, match="nothing can be learnt from 3 texts"):
+        Classifier(["a", "b", "c"], [0, 1, 2])
+    with pytest.raises(ConfigError, match="nothing can be learnt from 2 texts"):
+        Classifier(["so sad", "so sad"], [1, 1])
 
 
 # ---- BERTScore
