@@ -1,6 +1,7 @@
 # make demo        the whole pipeline on the bundled sample: prepare, train, evaluate, report
 # make test        the Python tests          make cpp-test   the C++ tests (SANITIZE=address,undefined or thread)
-# make lint        ruff                      make bare       a fresh clone with the packages of a bare GPU image alone
+# make lint        ruff                      make docs       the pages and the API as a site: build/docs/index.html
+# make bare        a fresh clone with the packages of a bare GPU image alone
 # make clean       remove what was built, and .venv
 # PYTHON=python3.12 picks the interpreter; TORCH_INDEX=<url> the package index that torch comes from.
 PYTHON ?= python3
@@ -13,10 +14,12 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 PACKAGE := pyproject.toml setup.py constraints.txt CMakeLists.txt case_fast/__init__.py $(shell find csrc -type f)
 CPP_BUILD := build/cpp$(addprefix -,$(SANITIZE))
+# what a browser would fetch from elsewhere: pictures, scripts, styles, fonts; not the links that people follow
+FETCHED := '( (src|srcset|data|poster)=|<link[^>]* href=|url\(|@import |import\(|fetch\()["'"'"']?(https?:)?//'
 # cmake and ninja for the C++ tests: the machine's, or where it lacks one, .venv's
 CPP_TOOLS = $(if $(shell sh -c 'command -v $(CMAKE) && command -v ninja' >/dev/null 2>&1 && echo there),,$(VENV)/.cpp-tools)
 
-.PHONY: demo test lint cpp-test bare clean
+.PHONY: demo test lint docs cpp-test bare clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -27,6 +30,12 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	@$(VENV)/bin/ruff check .
+
+docs: $(VENV)/.installed-docs
+	@$(VENV)/bin/python -m sphinx -q -W --keep-going docs build/docs
+	@! grep -rEn --include='*.html' --include='*.css' --include='*.js' $(FETCHED) build/docs || \
+	  { echo "build/docs would fetch these from the network when a page is read" >&2; exit 1; }
+	@echo "build/docs/index.html"
 
 # Without CUDA: the tests run CUDA's kernels as plain C++ on the CPU.
 cpp-test: export PATH := $(PATH):$(CURDIR)/$(VENV)/bin
@@ -73,6 +82,13 @@ $(VENV)/.installed-test: $(VENV)/.torch $(PACKAGE)
 	@echo "installing case_fast with its test dependencies, building the native module (a minute or two)"
 	@$(PIP) install -q -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.installed $@
+
+# The extra docs alone: case_fast is there, and would be built anew.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "installing Sphinx"
+	@$(PIP) install -q -c constraints.txt $$($(VENV)/bin/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
 
 $(VENV)/.cpp-tools: $(VENV)/.created
 	@echo "installing cmake and ninja, which this machine lacks"

@@ -258,8 +258,8 @@ class Batch(_Tensors):
             cu_context (B + 1,).
         decoder_input, target, target_position, target_segment: (M,) BOS + words, and words + EOS; cu_target (B + 1,).
         emotion: (B,) label, -1 where unknown.
-        dialogue_weight (B,), target_weight, bow_weight (M,): float64, each row's share in a mean over dialogues, over target
-            words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
+        dialogue_weight, target_weight, bow_weight: (B,), (M,), (M,) float64, each row's share in a mean over dialogues, over
+            target words, and over dialogues of the mean over their target words: 1/B, 1/M, 1/(B m) for a reply of m.
         case, concept, relations, emotional, feedback: the other parts, or None.
         others: None, or this batch is a process's share of a larger one: weights and ``sizes`` are then of the larger one, and a
             share that has no dialogue holds one that takes part in nothing.

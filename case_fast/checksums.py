@@ -72,7 +72,8 @@ def check(path: Path, listed_in: str = NAME) -> None:
     """Check a file by the list beside it. Without one, as earlier versions wrote none, nothing is checked, which is said once.
 
     Raises:
-        CheckpointError: the file or the list is damaged. OSError: one cannot be read.
+        CheckpointError: the file or the list is damaged.
+        OSError: one cannot be read.
     """
     listed = path.parent / listed_in
     if not listed.is_file():

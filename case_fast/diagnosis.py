@@ -9,7 +9,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from case_fast.batch import Batch
 from case_fast.data import Store
+from case_fast.data.edited import edges_of, with_concepts, with_inferences, with_reactions
 from case_fast.data.featurizer import Example
-from case_fast.data.graphs import CONCEPT, cognition_graph, concept_graph
 from case_fast.data.pack import make_batch
 from case_fast.errors import ConfigError
 from case_fast.models import MODELS, DialogueModel, model_class
-from case_fast.models.base import Alignment, Choice, Inside, Output, evaluating
+from case_fast.models.base import evaluating
+from case_fast.models.results import Alignment, Choice, Inside, Output
 from case_fast.references import References, read_references
 
 BATCH, SEED = 16, 99  # dialogues of a held-out batch, and what they are drawn by
@@ -209,27 +209,20 @@ def _norm(loss: Tensor, parameters: Sequence[Tensor], weight: Tensor | None) -> 
 
 def with_inferences_of(example: Example, other: Example) -> Example:
     """Its own sub-utterances with the other's inferences, at the sub-utterance of the same place, or at the last one."""
-    subs = len(example.sub_utterance)
-    sub = np.minimum(other.knowledge_sub, subs - 1)
-    graph = cognition_graph(subs, sub, other.knowledge_relation)
-    return replace(example, knowledge=other.knowledge, knowledge_sub=sub, knowledge_relation=other.knowledge_relation,
-                   cognition_graph=graph)
+    sub = np.minimum(other.knowledge_sub, len(example.sub_utterance) - 1)
+    return with_inferences(example, other.knowledge, sub, other.knowledge_relation)
 
 
 def with_reactions_of(example: Example, other: Example) -> Example:
     """Its own sub-utterances with the other's reactions, placed as in `with_inferences_of`."""
-    sub = np.minimum(other.reaction_sub, len(example.sub_utterance) - 1)
-    return replace(example, reaction=other.reaction, reaction_sub=sub)
+    return with_reactions(example, other.reaction, np.minimum(other.reaction_sub, len(example.sub_utterance) - 1))
 
 
 def with_concepts_of(example: Example, other: Example) -> Example:
     """Its own words with the other's concepts, each joined to the words at the same places, or to the last one."""
-    words, first = len(example.context), 1 + len(other.context)
-    edges = {(min(neighbour, words) - 1, vertex - first) for vertex, neighbour, relation in other.concept_graph.edges()
-             if relation == CONCEPT and vertex >= first}
-    return replace(example, concept=other.concept, concept_intensity=other.concept_intensity,
-                   concept_position=np.minimum(other.concept_position, words),
-                   concept_graph=concept_graph(words, sorted(edges), len(other.concept)))
+    last = len(example.context) - 1
+    edges = {(min(word, last), of) for word, of in edges_of(other)}
+    return with_concepts(example, other.concept, other.concept_intensity, list(edges))
 
 
 # what is swapped -> the part of a batch that a model reads it from, and how

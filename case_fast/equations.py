@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +174,17 @@ def fuse_context(context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor,
 
 packed_attention = reference.packed_attention  # of encoders and of the decoder, to its own words
 cross_attention, source_seed = reference.cross_attention, reference.source_seed  # of the decoder, to its sources in turn
+
+
+def source_attention(hidden: Tensor, source: Any, eps: float = 1e-5) -> Tensor:
+    """How much rows (M, d) of one reply read each row of a source in `cross_attention`: softmax_j(q . k_j D^-1/2) with
+    q = W_query layer_norm(hidden), averaged over heads, (M, S). ``source``: as of `cross_attention`, of one dialogue."""
+    normed = F.layer_norm(hidden, hidden.shape[1:], source.norm_weight, source.norm_bias, eps)
+    key = full_precision(source.key)
+    query = full_precision(F.linear(normed, source.query_weight)).unflatten(-1, key.shape[1:])
+    return (torch.einsum("mhd,shd->hms", query, key) * key.shape[-1] ** -0.5).softmax(-1).mean(0)
+
+
 linear_cross_entropy = reference.linear_cross_entropy  # Eq. 8 and 19 before their sums
 greatest, top_words = reference.greatest, reference.top_words  # the most probable words, for decoding
 

@@ -24,7 +24,9 @@ def label_smoothed(nll: Tensor, hidden: Tensor, target: Tensor, weight: Tensor, 
     (1 - e) nll + e / (V - 2) ((V - 2) lse - sum_v z_v + z_y + z_pad).
 
     Args:
-        nll: (M,) -log P(target); hidden: (M, d); weight (V, d), bias (V,): of the words.
+        nll: (M,) -log P(target).
+        hidden: (M, d).
+        weight, bias: (V, d), (V,) of the words.
     """
     words = weight.shape[0]
     of_target = (hidden * F.embedding(target, weight)).sum(-1) + bias[target]
@@ -162,8 +164,10 @@ def critic_losses(score: Callable[[Tensor, Tensor], Tensor], generated: Packed, 
     Only ``score`` is differentiated twice: o^ has no past.
 
     Args:
-        score: (s,) of packed rows and their offsets. generated, real: of the same s sequences, of any lengths.
-        share: (s,) a; weight: (s,) each one's share in the means.
+        score: (s,) of packed rows and their offsets.
+        generated, real: of the same s sequences, of any lengths.
+        share: (s,) a.
+        weight: (s,) each one's share in the means.
     """
     weight = weight.to(generated[0].dtype)
     difference = (weight * (score(*generated) - score(*real))).sum()

@@ -1,4 +1,4 @@
-"""Typed errors. Each message says where (file:line or argument), what was wrong, and what to do about it."""
+"""Typed errors. Each message says where (file and line, or argument), what was wrong, and what to do about it."""
 
 from __future__ import annotations
 

@@ -105,6 +105,7 @@ td code { display: block; color: var(--muted); font-size: .74rem; overflow-wrap:
 .charts svg { width: 100%; height: auto; display: block; stroke-linejoin: round; stroke-linecap: butt; }
 figure { margin: 0; }
 figcaption { margin-top: 8px; }
+.scroll { overflow-x: auto; }
 .wide { overflow-x: auto; border-radius: 8px; background: #fff; border: 1px solid var(--line); }
 .wide img { display: block; width: 100%; min-width: 760px; height: auto; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 430px), 1fr)); gap: 14px; }

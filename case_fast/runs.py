@@ -280,7 +280,8 @@ def load_model(run: str | Path, device: str = "auto", checkpoint: str = "best") 
         checkpoint: "best", or the step of one of the run's checkpoints.
 
     Raises:
-        CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
+        CheckpointError: a part of the run is missing or damaged.
+        ConfigError: an argument cannot be used.
     """
     files, chosen = Run(run), resolve_device(device)
     _require_run(files)

@@ -97,7 +97,8 @@ def one_line(text: str) -> str:
 # ---- streams
 
 _ERRORS = "case_fast.terminal"  # the name of `_readable` among Python's handlers of what an encoding lacks
-_READABLE = dict(zip("±·–†‡…›↑↓█░’“”", ("+-", "-", "-", "+", "++", "...", ">", "^", "v", "#", ".", "'", '"', '"'), strict=True))
+_READABLE = dict(zip("±·–†‡…›→↑↓█░’“”", ("+-", "-", "-", "+", "++", "...", ">", "->", "^", "v", "#", ".", "'", '"', '"'),
+                     strict=True))
 _NOBODY_READS = (errno.EPIPE, errno.EIO)  # a pipe that was closed, a terminal that was hung up
 
 

@@ -1,6 +1,6 @@
 """Draws docs/speed.png, the picture of the README, from the stored results of one machine.
 
-    python docs/speed.py [--machine xeon]
+    python docs/speed.py [--machine xeon] [--out docs/speed.png]
 
 A row a family of kernels, a dot a measured case: the time of the fastest peer divided by ours. The size of a batch of the paper
 is named with both times. Forward and backward where a case has both, else forward (decoding).
@@ -81,4 +81,6 @@ def draw(machine: str, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", default="xeon", help="folder of benchmarks/results")
-    draw(parser.parse_args().machine, ROOT / "docs" / "speed.png")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.png")
+    given = parser.parse_args()
+    draw(given.machine, given.out)

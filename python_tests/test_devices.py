@@ -69,7 +69,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:7", "tpu"])
 def test_training_evaluation_chat_prepare_and_comet_refuse_it_by_one_sentence(name, run, sample_store, tmp_path):
-    from case_fast.cli import run_evaluation
+    from case_fast.commands.runs import run_evaluation
     from case_fast.generation import GenerationConfig
 
     quiet = Console(file=io.StringIO())

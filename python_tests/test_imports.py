@@ -17,7 +17,7 @@ PACKAGE = Path(case_fast.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A: the parts of case_fast that A may import. The base is open to all. "cli" may import everything.
+# A: the parts of case_fast that A may import. The base is open to all. "commands" may import everything.
 # "": the package itself, its version
 BASE = {"", "errors", "text_files", "files", "devices", "batch", "html", "memory", "optional", "arguments", "checksums"}
 MAY_IMPORT = {
@@ -55,7 +55,7 @@ MAY_IMPORT = {
 OUTSIDE = {part: set() for part in ("", "errors", "text_files", "files", "checksums", "memory")}
 OUTSIDE |= {"devices": {"torch"}, "batch": {"torch"}, "equations": {"torch"}, "ops": {"torch", "numpy", "triton"}}
 OUTSIDE |= {"arguments": {"torch", "numpy"}}
-ALL = {"cli", "cli_arguments", "__main__"}
+ALL = {"cli", "commands", "__main__"}
 HEAVY = ("nltk", "sklearn", "transformers", "rich", "matplotlib", "jsonargparse")
 
 
@@ -159,7 +159,7 @@ def test_no_circle_among_modules():
 
 def test_no_circle_among_parts():
     graph = part_graph()
-    assert {"data", "training", "serving"} <= graph["cli"]
+    assert {"data", "training", "serving"} <= graph["commands"]
     assert not circle(graph), " imports ".join(circle(graph))
 
 

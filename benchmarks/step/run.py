@@ -18,7 +18,7 @@ from benchmarks.clock import CpuClock
 from benchmarks.step import report
 from benchmarks.step.batches import CONTEXTS, Choice
 from benchmarks.step.worker import COMPILED, OURS, PLAIN
-from case_fast.cli import WAITING
+from case_fast.commands.machine import WAITING
 from case_fast.data import open_store
 from case_fast.errors import CaseFastError, ConfigError
 from case_fast.files import write_text

@@ -42,7 +42,8 @@ def make_batch(examples: Sequence[Example], texts: Texts, parts: Iterable[str] =
         seed: the number in `Batch.seed`.
 
     Raises:
-        ValueError: no examples; ConfigError: a part that does not exist, or that the examples or texts have nothing for.
+        ValueError: no examples.
+        ConfigError: a part that does not exist, or that the examples or texts have nothing for.
     """
     emotion = np.array([e.emotion for e in examples], dtype=np.int64)
     return pack(lambda name: Ragged.of([e.column(name) for e in examples]), emotion, texts, parts, seed)

@@ -235,7 +235,9 @@ def prepare(settings: PrepareSettings, stages: Stages | None = None,
         infer: asks for the inferences.
 
     Raises:
-        DataError: an input is missing or unusable; ConfigError: a setting is; PlaceError: store or cache cannot be written;
+        DataError: an input is missing or unusable.
+        ConfigError: a setting is.
+        PlaceError: store or cache cannot be written.
         Interrupted: Ctrl-C, the cache is kept.
     """
     stages = stages or Stages()

@@ -269,8 +269,10 @@ class Store:
                 another.
 
         Raises:
-            ValueError: unknown split, or no indices; IndexError: an index outside the split; ConfigError: an unknown part;
-            DataError: one whose field the store lacks.
+            ValueError: unknown split, or no indices.
+            IndexError: an index outside the split.
+            ConfigError: an unknown part.
+            DataError: a part whose field the store lacks.
         """
         arrays, size = self._split(split), self.size(split)
         parts = [part for part in PARTS if part not in self._lacking(split)] if parts is None else list(parts)

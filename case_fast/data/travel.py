@@ -78,7 +78,8 @@ def pack_store(store: str | Path | Store, out: str | Path) -> int:
 
     Raises:
         DataError: the store is damaged, or a file of it is not the one that its manifest knows.
-        ConfigError: ``out`` is there already. PlaceError: it cannot be written.
+        ConfigError: ``out`` is there already.
+        PlaceError: it cannot be written.
     """
     store, out = store if isinstance(store, Store) else open_store(store, check=False), Path(out)
     if os.path.lexists(out):
@@ -134,7 +135,8 @@ def unpack_store(path: str | Path, out: str | Path, max_bytes: int = MAX_UNPACKE
         max_bytes: of all its files together; a file that says it holds more is refused before any is unpacked.
 
     Raises:
-        DataError: ``path`` is missing, damaged, cut short, or no packed store. ConfigError: ``out`` is there already.
+        DataError: ``path`` is missing, damaged, cut short, or no packed store.
+        ConfigError: ``out`` is there already.
         PlaceError: it cannot be written.
     """
     path, out = require_file(path, "packed store", "Make one with case-fast pack"), Path(out)

@@ -48,7 +48,7 @@ class Vocabulary:
 
     @cached_property
     def is_stop_word(self) -> np.ndarray:
-        """(V,) bool, of each word. Looked up when it is first asked for: the list of stop words comes with scikit-learn."""
+        """(V,) bool, of each word. Looked up when it is first asked for, as the list of stop words comes with scikit-learn."""
         stop = stop_words()
         return np.array([word in stop for word in self.words])
 

@@ -140,7 +140,7 @@ class GivenRun:
             if theirs != featurizer.vocabulary.words:
                 return fail(f"{words:,} words, and other ones in {store.path} ({len(theirs):,}): this run cannot be used with it",
                             command("case-fast", "train", "--data", store.path, "--out", f"{self.path}.new"))
-        return ok(f"{words:,} words, the model's" + f" and those of {self.stores[0].path}" * bool(self.stores))
+        return ok(f"{words:,} words, the model's" + (f" and those of {self.stores[0].path}" if self.stores else ""))
 
     def _store(self) -> Finding:
         """Whether what it was trained on is there."""

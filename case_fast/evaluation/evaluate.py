@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def paper(self) -> dict[str, float]:
-        """The published values to stand beside these: only for a whole test split of real dialogues."""
+        """The published values to stand beside these, only for a whole test split of real dialogues."""
         whole = self.split == "test" and self.examples == self.size and not self.bundled
         return {name: value for name, value in self.published.items() if name != "source"} if whole else {}
 

@@ -81,7 +81,8 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     missing and which command makes it.
 
     Raises:
-        CheckpointError: the folder is missing or nothing in it belongs to a run. PlaceError: the page cannot be written.
+        CheckpointError: the folder is missing or nothing in it belongs to a run.
+        PlaceError: the page cannot be written.
     """
     found = Reported.read(run)
     path = Path(out) if out is not None else found.files.report

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MARKS = ((0.01, "‡"), (0.05, "†"))  # adjusted p below
+_FILE_WIDTH = 1000  # characters of a line, at most
 _ARROW = {"higher": " ↑", "lower": " ↓", None: ""}
 NOTES = (
     "In brackets the 95 % interval, drawn over conversations. † p < 0.05, ‡ p < 0.01 that there is no difference, by Holm's "
@@ -122,11 +123,18 @@ def show(scores: Scores, console: Console) -> None:
     names = _names(scores)
 
     def table(title: str, columns: list[str]) -> Any:
-        found = Table(title=title, title_justify="left")
+        console.print(Text(title, style="italic"))
+        found = Table(box=None, pad_edge=False, header_style="bold")
         found.add_column("metric")
         for name in columns:
             found.add_column(Text(name), justify="right")
         return found
+
+    def end(found: Any) -> None:
+        if not console.is_terminal:  # a file has no edge to break cells at
+            found.width = found.__rich_measure__(console, console.options.update_width(_FILE_WIDTH)).maximum
+        console.print(found, soft_wrap=not console.is_terminal)
+        console.print()
 
     values = table(f"Replies of {len(names)} system{'s' * (len(names) > 1)}", names)
     for group, found in _groups(scores):
@@ -135,8 +143,7 @@ def show(scores: Scores, console: Console) -> None:
             style = "dim" if scores.groups[name] == "overlap" else ""
             row = [f"  {_heading(name, cells)}", *map(value_of, cells)]
             values.add_row(*(Text(text, style=style) for text in row))
-        values.add_section()
-    console.print(values)
+    end(values)
     for system in scores.systems[1:]:
         if not system["matched"]:
             console.print(Text(f"{system['name']} answers none of the contexts of {names[0]}", style="yellow"), soft_wrap=True)
@@ -145,9 +152,9 @@ def show(scores: Scores, console: Console) -> None:
         differences = table(f"Less {names[0]}, on replies to the same contexts", counts)
         for name, cells in differ.items():
             differences.add_row(Text(_heading(name, cells)), *(Text(difference_of(cell)) for cell in cells[1:]))
-        console.print(differences)
+        end(differences)
     for note in NOTES:
-        console.print(Text(note, style="dim"))
+        console.print(Text(note, style="dim"), soft_wrap=True)
     for reason, titles in missing_of(scores).items():
         console.print(Text(f"n/a  {', '.join(titles)}: {reason}"), soft_wrap=True)
     for signature in signatures_of(scores):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -24,7 +24,8 @@ from case_fast import equations as eq
 from case_fast.arguments import at_least_1, check_choices, settle
 from case_fast.batch import Batch
 from case_fast.errors import CheckpointError, ConfigError
-from case_fast.models.layers import AnySeed, DecoderState, Memory, refuse_halves, seed_at
+from case_fast.models.layers import AnySeed, DecoderState, refuse_halves, seed_at
+from case_fast.models.results import Inside, Output, Reading, Why
 from case_fast.ops import transforms
 from case_fast.ops.device_flag import raise_pending as raise_pending
 
@@ -132,119 +133,6 @@ class ModelConfig:
         return cls(**values)
 
 
-@dataclass(kw_only=True)
-class Output:
-    """What a forward pass gives.
-
-    Attributes:
-        loss: the scalar to minimise. losses: its parts by name, before their weights.
-        hidden: (M, d) what the model's ``output`` makes next-word scores of; nll, prediction (M,): -log P of the target, argmax.
-        emotion_logits: (B, emotions) log-probabilities; None where the model predicts no emotion.
-        diagnostics: numbers worth a line in the log.
-    """
-
-    loss: Tensor
-    losses: dict[str, Tensor]
-    hidden: Tensor | None = None
-    nll: Tensor | None = None
-    prediction: Tensor | None = None
-    emotion_logits: Tensor | None = None
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(kw_only=True)
-class Reading:
-    """What a model understood of a batch of contexts, before a reply is known: all that decoding needs.
-
-    Attributes:
-        memories: what the decoder attends to, in order.
-        emotion_logits: (B, emotions) log-probabilities, or None.
-        start: (B, d) takes the place of the scaled word BOS, or None.
-        gates: (B, n) weights of a model's own decoders, or None.
-        added: (B, d) what each decoder layer adds to all rows of a dialogue after its sources, or None.
-        watched: gets what the last decoder layer reads its sources with, (M, d), where a loss is about its attention; or None.
-    """
-
-    memories: list[Memory]
-    emotion_logits: Tensor | None = None
-    start: Tensor | None = None
-    gates: Tensor | None = None
-    added: Tensor | None = None
-    watched: list[Tensor] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.memories[0].rows.device
-
-    @property
-    def size(self) -> int:
-        """B."""
-        return self.memories[0].cu.numel() - 1
-
-    def repeat(self, dialogue: int, count: int) -> Reading:
-        """One dialogue of it, ``count`` times: for the hypotheses of an uncached search."""
-
-        def row(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[dialogue].expand(count, *x.shape[1:])
-
-        memories = [memory.repeat(dialogue, count) for memory in self.memories]
-        return Reading(memories=memories, emotion_logits=row(self.emotion_logits), start=row(self.start), gates=row(self.gates),
-                       added=row(self.added))
-
-
-@dataclass(kw_only=True)
-class Why:
-    """What a model can say of its reasons, as tensors; None where it has no such thing.
-
-    Attributes:
-        emotion: (B, emotions) probabilities.
-        knowledge: (K,) weights of the inferences, packed by the batch's case.cu_knowledge.
-        concept: (V_ec,) weights of the vertices of G_EC, packed by the batch's concept.graph.cu_vertices.
-        gate: (B,) share of the concepts' side in the affection.
-    """
-
-    emotion: Tensor | None = None
-    knowledge: Tensor | None = None
-    concept: Tensor | None = None
-    gate: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which of its knowledge a dialogue reads: ``prior`` and ``posterior`` (n,), probabilities before and after the reply is
-    known; ``dialogue`` (n,) the dialogue that each row belongs to."""
-
-    prior: Tensor
-    posterior: Tensor
-    dialogue: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alignment:
-    """What an alignment loss compares: ``scores`` (P, Q) of all pairs of P rows of x and Q of y; ``positive`` (P,) the row of y
-    that belongs to each row of x. Rows of x with one positive are no negatives of each other."""
-
-    scores: Tensor
-    positive: Tensor
-
-
-@dataclass(kw_only=True)
-class Inside:
-    """What can be looked at inside a model that has read a batch, by name; empty or None where it has no such thing.
-
-    Attributes:
-        vectors: (n, d) each, what has to be told apart by who reads it.
-        choices: distributions over the knowledge of each dialogue.
-        alignments: what its alignment losses compare, switched on or not.
-        gate: (B,) in [0, 1].
-    """
-
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    choices: dict[str, Choice] = field(default_factory=dict)
-    alignments: dict[str, Alignment] = field(default_factory=dict)
-    gate: Tensor | None = None
-
-
 class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", tags=["empathetic-dialogue"]):
     """A model that answers dialogues: ``model(batch)`` takes a packed `Batch`, returns an `Output`; ``.loss.backward()`` trains.
 
@@ -261,6 +149,9 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         retired: buffers of weights of earlier versions that are read over.
         asks: why a forward pass must ask the device for what a tensor holds; empty where it need not. A step of a model that
             asks cannot be captured, nor what it decodes be replayed.
+        balance: what the gate of its `Why` weighs, the two sides by name; None where it has no gate.
+        sources: of each memory of its `Reading` what the rows are, in order: "inferences" and "concepts" as the choices of a
+            `Why`, "context" [CLS] and the context's words, "emotional" [SEP] and its emotional words.
     """
 
     Config: ClassVar[type[ModelConfig]]
@@ -272,6 +163,8 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     shared: ClassVar[tuple[str, ...]] = ()
     retired: ClassVar[tuple[str, ...]] = ()
     asks: ClassVar[str] = ""
+    balance: ClassVar[tuple[str, str] | None] = None
+    sources: tuple[tuple[str, ...], ...] = (("context",),)
 
     embedding: nn.Embedding
     decoder: nn.Module
@@ -319,9 +212,14 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
         """Everything up to the decoder; needs no reply and no emotion."""
         raise NotImplementedError
 
-    def explain(self, reading: Reading) -> Why:
-        """Its reasons, from the `Reading`; by default the emotion alone."""
+    def explain(self, batch: Batch, reading: Reading, posterior: bool = False) -> Why:
+        """Its reasons, from a batch's `Reading`; by default the emotion alone. ``posterior``: of the choices too, where the model
+        has one, from the batch's own replies."""
         return Why(emotion=None if reading.emotion_logits is None else reading.emotion_logits.exp())
+
+    def with_gate(self, batch: Batch, reading: Reading, gate: Tensor) -> Reading:
+        """The reading with other gates (B,) and all that follows from them; of models that have a ``balance``."""
+        raise NotImplementedError
 
     def inside(self, batch: Batch, output: Output) -> Inside:
         """What `case_fast.diagnosis` looks at, from the `Output` of a batch with the whole objective; by default nothing."""
@@ -435,6 +333,18 @@ class DialogueModel(nn.Module, PyTorchModelHubMixin, library_name="case_fast", t
     def reply_nll(self, words: Tensor, cu: Tensor, reading: Reading, target: Tensor) -> Tensor:
         """(M,) -log P of the words ``target`` (M,) after each of packed decoder inputs, as `reply_logits` scores them."""
         return self.word_losses(self._reply(words, cu, reading), target)[0]
+
+    def source_attention(self, words: Tensor, reading: Reading) -> list[Tensor]:
+        """How much the decoder's last layer reads each row of each memory for the word after each of one dialogue's decoder
+        inputs (M,): (M, S) of a memory of S rows, see `equations.source_attention`."""
+        cu = torch.tensor([0, len(words)], device=words.device)
+        watched: list[Tensor] = []
+        self._reply(words, cu, replace(reading, watched=watched))
+        (rows,), found = watched, []
+        for source in self.decoder.layers[-1].sources(reading.memories):
+            found.append(eq.source_attention(rows, source))
+            rows = eq.cross_attention(rows, cu, [source])
+        return found
 
     def _reply(self, words: Tensor, cu: Tensor, reading: Reading) -> Tensor:
         rows, position = self.embedding(words) * self.config.d_model**0.5, eq.segment_positions(cu, len(words))

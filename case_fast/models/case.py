@@ -15,7 +15,7 @@ from case_fast import equations as eq
 from case_fast import ops
 from case_fast.batch import Batch
 from case_fast.errors import ConfigError
-from case_fast.models.base import Alignment, Choice, DialogueModel, Inside, ModelConfig, Output, Reading, Why, no_autocast
+from case_fast.models.base import DialogueModel, ModelConfig, no_autocast
 from case_fast.models.layers import (
     AnySeed,
     Decoder,
@@ -28,6 +28,7 @@ from case_fast.models.layers import (
     product_of_parts,
     seed_at,
 )
+from case_fast.models.results import Alignment, Choice, Inside, Output, Reading, Why
 
 SPECIAL_WORDS = 8  # from padding to the roles, the first of every vocabulary
 SATURATED = 5.0  # |z| from which the sigmoid of Eq. 10 and 12 hardly has a gradient
@@ -120,8 +121,9 @@ class CASEOutput(Output):
     Attributes:
         prior_cognition, posterior_cognition: (K,) probabilities over the knowledge vertices (Eq. 4, 5), packed by cu_knowledge.
         prior_concept, posterior_concept: (V_ec,) over the vertices of G_EC (Eq. 4, 6), packed by concept.graph.cu_vertices.
-        gate: (B,) mu of Eq. 15. r_cog, r_emo, r_aff: (B, d).
-        knowledge (K, d), concept (V_ec, d), reaction (R, d): cs_i, ec_i, er_i.
+        gate: (B,) mu of Eq. 15.
+        r_cog, r_emo, r_aff: (B, d).
+        knowledge, concept, reaction: (K, d), (V_ec, d), (R, d): cs_i, ec_i, er_i.
         diagnostics: InfoNCE bounds of both MIM losses and, where their score has a sigmoid, its share of saturated pairs.
     """
 
@@ -143,9 +145,9 @@ class CASEReading(Reading):
     """What CASE understood of a batch of contexts; memories are K_CS, K_EC and S'_X.
 
     Attributes:
-        knowledge (K, d): cs_i of K_CS; concept (V_ec, d): ec_i; context (T, d): S_X; reaction (R, d): er_i.
-        log_prior_cognition (K,), log_prior_concept (V_ec,): Eq. 4.
-        r_cog, r_emo, r_aff (B, d), gate (B,): Eq. 3, 14, 15.
+        knowledge, concept, context, reaction: (K, d) cs_i of K_CS; (V_ec, d) ec_i; (T, d) S_X; (R, d) er_i.
+        log_prior_cognition, log_prior_concept: (K,), (V_ec,) Eq. 4.
+        r_cog, r_emo, r_aff, gate: (B, d) each and (B,), Eq. 3, 14, 15.
     """
 
     knowledge: Tensor
@@ -200,6 +202,8 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         },
     }
     shared = ("context_encoder", "cognition_encoder", "cognition_graph", "concept_graph")
+    balance = ("concepts", "reactions")
+    sources = (("inferences",), ("concepts",), ("context",))
     retired = ("draws",)  # a count of steps that drew negatives
 
     def __init__(self, config: CASEConfig):
@@ -369,17 +373,29 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         with no_autocast(context):
             log_cognition, log_concept = self._discerned(batch, knowledge, concept, phi_cognition, phi_concept)
             r_cog, r_emo = self._expected(batch, knowledge, concept, log_cognition, log_concept)
-            er_0 = eq.full_precision(eq.take(reaction, batch.case.reaction_first))
-            gate = eq.affect_gate(r_emo, er_0, self.w_aff)
-            r_aff = eq.affect(r_emo, er_0, gate)
+            gate = eq.affect_gate(r_emo, self._first_reaction(batch, reaction), self.w_aff)
+        return self._balanced(batch, gate, knowledge=knowledge, concept=concept, context=context, reaction=reaction,
+                              log_prior_cognition=log_cognition, log_prior_concept=log_concept, r_cog=r_cog, r_emo=r_emo)
+
+    def _first_reaction(self, batch: Batch, reaction: Tensor) -> Tensor:
+        """er_0, (B, d)."""
+        return eq.full_precision(eq.take(reaction, batch.case.reaction_first))
+
+    def _balanced(self, batch: Batch, gate: Tensor, **read: Tensor) -> CASEReading:
+        """The reading by a gate (B,) (Eq. 14, 16, 18); ``read``: what of it does not depend on the gate."""
+        context, r_emo = read["context"], read["r_emo"]
+        with no_autocast(context):
+            r_aff = eq.affect(r_emo, self._first_reaction(batch, read["reaction"]), gate)
             emotion_logits = eq.emotion_log_probability(r_aff, self.w_emo)
-        fused = self._fuse(context, r_cog, r_aff, batch.context_segment)
+        fused = self._fuse(context, read["r_cog"], r_aff, batch.context_segment)
         offsets = (batch.case.cu_knowledge, batch.concept.graph.cu_vertices, batch.cu_context)
-        return CASEReading(
-            memories=[Memory(rows, cu) for rows, cu in zip((knowledge, concept, fused), offsets, strict=True)],
-            emotion_logits=emotion_logits, knowledge=knowledge, concept=concept, context=context, reaction=reaction,
-            log_prior_cognition=log_cognition, log_prior_concept=log_concept, r_cog=r_cog, r_emo=r_emo, r_aff=r_aff, gate=gate,
-        )
+        rows = (read["knowledge"], read["concept"], fused)
+        return CASEReading(memories=[Memory(x, cu) for x, cu in zip(rows, offsets, strict=True)], emotion_logits=emotion_logits,
+                           r_aff=r_aff, gate=gate, **read)
+
+    def with_gate(self, batch: Batch, reading: CASEReading, gate: Tensor) -> CASEReading:
+        names = ("knowledge", "concept", "context", "reaction", "log_prior_cognition", "log_prior_concept", "r_cog", "r_emo")
+        return self._balanced(batch, gate, **{name: getattr(reading, name) for name in names})
 
     def _fuse(self, context: Tensor, r_cog: Tensor, r_aff: Tensor, segment: Tensor) -> Tensor:
         """S'_X, (T, d) (Eq. 18, `equations.fuse_context`), W_1 S_X[i] + (W_2 r_cog + W_3 r_aff + b): once a dialogue what is the
@@ -388,10 +404,20 @@ class CASE(DialogueModel, tags=["empathetic-dialogue", "case"], paper_url="https
         same = product(torch.cat([r_cog, r_aff], dim=-1).to(context.dtype), of_dialogue, self.fusion.bias)
         return F.relu(product(context, of_context) + eq.take(same, segment))
 
-    def explain(self, reading: CASEReading) -> Why:
-        """The prior over both kinds of knowledge (Eq. 4) and the gate (Eq. 15)."""
-        return Why(emotion=reading.emotion_logits.exp(), knowledge=reading.log_prior_cognition.exp(),
-                   concept=reading.log_prior_concept.exp(), gate=reading.gate)
+    def explain(self, batch: Batch, reading: CASEReading, posterior: bool = False) -> Why:
+        """Prior and posterior over both kinds of knowledge (Eq. 4-6) and the gate (Eq. 15)."""
+        case, found = batch.case, (None, None)
+        if posterior:
+            words = self.look_up({"response": case.response, "response_role": case.response_role})
+            reply = self.place(words["response"], case.response_position, batch.longest)
+            y_cog = self._text_vectors(reply, case.cu_response, seed_at(batch.seed, "texts"))
+            found = [log_q.exp() for log_q in self._posteriors(batch, words, reading.knowledge, reading.concept, y_cog)]
+        priors = (reading.log_prior_cognition, reading.log_prior_concept)
+        dialogues = (case.knowledge_dialogue, batch.concept.graph.dialogue)
+        choices = [Choice(prior=p.exp(), dialogue=dialogue, posterior=q)
+                   for p, dialogue, q in zip(priors, dialogues, found, strict=True)]
+        return Why(emotion=reading.emotion_logits.exp(), choices=dict(zip(("inferences", "concepts"), choices, strict=True)),
+                   gate=reading.gate)
 
     # ---- the objective
 

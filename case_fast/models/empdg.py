@@ -40,6 +40,7 @@ class EmpDG(MultiTRS, paper_url="https://aclanthology.org/2020.coling-main.394")
              "dist_2": 2.26, "acc_1": 0.314},
     }
     shared = ("encoder", "emotional_encoder")
+    sources = (("context", "emotional"),)
 
     def _add_parts(self) -> None:
         c, d = self.config, self.config.d_model

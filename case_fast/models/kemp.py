@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from case_fast import equations as eq
 from case_fast import equations_baselines as eqb
 from case_fast.batch import Batch
-from case_fast.models.base import Output, Reading, Why, no_autocast
+from case_fast.models.base import no_autocast
 from case_fast.models.layers import (
     AnySeed,
     Attention,
@@ -26,6 +26,7 @@ from case_fast.models.layers import (
     product,
     seed_at,
 )
+from case_fast.models.results import Choice, Output, Reading, Why
 from case_fast.models.transformer import MultiTRS, MultiTRSConfig
 from case_fast.ops import RowSource, graph_attention
 
@@ -120,6 +121,7 @@ class KEMP(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21347"):
         if c.emotion_dependency:
             self.decoder = Decoder(c.layers, d, c.heads, c.ffn, c.decoder_dropout, 1, c.attention_width, EmotionDecoderLayer)
         self.first_word = nn.Linear(c.emotions, d)
+        self.sources = (("concepts",) if c.concepts else ("context",),)
 
     def _initialize(self) -> None:
         super()._initialize()
@@ -180,6 +182,7 @@ class KEMP(MultiTRS, paper_url="https://doi.org/10.1609/aaai.v36i10.21347"):
         missed = eq.segment_mean(((alpha - reading.share) ** 2).unsqueeze(1), reading.dialogue, batch.size).squeeze(1)
         return (missed * batch.dialogue_weight.to(missed.dtype)).sum()
 
-    def explain(self, reading: KEMPReading) -> Why:
-        """The share of each vertex of G_EC in the emotional signal."""
-        return Why(emotion=reading.emotion_logits.exp(), concept=reading.share if self.config.concepts else None)
+    def explain(self, batch: Batch, reading: KEMPReading, posterior: bool = False) -> Why:
+        """The share of each vertex of G_EC in the emotional signal; no reply changes it."""
+        shares = Choice(prior=reading.share, dialogue=reading.dialogue)
+        return Why(emotion=reading.emotion_logits.exp(), choices={"concepts": shares} if self.config.concepts else {})

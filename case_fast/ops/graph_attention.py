@@ -31,7 +31,8 @@ def graph_attention(query: Tensor, key: Tensor, value: Tensor, indptr: Tensor, i
         query, key, value: (V, H, D), one dtype and device. float32 and float64; float16 and bfloat16 are accumulated in
             float32 on GPU, and computed in float32 on CPU. Any strides. On GPU a head of D > 256 runs on the reference backend.
         indptr, indices: (V + 1,) and (E,), int32 or int64: the neighbours of vertex i are indices[indptr[i]:indptr[i + 1]].
-        relation: (E,) int32 or int64 in [0, R); relation_query, relation_key: (R, H, D). All three or none.
+        relation: (E,) int32 or int64 in [0, R).
+        relation_query, relation_key: (R, H, D). All three or none.
         scale: default D ** -0.5.
         dropout_p, seed: probability in [0, 1) that an attention weight is dropped; the others are divided by 1 - p. Which
             ones is a function of (seed, edge, head) alone, the same on every backend. seed: in [0, 2^63), or an int64 tensor

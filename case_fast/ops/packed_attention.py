@@ -28,10 +28,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor
     gradients. A query that sees no key gives zeros.
 
     Args:
-        query: (Tq, H, D); key, value: (Tk, H, D); one dtype and device. float32 and float64; half precision is computed in
-            float32 on CPU. Any strides; rows that lie apart are not copied. On GPU a head of D > 256 runs on the reference
-            backend.
-        cu_query: (B + 1,), cu_key: (S + 1,), int32 or int64, from 0 to Tq and Tk: where each sequence starts. S = B
+        query, key, value: (Tq, H, D), (Tk, H, D), (Tk, H, D); one dtype and device. float32 and float64; half precision is
+            computed in float32 on CPU. Any strides; rows that lie apart are not copied. On GPU a head of D > 256 runs on the
+            reference backend.
+        cu_query, cu_key: (B + 1,), (S + 1,), int32 or int64, from 0 to Tq and Tk: where each sequence starts. S = B
             unless ``key_of`` is given.
         causal: the last query of a sequence sees all its keys, the one before it all but the last, and so on.
         scale: default D ** -0.5.

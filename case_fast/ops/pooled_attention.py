@@ -28,7 +28,7 @@ def pooled_attention(query: Tensor, rows: Tensor, cu: Tensor, scale: float, drop
     Replaces ``packed_attention`` of one query a sequence with keys and values (T, H, d) that are ``rows`` for every head.
 
     Args:
-        query: (s, H, d); rows: (T, d); one dtype and device. float32 and float64; half precision is computed in float32 on CPU.
+        query, rows: (s, H, d), (T, d); one dtype and device. float32 and float64; half precision is computed in float32 on CPU.
             Any strides; dense rows are read where they lie. On GPU d > 1024 runs on the reference backend.
         cu: (s + 1,) int32 or int64, from 0 to T: where each sequence starts.
         scale: at least 0; that of the head's own dimension, which is not d, so there is no default.

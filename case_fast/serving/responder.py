@@ -1,104 +1,41 @@
-"""Talking to a trained run: raw text in; out come the reply and what the model took into account for it."""
+"""Talking to a trained run: raw text in; out come the reply, and what the model took into account for it."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
-from case_fast.batch import Batch
-from case_fast.data.empathetic_dialogues import EMOTIONS, Turn
+from case_fast.data import Store
+from case_fast.data.empathetic_dialogues import Turn
 from case_fast.data.featurizer import Example, Featurizer, TextTable, prompts
-from case_fast.data.pack import make_batch
-from case_fast.data.text import detokenize, normalize_space, tokenize
-from case_fast.data.vocabulary import Vocabulary
+from case_fast.data.text import normalize_space
 from case_fast.errors import ConfigError, DataError
-from case_fast.generation import Generated, GenerationConfig, generate
-from case_fast.knowledge import (
-    COGNITION_RELATIONS,
-    RELATIONS,
-    CachedSource,
-    InferenceCache,
-    KnowledgeSource,
-    open_source,
-)
-from case_fast.models import DialogueModel, Why
-from case_fast.models.base import evaluating
+from case_fast.generation import GenerationConfig
+from case_fast.knowledge import RELATIONS, CachedSource, InferenceCache, KnowledgeSource, open_source
+from case_fast.models import DialogueModel
 from case_fast.runs import Run, load_features, load_model
+from case_fast.serving.edits import Edit, edited, edited_turns, read_edits
+from case_fast.serving.explain import Explainer, Task, Version
+from case_fast.serving.lines import KINDS, reads_inferences
+from case_fast.serving.reasons import Explanation, Reply
 
 _log = logging.getLogger("case_fast")
-_SHOWN_EMOTIONS = 5
 
 
 @dataclass(frozen=True)
-class Inference:
-    """A commonsense inference and its share of the model's prior attention over K_CS (Eq. 4)."""
+class Asked:
+    """What is to be explained; see `Responder.explain`."""
 
-    sub_utterance: str
-    relation: str
-    text: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class Reaction:
-    sub_utterance: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Concept:
-    """An emotional concept, the context words it belongs to, and its share of the prior over K_EC (Eq. 4).
-
-    [CLS] and the context's words hold the rest of that prior.
-    """
-
-    word: str
-    weight: float
-    tokens: tuple[str, ...]
-    intensity: float
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply and its reasons.
-
-    Attributes:
-        text: the reply; ``words`` before they were joined.
-        emotion: the speaker's predicted emotion; ``emotions``: the most probable ones with their probabilities. None and empty
-            where the model predicts none.
-        inferences: by falling weight; the weights add up to 1 when there are any. Those, reactions and concepts are empty where
-            the model reads no such thing.
-        reactions: inferred reactions of the speaker. concepts: by falling weight.
-        unknown_words: context words that the vocabulary lacks. truncated: how many context words were cut off at the front.
-        gate: share of the concepts' side in the affection (mu of Eq. 15); None where the model has none.
-        score: log-probability of the reply.
-    """
-
-    text: str
-    words: tuple[str, ...]
-    emotion: str | None
-    emotions: tuple[tuple[str, float], ...]
-    inferences: tuple[Inference, ...]
-    reactions: tuple[Reaction, ...]
-    concepts: tuple[Concept, ...]
-    unknown_words: tuple[str, ...]
-    truncated: int
-    gate: float | None
-    score: float
-
-    def __str__(self) -> str:
-        return self.text
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
+    history: Sequence[str] | str
+    edits: Sequence[Mapping[str, Any]] = ()
+    reply: str | None = None
 
 
 class Responder:
@@ -139,83 +76,98 @@ class Responder:
         return replies
 
     def _respond(self, dialogues: list[list[Turn]], config: GenerationConfig, first_index: int) -> list[Reply]:
+        texts = self.featurizer.text_table()
+        versions = [Version(turns, example, first_index + place)
+                    for place, (turns, example) in enumerate(zip(dialogues, self._examples(dialogues, texts), strict=True))]
+        explainer = self._explainer(texts, config)
+        explainer.answer(versions)
+        return [explainer.reply(version) for version in versions]
+
+    def _explainer(self, texts: TextTable, config: GenerationConfig | None) -> Explainer:
+        return Explainer(self.model, self.featurizer, texts, config or GenerationConfig(min_words=1))
+
+    def _examples(self, dialogues: Sequence[Sequence[Turn]], texts: TextTable) -> list[Example]:
+        """The features of dialogues, whatever is inferred from them by one call."""
         inferences: dict[str, dict[str, list[str]]] = {}
-        if "case" in self.model.needs:  # what no one reads is not inferred
+        if reads_inferences(self.model.needs):  # what no one reads is not inferred
             asked = list(dict.fromkeys(text for turns in dialogues for text in prompts(turns)))
             answers = self.knowledge.infer(asked, RELATIONS, self.featurizer.settings.inferences_per_relation)
             inferences = dict(zip(asked, answers, strict=True))
-        texts = self.featurizer.text_table()
-        examples = [self.featurizer.example(turns, inferences, texts) for turns in dialogues]
-        batch = make_batch(examples, texts, self.model.needs).to(next(self.model.parameters()).device)
-        with evaluating(self.model):
-            reading = self.model.read(batch)
-            whys = _one_by_one(self.model.explain(reading), batch)
-        replies = generate(self.model, batch, config, first_index, reading)
-        return [self._reply(*found, texts) for found in zip(examples, replies, whys, strict=True)]
+        return [self.featurizer.example(turns, inferences, texts) for turns in dialogues]
 
-    def _reply(self, example: Example, said: Generated, why: Why, texts: TextTable) -> Reply:
-        """``why``: of this dialogue alone."""
-        vocabulary = self.featurizer.vocabulary
-        words = [word for text in example.source["context"] for word in tokenize(text)][example.truncated :]
-        ranked: tuple[tuple[str, float], ...] = ()
-        if why.emotion is not None:
-            best = why.emotion.topk(min(_SHOWN_EMOTIONS, len(why.emotion)))
-            ranked = tuple((EMOTIONS[index], p) for p, index in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        inferences, reactions = _inferences(example, texts, why.knowledge) if why.knowledge is not None else ((), ())
-        said_words = vocabulary.decode(said.words)
-        return Reply(
-            text=detokenize(said_words),
-            words=tuple(said_words),
-            emotion=ranked[0][0] if ranked else None,
-            emotions=ranked,
-            inferences=inferences,
-            reactions=reactions,
-            concepts=_concepts(example, vocabulary, words, why.concept) if why.concept is not None else (),
-            unknown_words=tuple(dict.fromkeys(word for word in words if word not in vocabulary)),
-            truncated=example.truncated,
-            gate=None if why.gate is None else float(why.gate),
-            score=said.score,
-        )
+    # ---- why, and what if
+
+    def explain(self, history: Sequence[str] | str, edits: Sequence[Mapping[str, Any]] = (), reply: str | None = None,
+                config: GenerationConfig | None = None, effects: Collection[str] = KINDS, attention: bool = False) -> Explanation:
+        """Why the model replies so to a dialogue, or what it makes of a reply that is given.
+
+        Args:
+            history: as of `respond`.
+            edits: what if: turns first, then the rest in order; docs/explain.md has what an edit may say.
+            reply: explained in place of the model's own.
+            effects: of which kinds of things (inferences, reactions, concepts, context) the reply is scored without each;
+                most of the work.
+            attention: of each word of the reply to the decoder's sources.
+
+        Raises:
+            ConfigError: as `respond`, or the reply is blank, or there are no such things. EditError: an edit cannot be carried
+                out; it is named.
+        """
+        return self.explain_many([Asked(history, edits, reply)], config, effects, attention)[0]
+
+    def explain_many(self, asked: Sequence[Asked], config: GenerationConfig | None = None, effects: Collection[str] = KINDS,
+                     attention: bool = False) -> list[Explanation]:
+        """Explain many at once; an explanation is the same alone, but that a sampled reply depends on the place in the list."""
+        texts, tasks = self.featurizer.text_table(), []
+        turns = [_turns(one.history) for one in asked]
+        edits = [read_edits(one.edits) for one in asked]
+        examples = self._examples(turns, texts)
+        for number, (one, said, own, example) in enumerate(zip(asked, turns, edits, examples, strict=True)):
+            tasks.append(self._task(Version(said, example, number), own, one, texts))
+        return self._explainer(texts, config).explain(tasks, effects, attention)
+
+    def explain_stored(self, store: Store, split: str, indices: Sequence[int], edits: Sequence[Mapping[str, Any]] = (),
+                       reply: str | None = None, reference: bool = False, config: GenerationConfig | None = None,
+                       effects: Collection[str] = KINDS, attention: bool = False) -> list[Explanation]:
+        """Explain the model's replies to examples of a store, with the knowledge that the store has of them.
+
+        Args:
+            reference: explain the replies that people gave, in place of the model's own or of ``reply``.
+            Others: as of `explain`; a sampled reply depends on the example's index.
+
+        Raises:
+            ConfigError: the store's vocabulary is not the run's, or there is no such example. EditError: as `explain`.
+        """
+        if store.featurizer.vocabulary.words != self.featurizer.vocabulary.words:
+            raise ConfigError(f"{store.path} has another vocabulary than the run: give the store that it was trained on")
+        if split not in store.splits:
+            raise ConfigError(f"split {split!r} is not in this store; it has {', '.join(store.splits)}")
+        if outside := [index for index in indices if not 0 <= index < store.size(split)]:
+            raise ConfigError(f"index {outside[0]} is outside 0 .. {store.size(split) - 1} of the split {split!r}")
+        texts, tasks, own = self.featurizer.text_table(), [], read_edits(edits)
+        for index in indices:
+            example = _with_own_texts(store.example(split, index), store, texts)
+            turns = [Turn(*said) for said in zip(example.source["context"], example.source["by_speaker"], strict=True)]
+            asked = Asked((), edits, example.source["response"] if reference else reply)
+            tasks.append(self._task(Version(turns, example, index), own, asked, texts))
+        return self._explainer(texts, config).explain(tasks, effects, attention)
+
+    def _task(self, before: Version, edits: Sequence[Edit], asked: Asked, texts: TextTable) -> Task:
+        if asked.reply is not None and not normalize_space(asked.reply):
+            raise ConfigError("the reply to be explained is blank")
+        if not edits:
+            return Task(before, before, given=asked.reply)
+        turns = edited_turns(before.turns, edits)
+        (example,) = self._examples([turns], texts) if turns != before.turns else [before.example]
+        example, gate = edited(example, texts, edits, self.model, self.featurizer)
+        return Task(before, Version(turns, example, before.number, gate), tuple(asked.edits), asked.reply)
 
 
-def _one_by_one(why: Why, batch: Batch) -> list[Why]:
-    """The reasons of each dialogue of a batch."""
-
-    def parted(x: Tensor | None, cu: Tensor | None = None) -> list[Tensor | None]:
-        if x is None:
-            return [None] * batch.size
-        return list(x.unbind()) if cu is None else list(x.split(cu.diff().tolist()))
-
-    parts = (parted(why.emotion), parted(why.knowledge, batch.case and batch.case.cu_knowledge),
-             parted(why.concept, batch.concept and batch.concept.graph.cu_vertices), parted(why.gate))
-    return [Why(emotion=emotion, knowledge=knowledge, concept=concept, gate=gate)
-            for emotion, knowledge, concept, gate in zip(*parts, strict=True)]
-
-
-def _inferences(example: Example, texts: TextTable, knowledge: Tensor) -> tuple[tuple[Inference, ...], tuple[Reaction, ...]]:
-    """``knowledge`` (k,): the weights of the example's inferences."""
-    subs = [texts.text(index) for index in example.sub_utterance.tolist()]
-    # Vertices of equal words count as one: u_0 and u_1 of a one-sentence utterance have the same inferences.
-    weights: dict[tuple[str, str, str], float] = {}
-    for text, sub, relation, weight in zip(
-        example.knowledge.tolist(), example.knowledge_sub.tolist(), example.knowledge_relation.tolist(), knowledge.tolist(),
-        strict=True,
-    ):
-        key = (subs[sub], COGNITION_RELATIONS[relation], texts.text(text))
-        weights[key] = weights.get(key, 0.0) + weight
-    reactions = dict.fromkeys(
-        (subs[sub], texts.text(text)) for text, sub in zip(example.reaction.tolist(), example.reaction_sub.tolist(), strict=True)
-    )
-    return _by_weight(Inference(*key, weight) for key, weight in weights.items()), tuple(Reaction(*key) for key in reactions)
-
-
-def _concepts(example: Example, vocabulary: Vocabulary, words: list[str], concept: Tensor) -> tuple[Concept, ...]:
-    """``concept`` (V,): the weights of the example's vertices: [CLS], its words, its concepts."""
-    found = zip(
-        vocabulary.decode(example.concept.tolist()), concept.tolist()[1 + len(words) :], example.tokens_of_concepts(words),
-        example.concept_intensity.tolist(), strict=True,
-    )
-    return _by_weight(Concept(word, weight, tokens, intensity) for word, weight, tokens, intensity in found)
+def _with_own_texts(example: Example, store: Store, texts: TextTable) -> Example:
+    """The example of a store with the texts of its knowledge in another table."""
+    return replace(example, **{
+        name: np.array([texts.add(store.texts.text(index)) for index in getattr(example, name).tolist()], dtype=np.int32)
+        for name in ("sub_utterance", "knowledge", "reaction")})
 
 
 def _turns(history: Sequence[str] | str) -> list[Turn]:
@@ -238,10 +190,6 @@ def _turns(history: Sequence[str] | str) -> list[Turn]:
     return turns
 
 
-def _by_weight(items: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(sorted(items, key=lambda item: -item.weight))
-
-
 # ---- opening a run
 
 
@@ -254,7 +202,8 @@ def load(run: str | Path, device: str = "auto", knowledge: str | None = None, ch
         checkpoint: "best", or the step of one of the run's checkpoints.
 
     Raises:
-        CheckpointError: a part of the run is missing or damaged. ConfigError: an argument cannot be used.
+        CheckpointError: a part of the run is missing or damaged.
+        ConfigError: an argument cannot be used.
     """
     model, chosen = load_model(run, device, checkpoint)
     featurizer, recorded = load_features(run, model.config.vocab_size)

@@ -136,7 +136,7 @@ class TrainConfig:
 
     @property
     def open_phase(self) -> str:
-        """The phase whose length these settings decide by early stopping: the last one that the model gives none."""
+        """The phase whose length these settings decide by early stopping, the last one that the model gives none."""
         return [phase for phase in model_class(self.model.kind).phases if self.model.length(phase) is None][-1]
 
     def lengths(self, examples: int) -> list[Length]:

@@ -52,8 +52,9 @@ def debug(dump: str | Path, store: Store | str | Path | None = None, device: str
         forward: steps that are trained again at most, where the dump has no weights and the checkpoint is of an earlier step.
 
     Raises:
-        DataError: the dump or the store is missing or damaged, or it is another store. CheckpointError: there are no weights
-            to replay it with. ConfigError: an argument cannot be used.
+        DataError: the dump or the store is missing or damaged, or it is another store.
+        CheckpointError: there are no weights to replay it with.
+        ConfigError: an argument cannot be used.
     """
     return _Debugger(Path(dump), store, device, forward).found()
 

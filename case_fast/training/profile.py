@@ -74,7 +74,9 @@ def profile_training(store: Store, out: str | Path, steps: int = 5, run: str | P
         The device's rates, measured first, and the phases in turn, each recorded when it is asked for.
 
     Raises:
-        ConfigError: no steps; what `train` refuses. PlaceError: ``out`` cannot be written. CheckpointError: no such run.
+        ConfigError: no steps; what `train` refuses.
+        PlaceError: ``out`` cannot be written.
+        CheckpointError: no such run.
         DataError: the store is damaged or lacks a split.
     """
     if steps < 1:

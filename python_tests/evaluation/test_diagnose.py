@@ -54,7 +54,7 @@ from case_fast.errors import ConfigError
 from case_fast.evaluation import diagnose as shown
 from case_fast.evaluation.figures import diagnosis_png
 from case_fast.models import CASE, build
-from case_fast.models.base import Alignment, Choice, Inside
+from case_fast.models.results import Alignment, Choice, Inside
 from case_fast.references import read_references
 from case_fast.training import preset, train
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import sys
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.image import imread
-from reply_files import BLOCKS, json_lines, kemp, many
+from reply_files import BLOCKS, epitome_data, intent_data, json_lines, kemp, many, tiny_bert
 
 from case_fast import cli
 from case_fast.errors import ConfigError, DataError
@@ -141,34 +139,6 @@ def test_tables_are_in_order_and_escape_names(tmp_path):
 # ---- classifiers
 
 
-def epitome_data(folder, count=120):
-    """Responses whose level stands in a word."""
-    folder.mkdir()
-    said = {0: "what happened next", 1: "i understand it", 2: "i am so very sorry for you"}
-    for aspect in ("emotional-reactions", "interpretations", "explorations"):
-        with open(folder / f"{aspect}-reddit.csv", "w", newline="") as stream:
-            table = csv.writer(stream)
-            table.writerow(["sp_id", "rp_id", "seeker_post", "response_post", "level", "rationales"])
-            for place in range(count):
-                table.writerow([f"s{place // 2}", f"r{place}", "I feel,\nwell", f"{said[place % 3]} {place % 7}", place % 3, ""])
-    return folder
-
-
-def intent_data(folder):
-    said = {"acknowledging": "that sounds", "questioning": "what did you do ?", "wishing": "good luck with"}
-    for part in ("train", "test"):
-        place = folder / "lexically_extended_intent_data" / part
-        place.mkdir(parents=True)
-        for intent in INTENTS:
-            name = "acknowleding" if intent == "acknowledging" else intent  # as it is there
-            lines = [f"39 <SEP> {said.get(intent, f'so {intent}')} {number}" for number in range(12)]
-            (place / f"{name}.txt").write_text("\n".join(lines) + "\n\n")
-    (folder / "manual_annotations").mkdir()
-    (folder / "manual_annotations" / "wishing.txt").write_text("Good luck with it!\nGood luck\n")
-    (folder / "manual_annotations" / "advising.txt").write_text("You should.\n")
-    return folder
-
-
 def test_epitome_learns_a_planted_level_and_tells_how_well(tmp_path):
     replies = [{"context": [f"c {place}"], "reply": reply} for place, reply in enumerate(
         ["I am so very sorry for you.", "What happened next?", "I'm so very sorry for you", "I understand it."] * 10)]
@@ -221,17 +191,8 @@ def test_texts_that_teach_nothing_are_refused():
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A tiny BERT of random weights."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] i am so sorry to hear that . oh no , what happened ? great ! is his name".split()
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=32, max_position_embeddings=64)
-    transformers.BertModel(config).save_pretrained(folder)
-    transformers.BertTokenizerFast(vocab={word: place for place, word in enumerate(words)}).save_pretrained(folder)
-    (folder / "baseline.tsv").write_text("LAYER,P,R,F\n0,.1,.1,.1\n1,.2,.2,.2\n2,.3,.3,.5\n")
-    return folder
+    pytest.importorskip("transformers")
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 PAIRS = [("I am so sorry to hear that.", "sorry"), ("great!", "i am so sorry to hear that . what happened ."), ("", "oh"),

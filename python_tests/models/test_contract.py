@@ -140,6 +140,27 @@ def test_inside_it_is_what_it_says_or_nothing(name):
     assert all(isinstance(getattr(model, part), torch.nn.Module) for part in model.shared)
 
 
+def test_a_model_says_what_it_weighs_and_what_its_sources_are(name):
+    model, batch = tiny(name).double().eval(), as_double(random_batch(5))
+    reading = model.read(batch)
+    why = model.explain(batch, reading, posterior=True)
+    rows = {"inferences": batch.case.knowledge_dialogue, "concepts": batch.concept.graph.dialogue,
+            "context": batch.context_segment, "emotional": batch.emotional.segment}
+    for names, memory in zip(model.sources, reading.memories, strict=True):
+        assert memory.cu.diff().equal(sum(rows[part].bincount(minlength=batch.size) for part in names))
+    for part, choice in why.choices.items():
+        assert choice.dialogue.equal(rows[part])
+        for weights in (choice.prior, choice.posterior):
+            if weights is not None:
+                sums = torch.zeros(batch.size, dtype=torch.float64).index_add(0, choice.dialogue, weights)
+                same(sums, (rows[part].bincount(minlength=batch.size) > 0).double(), 1e-10)
+    assert (why.gate is None) == (model.balance is None) and (why.emotion is None) == (reading.emotion_logits is None)
+    if model.balance:
+        again, other = (model.with_gate(batch, reading, gate) for gate in (why.gate, 1 - why.gate))
+        assert all(x.equal(dict(tensors(reading))[path]) for path, x in tensors(again))
+        assert not close(other.emotion_logits, reading.emotion_logits, 1e-6) and other.gate.equal(1 - why.gate)
+
+
 def test_every_trained_parameter_is_in_the_graph_of_each_phase(name):
     model, batch = tiny(name).train(), random_batch(4)
     for phase in model.phases:

@@ -24,7 +24,8 @@ from benchmarks.graph_attention.peers import PEERS
 from benchmarks.measure import BACKWARD, LAUNCHED, MODES, OURS, Timing, Truth, Unfit, Work, WrongResult, Yardstick, is_ours
 from benchmarks.run import run
 from benchmarks.switches import native_or_triton
-from case_fast import cli, cli_arguments
+from case_fast import cli
+from case_fast.commands import machine
 from case_fast.errors import CaseFastError, ConfigError
 
 FAMILY = family_of("graph_attention")
@@ -449,7 +450,7 @@ def test_no_benchmark_imports_in_a_circle_and_no_family_another():
 
 
 def test_without_a_checkout_the_command_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli_arguments, "__file__", str(tmp_path / "case_fast" / "cli_arguments.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "case_fast" / "commands" / "machine.py"))
     assert cli.main(["bench", "graph_attention", "--quick"]) == 1
     assert "not installed with the package: clone the repository" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["--help"]) == 0

@@ -180,7 +180,42 @@ def test_a_baseline_goes_the_same_way_by_the_same_commands(name, sample_store, t
     monkeypatch.setattr(sys, "stdin", io.StringIO("I failed my exam.\n/why\n"))
     assert cli.main(["chat", str(run), "--max_words", "5"]) == 0
     shown = said(capsys)
-    assert "No commonsense inferences." in shown and ("No predicted emotion." in shown) != predicts
+    reads = "relations" in model_class(name).needs
+    assert ("No commonsense inferences." in shown) != reads and ("No predicted emotion." in shown) != predicts
+
+
+def test_a_run_is_explained_as_text_json_html_and_table(run, sample_store, tmp_path, capsys):
+    page, values, store = tmp_path / "why.html", tmp_path / "why.json", ["--data", str(sample_store.path)]
+    edits = ["--edit", '{"op": "remove", "what": "source", "source": "reactions"}',
+             "--edit", '[{"op": "set", "what": "gate", "value": 0.5}]']
+    words = ["explain", str(run), "My dog died.", "Oh no.", "I failed my exam.", "--max_words", "5", "--min_words", "1"]
+    assert cli.main([*words, *edits, "--attention", "--html", str(page), "--json", str(values)]) == 0
+    shown = said(capsys)
+    assert "Commonsense inferences" in shown and "without the edits" in shown and "Attention to context" in shown
+    found = json.loads(values.read_text())
+    assert found["format"] == "case_fast explanation 1" and found["gate"] == 0.5 and len(found["edits"]) == 2
+    assert page.read_text().count("<svg") == 2 and "<script" not in page.read_text()
+    assert cli.main(["explain", str(run), *store, "--index", "1,2", "--max_words", "5", "--reference", "--json", str(values),
+                     "--effects", "concepts"]) == 0
+    one, other = json.loads(values.read_text())
+    assert one["given"] and one["text"] == sample_store.example("test", 1).source["response"]
+    assert other["context"][1]["effect"] is None
+    table = ["explain", str(run), *store, "--index", "0,5", "--table", str(tmp_path / "six"), "--runs", str(run)]
+    assert cli.main([*table, "--max_words", "5"]) == 0
+    markdown, latex = ((tmp_path / "six" / f"table6.{kind}").read_text() for kind in ("md", "tex"))
+    for text in (markdown, latex):
+        assert text.count("Emotion") == text.count("Ground-Truth") == 2 and text.count("Cognition") == text.count("Concept") == 4
+    assert f"CASE ({run.name})" in markdown and r"\toprule" in latex and "nats" in latex
+    capsys.readouterr()
+    for wrong, told in (
+        ([], "give either the texts of a dialogue or --data STORE"), (["a", *store], "give either the texts"),
+        (store, "--data and --index belong together"), ([*store, "--index", "x"], "index must be whole numbers"),
+        ([*store, "--index", "0", "--reference", "--reply", "b"], "--reference explains the replies"),
+        (["a", "--table", str(tmp_path)], "--table is of what runs"), (["a", "--runs", str(run)], "--runs are the other"),
+        (["a", "--edit", "{"], "is no JSON"), (["a", "--edit", "{}"], "edit 1 (None None): there is no such edit"),
+        (["a", "--html", str(tmp_path)], "folder"),
+    ):
+        assert cli.main(["explain", str(run), *wrong]) == 1 and told in said(capsys)
 
 
 def test_a_model_of_three_phases_goes_the_same_way_by_the_same_commands(sample_store, tmp_path, capsys, monkeypatch):
@@ -250,7 +285,7 @@ def test_an_interruption_is_no_error(monkeypatch, capsys):
     def stop(args, console):
         raise Interrupted("stopped; the same command goes on")
 
-    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], stop))
+    monkeypatch.setitem(cli._COMMANDS, "report", cli._COMMANDS["report"]._replace(run=stop))
     assert cli.main(["report", "x"]) == 130
     assert "interrupted: stopped; the same command goes on" in said(capsys)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from case_fast import cli
+from case_fast.commands import machine
 from case_fast.data.travel import pack_store
 from case_fast.errors import DataError, PlaceError
 
@@ -60,7 +61,7 @@ def no_work(monkeypatch):
     def begun(*_: object, **__: object) -> None:
         raise Begun
 
-    cli.arguments.benchmarks()
+    machine._benchmarks()
     for name in [*(f"case_fast.{name}" for name in WORK), "benchmarks.command.run"]:
         *module, last = name.split(".")
         owner = None if module[-1][0].islower() and not module[-1].startswith("_") else module.pop()
@@ -431,11 +432,11 @@ def test_whatever_a_command_raises_of_that_kind_is_one_line(error, said, capsys,
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], broken))
+    monkeypatch.setitem(cli._COMMANDS, "report", cli._COMMANDS["report"]._replace(run=broken))
     assert refused(["report", "x"], capsys).startswith(f"error: {said}")
 
 
 def test_what_is_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setitem(cli._COMMANDS, "report", (*cli._COMMANDS["report"][:2], lambda *_: 1 / 0))
+    monkeypatch.setitem(cli._COMMANDS, "report", cli._COMMANDS["report"]._replace(run=lambda *_: 1 / 0))
     with pytest.raises(ZeroDivisionError):
         cli.main(["report", "x"])

@@ -88,7 +88,7 @@ def test_a_raw_dialogue_gets_the_reply_of_the_prepared_one(sample_store, respond
         assert dict(reply.emotions)[reply.emotion] == pytest.approx(reading.emotion_logits.exp().max().item(), abs=1e-5)
         assert reply.gate == pytest.approx(reading.gate.item(), abs=1e-5)
         weights = sorted(reading.log_prior_cognition.exp().tolist())
-        assert sum(item.weight for item in reply.inferences) == pytest.approx(sum(weights), abs=1e-5)
+        assert sum(item.prior for item in reply.inferences) == pytest.approx(sum(weights), abs=1e-5)
     assert seen >= 20
 
 
@@ -119,20 +119,21 @@ def test_the_reasons_of_a_reply_are_those_of_its_words_and_inferences(responder)
         zip([SAID, *SAID.split(". ", 1)], responder.knowledge.infer([SAID, "I failed my exam."], RELATIONS, 5), strict=False)
     )
     expected = {(relation, text) for relation in RELATIONS[:4] for text in answers[SAID][relation]}
-    assert {(i.relation, i.text) for i in reply.inferences if i.sub_utterance == SAID} == expected
-    assert {i.sub_utterance for i in reply.inferences} <= {SAID, "I failed my exam.", "I studied so hard."}
-    assert len({(i.sub_utterance, i.relation, i.text) for i in reply.inferences}) == len(reply.inferences) > 8
-    assert sum(i.weight for i in reply.inferences) == pytest.approx(1, abs=1e-5)
+    assert {(i.relation, i.text) for i in reply.inferences if 0 in i.of} == expected
+    assert reply.sub_utterances == (SAID, "I failed my exam.", "I studied so hard.")
+    assert len({(i.relation, i.text) for i in reply.inferences}) == len(reply.inferences) > 8
+    assert sum(i.prior for i in reply.inferences) == pytest.approx(1, abs=1e-5)
     for items in (reply.inferences, reply.concepts):
-        assert [i.weight for i in items] == sorted((i.weight for i in items), reverse=True)
-    assert {r.text for r in reply.reactions if r.sub_utterance == SAID} == set(answers[SAID]["xReact"])
+        assert [i.prior for i in items] == sorted((i.prior for i in items), reverse=True)
+    assert {r.text for r in reply.reactions if 0 in r.of} == set(answers[SAID]["xReact"])
     words = [word for text in history for word in tokenize(text)]
-    assert reply.concepts and 0 < sum(c.weight for c in reply.concepts) < 1
+    assert reply.concepts and 0 < sum(c.prior for c in reply.concepts) < 1
     for concept in reply.concepts:
         assert concept.tokens and set(concept.tokens) <= set(words)
-        assert all(concept.word in responder.featurizer.concepts[token] for token in concept.tokens)
-        assert concept.intensity == pytest.approx(responder.featurizer.intensity[concept.word]) and concept.intensity >= 0.6
-    assert len(reply.emotions) == 5 and reply.emotions[0][0] == reply.emotion
+        assert all(concept.text in responder.featurizer.concepts[token] for token in concept.tokens)
+        assert concept.intensity == pytest.approx(responder.featurizer.intensity[concept.text]) and concept.intensity >= 0.6
+    assert len(reply.emotions) == 32 and reply.emotions[0][0] == reply.emotion
+    assert sum(p for _, p in reply.emotions) == pytest.approx(1, abs=1e-5)
     assert [p for _, p in reply.emotions] == sorted((p for _, p in reply.emotions), reverse=True)
     assert 0 < reply.gate < 1 and reply.score < 0 and reply.truncated == 0 and reply.unknown_words == ()
     assert json.loads(json.dumps(reply.as_dict()))["inferences"][0]["relation"] == reply.inferences[0].relation
@@ -141,7 +142,8 @@ def test_the_reasons_of_a_reply_are_those_of_its_words_and_inferences(responder)
 def test_one_sentence_counts_its_inferences_once(responder):
     reply = responder.respond("I failed my exam.", CONFIG)
     assert len({(i.relation, i.text) for i in reply.inferences}) == len(reply.inferences) > 0
-    assert sum(i.weight for i in reply.inferences) == pytest.approx(1, abs=1e-5)
+    assert all(i.of == (0, 1) for i in reply.inferences)
+    assert sum(i.prior for i in reply.inferences) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_text_about_nothing_known_gets_a_reply_and_its_unknown_words_named(responder):
@@ -195,11 +197,9 @@ def test_many_are_answered_as_one_by_one(responder, sample_store):
             alone = responder.respond(history, config)
             assert (reply.text, reply.emotion, reply.truncated) == (alone.text, alone.emotion, alone.truncated)
             assert reply.score == pytest.approx(alone.score, abs=1e-4)
-            weights = {(i.sub_utterance, i.relation, i.text): i.weight for i in alone.inferences}
-            assert {(i.sub_utterance, i.relation, i.text): i.weight for i in reply.inferences} == pytest.approx(weights, abs=1e-5)
-            assert {c.word: c.weight for c in reply.concepts} == pytest.approx(
-                {c.word: c.weight for c in alone.concepts}, abs=1e-5
-            )
+            weights = {(i.of, i.relation, i.text): i.prior for i in alone.inferences}
+            assert {(i.of, i.relation, i.text): i.prior for i in reply.inferences} == pytest.approx(weights, abs=1e-5)
+            assert {c.text: c.prior for c in reply.concepts} == pytest.approx({c.text: c.prior for c in alone.concepts}, abs=1e-5)
     assert responder.respond_many([]) == []
     config = GenerationConfig("sample", seed=3, max_words=8)
     drawn = [[r.words for r in responder.respond_many(["hello"] * 9, config, batch_size=size)] for size in (16, 2)]
@@ -409,26 +409,22 @@ def test_chat_answers_with_reasons_and_keeps_the_history(responder, monkeypatch)
     printed = talk(responder, [SAID, "", "  I am so sad. ", "/new", "hello", "/quit", "never"])
     first = respond(SAID, CONFIG)
     assert asked == [[SAID], [SAID, first.text, "I am so sad."], ["hello"]]
-    assert first.text in printed and first.emotion in printed and first.concepts[0].word in printed
+    assert first.text in printed and first.emotion in printed and first.concepts[0].text in printed
     assert "inferences" in printed and "concepts" in printed and "%" in printed and "A new dialogue." in printed
     assert talk(responder, ["hello"], show=False) == respond("hello", CONFIG).text + "\n"
 
 
-def test_chat_why_shows_all(responder):
+def test_chat_why_explains_the_last_reply(responder):
     printed = talk(responder, ["/why", SAID, "/why", "/nonsense"], show=False)
-    reply = responder.respond(SAID, CONFIG)
+    found = responder.explain(SAID, config=CONFIG)
+    assert found.words == responder.respond(SAID, CONFIG).words
     assert printed.startswith("Nothing has been said yet.")
-    for expected in (
-        "xIntent",
-        "xReact",
-        "Predicted emotion",
-        *(e for e, _ in reply.emotions),
-        *(c.word for c in reply.concepts),
-    ):
+    for expected in ("xIntent", "Commonsense inferences", "Reactions", "Emotional concepts", "Words of the context", "effect",
+                     *(emotion for emotion, _ in found.emotions[:5]), *(concept.text for concept in found.concepts)):
         assert expected in printed
-    for item in reply.inferences:
+    for item in (*found.inferences, *found.reactions):
         assert item.text in printed
-    assert "log-probability of the reply" in printed and printed.rstrip().endswith("/quit")
+    assert f"{found.log_p:.2f} nats" in printed and printed.rstrip().endswith("/quit")
 
 
 def test_chat_leaves_politely(responder):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from case_fast import cli, cli_arguments
+from case_fast import cli
 from case_fast.doctor import check, machine, native, software
 from case_fast.doctor.check import Check, carried_out
 from case_fast.doctor.given import Given
@@ -60,6 +60,6 @@ def parsed(line: str) -> list[str]:
     program, name, *words = shlex.split(line)
     assert program == "case-fast"
     parser = ArgumentParser(prog=name)
-    getattr(cli_arguments, name)(parser)
+    cli._COMMANDS[name].arguments(parser)
     parser.parse_args([cli._underscored(word) for word in words])
     return words
