@@ -12,7 +12,7 @@ from case_fast.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where pip's name is not the module's
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "rouge_score": "rouge-score"}  # where pip's name is not the module's
 
 
 class MissingPackage(ConfigError, ImportError):

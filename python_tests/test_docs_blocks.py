@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import releases
+import reply_files
 import torch
 from pages import PAGES, ROOT, Block, blocks
 
@@ -62,7 +63,8 @@ SHORT = {
     "case-fast debug": "--device cpu",
 }
 SMALL = {"d_model": 16, "ffn": 16}
-INSTEAD = {"--checkpoint 4000": "--checkpoint 1"}  # a step that a short run has
+INSTEAD = {"--checkpoint 4000": "--checkpoint 1",  # a step that a short run has
+           "--bertscore_layer 17": "--bertscore_layer 2"}  # a layer that a tiny model has
 
 
 def lines(block: Block) -> list[str]:
@@ -148,8 +150,24 @@ def damage(place: Path) -> None:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+def replies(place: Path) -> None:
+    """Files of replies of every form, and what the classifiers and BERTScore learn from or are."""
+    for package in ("transformers", "sacrebleu", "rouge_score"):
+        pytest.importorskip(package, reason=f"{package} (of the extra metrics) is not installed")
+    for seed, run in enumerate(("ed.run", "trs.run", "transformer.run")):
+        (place / run).mkdir(exist_ok=True)
+        reply_files.predictions(place / run, seed)
+    reply_files.kemp(place / "KEMP.txt")
+    reply_files.moel(place / "generation_result.txt")
+    reply_files.json_lines(place / "mine.jsonl", [{"context": ["Hi"], "reply": "Hello!"}])
+    reply_files.epitome_data(place / "dataset")
+    reply_files.intent_data(place / "datasets")
+    (place / "roberta-large").mkdir()
+    reply_files.tiny_bert(place / "roberta-large")
+
+
 # What a block needs beside the folder, by words in it.
-NEEDS = {"comet:comet": comet, "case-fast debug": dump, "fail checksums": damage}
+NEEDS = {"case-fast score": replies, "comet:comet": comet, "case-fast debug": dump, "fail checksums": damage}
 
 
 # ---- the shell

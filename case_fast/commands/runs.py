@@ -216,6 +216,21 @@ def run_evaluation(run: str, data: str, split: str, limit: int | None, batch_siz
                         device=chosen, console=console, progress=told, settings=dataclasses.asdict(generation))
 
 
+def _score_arguments(parser: ArgumentParser) -> None:
+    from case_fast.evaluation.score_command import ScoreSettings
+
+    parser.add_argument("predictions", type=str, nargs="+", metavar="PREDICTIONS",
+                        help="files of replies, runs or their evaluations, as [NAME=]PATH[#FIELD]; the others are compared with "
+                        "the first")
+    parser.add_class_arguments(ScoreSettings)
+
+
+def _score(args: Namespace, console: Terminal) -> None:
+    from case_fast.evaluation.score_command import ScoreSettings, score_command
+
+    print_paths(score_command(args.predictions, ScoreSettings(**fields(args, ScoreSettings)), console), console)
+
+
 def _diagnose_arguments(parser: ArgumentParser) -> None:
     from case_fast.devices import DEVICES
 
@@ -297,6 +312,9 @@ COMMANDS = {
     "evaluate": Command(
         "Perplexities, Dist-1/2, emotion accuracy and replies of a trained run.",
         _evaluate_arguments, _evaluate),
+    "score": Command(
+        "BLEU, ROUGE, diversity, repetition, empathy proxies of replies in files, of any system, with intervals.",
+        _score_arguments, _score),
     "diagnose": Command(
         "Does a run read its knowledge, do its alignments align: figures with what is healthy, JSON, picture.",
         _diagnose_arguments, _diagnose),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # else where it is used: a machine without it is what these c
 
 _PREFIXES = ("CASE_FAST_", "OMP_", "GOMP_", "KMP_", "MKL_")
 _KINDS = {"libgomp": "GNU", "libomp": "LLVM", "libiomp": "Intel"}  # of OpenMP's runtimes, by the beginning of a file's name
-_EXTRAS = {"comet": "inferences by COMET", "tensorboard": "curves in TensorBoard", "accelerate": "training in several processes"}
+_EXTRAS = {"comet": "inferences by COMET", "tensorboard": "curves in TensorBoard", "accelerate": "training in several processes",
+           "metrics": "BLEU, ROUGE and BERTScore"}
 _CHECKOUT = Path(case_fast.__file__).resolve().parents[1]
 _PINS = _CHECKOUT / "constraints.txt"  # in a checkout; it is not installed with the package
 

@@ -14,17 +14,36 @@ import numpy as np
 
 from case_fast import __version__
 
+# What a reply does, as EmpatheticIntents has it (Welivita and Pu, 2020).
+INTENTS = ("questioning", "acknowledging", "consoling", "agreeing", "encouraging", "sympathizing", "suggesting", "wishing",
+           "neutral")
+
 TITLES = {
     "ppl": "Perplexity",
     "ppl_geometric": "Perplexity, geometric mean of responses",
     "ppl_response": "Perplexity, mean of responses",
     "dist_1": "Dist-1",
     "dist_2": "Dist-2",
+    "dist_3": "Dist-3",
     "acc_1": "Emotion accuracy",
     "acc_5": "Emotion accuracy, top 5",
     "distinct_replies": "Distinct replies",
     "reply_words": "Words a reply",
     "unk_rate": "Unknown words in the references",
+    "gzip_ratio": "Compression ratio, gzip",
+    "self_repetition": "Self-repetition of 4-grams",
+    "self_bleu": "Self-BLEU",
+    **{f"repeated_{n}": f"Repeated {n}-grams within a reply, %" for n in (1, 2, 3, 4)},
+    "common_replies": "Replies among the 10 commonest, %",
+    "epitome_er": "EPITOME: emotional reactions, 0-2",
+    "epitome_ip": "EPITOME: interpretations, 0-2",
+    "epitome_ex": "EPITOME: explorations, 0-2",
+    "intent_agreement": "Intent of the reference, %",
+    **{f"intent_{name}": f"Intent {name}, %" for name in INTENTS},
+    "bert_score": "BERTScore, F1",
+    **{f"rouge_{kind}": f"ROUGE-{kind}, F1" for kind in ("1", "2", "L")},
+    **{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)},
+    "chrf": "chrF",
 }
 
 
@@ -65,7 +84,8 @@ def format_value(value: float | None) -> str:
     return f"{value:,.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def _signature(name: str, **how: object) -> str:
+def signature_of(name: str, **how: object) -> str:
+    """name|key=value|...|case_fast=version; what is None or "" is left out."""
     parts = [f"{key}={value}" for key, value in how.items() if value not in (None, "")]
     return "|".join([name, *parts, f"case_fast={__version__}"])
 
@@ -85,7 +105,7 @@ def perplexity(nll: Iterable[Sequence[float]], vocabulary: int | None = None) ->
         nll: for each reference, -log P (nats) of its words and its EOS.
         vocabulary: size of the vocabulary, for the signature: values over different vocabularies do not compare.
     """
-    signature = _signature("ppl", tokens="words+eos", unk="counted", weight="token", vocabulary=vocabulary)
+    signature = signature_of("ppl", tokens="words+eos", unk="counted", weight="token", vocabulary=vocabulary)
     values = np.concatenate([np.zeros(0), *(np.asarray(row, dtype=np.float64) for row in nll)])
     reason = _unusable(values, "target token")
     value, reason = (None, reason) if reason else _exp_mean([math.fsum(values) / len(values)])
@@ -108,7 +128,7 @@ def response_perplexity(nll: Iterable[Sequence[float]], vocabulary: int | None =
 
 
 def _of_responses(name: str, vocabulary: int | None) -> str:
-    return _signature(name, tokens="words+eos", unk="counted", weight="response", vocabulary=vocabulary)
+    return signature_of(name, tokens="words+eos", unk="counted", weight="response", vocabulary=vocabulary)
 
 
 def _means(nll: Iterable[Sequence[float]]) -> tuple[list[float], str]:
@@ -139,7 +159,7 @@ def unknown_rate(references: Iterable[Sequence[int]], unk: int) -> Metric:
         total += len(words)
         unknown += sum(word == unk for word in words)
     value, reason = (unknown / total, "") if total else (None, "no word in the references")
-    return Metric("unk_rate", value, _signature("unk_rate", tokens="words", of="references"), None, total, reason)
+    return Metric("unk_rate", value, signature_of("unk_rate", tokens="words", of="references"), None, total, reason)
 
 
 # ---- what the replies are like
@@ -161,21 +181,21 @@ def distinct_n(replies: Iterable[Sequence[Hashable]], n: int, decoding: str = ""
         seen.update(grams)
         total += len(grams)
     name = f"dist_{n}"
-    signature = _signature(name, scale=100, scope="all_replies", tokens="words", eos="excluded", decoding=decoding)
+    signature = signature_of(name, scale=100, scope="all_replies", tokens="words", eos="excluded", decoding=decoding)
     value, reason = (100 * len(seen) / total, "") if total else (None, f"no reply has {n} word{'s' if n > 1 else ''}")
     return Metric(name, value, signature, "higher", total, reason)
 
 
 def distinct_replies(replies: Sequence[Sequence[Hashable]], decoding: str = "") -> Metric:
     """How many replies differ from all others before them, word by word."""
-    signature = _signature("distinct_replies", tokens="words", eos="excluded", decoding=decoding)
+    signature = signature_of("distinct_replies", tokens="words", eos="excluded", decoding=decoding)
     value, reason = (len(set(map(tuple, replies))), "") if replies else (None, "no reply")
     return Metric("distinct_replies", value, signature, "higher", len(replies), reason)
 
 
 def reply_words(replies: Sequence[Sequence[Hashable]], decoding: str = "") -> Metric:
     """Mean number of words and punctuation marks of a reply; an empty reply counts as 0."""
-    signature = _signature("reply_words", tokens="words", eos="excluded", decoding=decoding)
+    signature = signature_of("reply_words", tokens="words", eos="excluded", decoding=decoding)
     value, reason = (sum(map(len, replies)) / len(replies), "") if replies else (None, "no reply")
     return Metric("reply_words", value, signature, None, len(replies), reason)
 
@@ -196,12 +216,12 @@ def emotion_accuracy(log_probability: np.ndarray | None, labels: Sequence[int], 
         labels: (n,); examples with a label below 0, which is unknown, are left out.
     """
     if log_probability is None:
-        return Metric(f"acc_{k}", None, _signature(f"acc_{k}"), "higher", 0, "the model predicts no emotion")
+        return Metric(f"acc_{k}", None, signature_of(f"acc_{k}"), "higher", 0, "the model predicts no emotion")
     scores, labels = np.asarray(log_probability, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     known = labels >= 0
     scores, labels = scores[known], labels[known]
     classes = scores.shape[1] if scores.ndim == 2 else 0
-    signature = _signature(f"acc_{k}", classes=classes, unlabelled="left_out", ties="lower_label")
+    signature = signature_of(f"acc_{k}", classes=classes, unlabelled="left_out", ties="lower_label")
     reason = "" if len(labels) else "no example has an emotion label"
     bad = int(np.isnan(scores).any(axis=1).sum()) if len(labels) else 0
     if bad:

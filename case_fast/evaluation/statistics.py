@@ -2,20 +2,22 @@
 
 The unit is the conversation, never the turn: turns of one conversation depend on each other. Everything drawn comes from fixed
 streams (Philox), so that a table computed twice is the same. Methods: Student's t over seeds; the percentile bootstrap and the
-sign-flip permutation test over conversations for means (Koehn, 2004; Noreen, 1989); approximate randomization for Dist-n, which
-is no mean and whose bootstrap is biased, since what is drawn twice is a duplicate; Holm (1979) over several comparisons.
+exchange of two systems in random conversations for what sums over replies decide, such as means and BLEU (Koehn, 2004; Noreen,
+1989); for what they do not, such as Dist-n, whose bootstrap is biased, since what is drawn twice is a duplicate, random halves
+of the conversations and approximate randomization; Holm (1979) over several comparisons.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse, stats
 
 DRAWS = 10_000
+HALVES = 200
 _SEED = 20230701
 _AT_ONCE = 500  # draws whose numbers are in memory together
 
@@ -61,12 +63,50 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A system's value less the other's, its 95 % interval (None where a method has none), and p that there is no difference."""
+    """A system's value less the other's, p that there is no difference, and the 95 % interval; None where a method has none."""
 
     value: float
-    p: float
+    p: float | None
     low: float | None = None
     high: float | None = None
+
+
+# ---- sums over conversations
+
+
+def resampled(sums: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """(C, K) sums over each conversation -> (draws, K) sums over as many conversations, drawn with replacement.
+
+    The same draws for all with as many conversations: differences of what is made of them are paired.
+    """
+    count = len(sums)
+    generator, found = _stream(0), []
+    for start in range(0, draws, _AT_ONCE):
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=min(_AT_ONCE, draws - start))
+        found.append(drawn.astype(np.float64) @ sums)
+    return np.concatenate(found)
+
+
+def exchanged(a: np.ndarray, b: np.ndarray, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
+    """(C, K) sums of two systems over each conversation -> (draws, K) twice, where both change places in random conversations."""
+    generator, found, total = _stream(1), [], a.sum(0) + b.sum(0)
+    for start in range(0, draws, _AT_ONCE):
+        stays = generator.integers(0, 2, size=(min(_AT_ONCE, draws - start), len(a)), dtype=np.int8).astype(np.float64)
+        found.append(b.sum(0) + stays @ (a - b))
+    one = np.concatenate(found)
+    return one, total - one
+
+
+def percentiles(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The interval that ``level`` of the draws lie in."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def share_as_large(found: np.ndarray, value: float) -> float:
+    """Two-sided p: the share of draws that are as far from 0 as what was observed, which is counted among them."""
+    extreme = int((np.abs(found) >= abs(value) * (1 - 1e-12)).sum())  # rounding must not make a tie a miss
+    return (1 + extreme) / (1 + len(found))
 
 
 def paired_means(a: np.ndarray, b: np.ndarray, weight: np.ndarray, draws: int = DRAWS, level: float = 0.95) -> Difference:
@@ -80,17 +120,42 @@ def paired_means(a: np.ndarray, b: np.ndarray, weight: np.ndarray, draws: int = 
     in conversations, the one at hand counted among them.
     """
     d, weight = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), np.asarray(weight, dtype=np.float64)
-    count, whole = len(d), float(d.sum() / weight.sum())
-    generator, found = _stream(0), []
-    for start in range(0, draws, _AT_ONCE):
-        drawn = generator.multinomial(count, np.full(count, 1 / count), size=min(_AT_ONCE, draws - start))
-        found.append(drawn @ d / (drawn @ weight))
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
-    generator, extreme, limit = _stream(1), 0, abs(d.sum()) * (1 - 1e-12)  # rounding must not make a tie a miss
-    for start in range(0, draws, _AT_ONCE):
-        signs = generator.integers(0, 2, size=(min(_AT_ONCE, draws - start), count), dtype=np.int8) * 2.0 - 1
-        extreme += int((np.abs(signs @ d) >= limit).sum())
-    return Difference(whole, (1 + extreme) / (1 + draws), float(low), float(high))
+    drawn = resampled(np.stack([d, weight], axis=1), draws)
+    low, high = percentiles(drawn[:, 0] / drawn[:, 1], level)
+    one, other = exchanged(d[:, None], np.zeros((len(d), 1)), draws)
+    return Difference(float(d.sum() / weight.sum()), share_as_large(one - other, d.sum()), low, high)
+
+
+# ---- parts of the conversations
+
+
+def halves(count: int, draws: int = HALVES) -> Iterator[np.ndarray]:
+    """Masks (count,) of a random half of the conversations, one a draw; the same for all with as many conversations."""
+    generator, chosen = _stream(3), np.arange(count) < count // 2
+    for _ in range(draws):
+        yield generator.permutation(chosen)
+
+
+def scaled(values: np.ndarray, whole: float) -> np.ndarray:
+    """What was found in each half -> draws around what was found in the whole, as far from it in proportion as halves are from
+    their mean. For a mean that is its standard error: a half of n without replacement varies as n with replacement do."""
+    mean = values.mean()
+    return whole * values / mean if mean else np.full(len(values), whole)
+
+
+def about(whole: float, values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """whole +- z sd of its draws."""
+    half = float(stats.norm.ppf((1 + level) / 2) * values.std(ddof=1))
+    return whole - half, whole + half
+
+
+def as_far(whole: float, values: np.ndarray) -> float:
+    """Two-sided p of a normal distribution with the draws' sd: how often it is as far from 0 as the whole."""
+    sd = float(values.std(ddof=1))
+    return float(2 * stats.norm.sf(abs(whole) / sd)) if sd else float(whole == 0)
+
+
+# ---- how many different things are said
 
 
 Replies = Sequence[Sequence[Hashable]]
@@ -122,11 +187,11 @@ def distinct_difference(a: Sequence[Replies], b: Sequence[Replies], conversation
         return total / len(tables)
 
     whole = float(difference(np.zeros((1, count)))[0])
-    generator, extreme, limit = _stream(2), 0, abs(whole) * (1 - 1e-12)
+    generator, found = _stream(2), []
     for start in range(0, draws, _AT_ONCE):
         swapped = generator.integers(0, 2, size=(min(_AT_ONCE, draws - start), count), dtype=np.int8).astype(np.float64)
-        extreme += int((np.abs(difference(swapped)) >= limit).sum())
-    return Difference(whole, (1 + extreme) / (1 + draws))
+        found.append(difference(swapped))
+    return Difference(whole, share_as_large(np.concatenate(found), whole))
 
 
 def _grams(a: Replies, b: Replies, conversation: np.ndarray, count: int, n: int

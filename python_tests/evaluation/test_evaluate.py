@@ -18,6 +18,8 @@ from case_fast.data import EMOTIONS
 from case_fast.errors import CheckpointError, ConfigError
 from case_fast.evaluation import Evaluation, compare, evaluate
 from case_fast.evaluation.evaluate import markdown
+from case_fast.evaluation.measures import of_replies, predicted
+from case_fast.evaluation.replies import read_replies
 from case_fast.models import CASE, CASEConfig
 
 SETTINGS = {"strategy": "greedy", "beams": 4, "max_words": 30}
@@ -207,3 +209,11 @@ def test_compare_marks_what_does_not_compare(found):
     Console(file=stream, width=160).print(compare({"a": ours, "[b]": replace(ours, metrics=metrics)}))
     line = next(line for line in stream.getvalue().splitlines() if "Perplexity ↓" in line)
     assert "1.50*" in line and f"{ours['ppl'].text}*" not in line and "[b]" in stream.getvalue()
+
+
+def test_scores_of_its_predictions_are_the_figures_that_it_reports(found):
+    replies = read_replies(found.out).replies
+    scores = {measure.metric.name: measure.metric for measure in [*predicted(replies, 10), *of_replies(replies)]}
+    for name in ("ppl_geometric", "dist_1", "dist_2", "distinct_replies", "reply_words", "acc_1"):
+        metric = found.evaluation[name]
+        assert scores[name].value == pytest.approx(metric.value, rel=1e-5) and scores[name].count == metric.count, name

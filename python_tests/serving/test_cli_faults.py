@@ -94,6 +94,7 @@ OUTPUTS = {
     "table": (["table", "1", "--data", "{store}", "--out", "{out}", "--models", "transformer"], True),
     "evaluate": (["evaluate", "{linked}", "--data", "{store}"], True),  # whose folder "evaluation" is a link to {out}
     "diagnose": (["diagnose", "{run}", "--data", "{store}", "--out", "{out}"], True),
+    "score": (["score", "{store}", "--out", "{out}"], True),
     "report": (["report", "{run}", "--out", "{out}"], False),
     "explain": (["explain", "{run}", "I am sad.", "--json", "{out}"], False),
     "publish": (["publish", "{run}", "--out", "{out}"], True),
@@ -277,6 +278,7 @@ INPUTS = [
     ("file", ["unpack", "{bad}", "{tmp}/o"]),
     ("file", ["debug", "{bad}"]),
     ("file", ["merge-cache", "{tmp}/all.sqlite", "{bad}"]),
+    ("file", ["score", "{bad}"]),
     ("file", ["table", "1", "--data", "{store}", "--out", "{tmp}/o", "--settings", "{bad}"]),
     ("file", ["train", "--data", "{store}", "--out", "{tmp}/o", "--config", "{bad}"]),
     ("dialogues", ["prepare", "--dialogues", "{bad}", *SOURCES, "--out", "{tmp}/o"]),
