@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,19 @@ import torch
 from case_fast.data.store import Store
 
 REAL_DATA = Path(os.environ.get("CASE_FAST_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays to the end, some million objects: no search for garbage looks through them again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # else Triton's bindings count all of it as leaks
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from case_fast.models.base import POSITIONS
 DROPOUT = {"encoder_dropout": 0.1, "decoder_dropout": 0.1}
 
 
-def ragged(count: int, seed: int = 0, parts=PARTS) -> Batch:
+@cache
+def ragged(count: int, seed: int = 0, parts: tuple[str, ...] = PARTS) -> Batch:
+    """Nothing changes it."""
     return make_batch(*random_examples(count, seed), parts, seed=seed)
 
 
+@cache
 def buckets(count: int = 8) -> list[Capacity]:
     return capacities((ragged(count, seed) for seed in range(12)), POSITIONS)
 

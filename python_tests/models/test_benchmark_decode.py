@@ -51,6 +51,7 @@ def test_a_quick_run_is_told_in_full_and_a_wrong_form_is_refused(sample_store, t
         return [replace(reply, score=reply.score - isinstance(decoder, plain.Uncached)) for reply in greedy(decoder, *more)]
 
     monkeypatch.setattr(plain, "greedy", wrong)
+    monkeypatch.setattr(run, "STRATEGIES", {name: replace(config, max_words=8) for name, config in run.STRATEGIES.items()})
     case = run.measure(model, sample_store, 3, True, 0.1, lambda *_: None)
     refused = [(row["strategy"], row["form"]) for row in case["rows"] if "refused" in row]
     assert refused == [("greedy", "padded, no cache, eager")] and len(case["rows"]) == 6

@@ -16,7 +16,7 @@ from case_fast.ops import Source
 
 SEQUENCES = [  # lengths of queries, lengths of keys
     ([1], [1]), ([3], [5]), ([2, 1, 7], [2, 1, 7]), ([4, 2], [0, 3]), ([3, 1], [0, 0]), ([0, 2], [3, 1]), ([0], [0]),
-    ([1, 2, 3, 4, 5, 8, 9], [9, 8, 5, 4, 3, 2, 1]), ([13, 17], [17, 13]),
+    ([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]), ([5, 9], [9, 5]),
 ]
 
 
@@ -58,10 +58,10 @@ def test_packed_attention(rows: list[int], keys: list[int], causal: bool):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seed", [0, 2**40 + 3, 2**63 - 1])
 def test_dropout_by_the_number_of_query_and_key(seed: int, causal: bool):
-    rows, keys = [3, 0, 5, 2], [4, 2, 0, 9]
-    q, k, v = normal(10, 2, 3), normal(15, 2, 3, seed=1), normal(15, 2, 3, seed=2)
+    rows, keys = [3, 0, 2, 1], [4, 1, 0, 5]
+    q, k, v = normal(6, 2, 3), normal(10, 2, 3, seed=1), normal(10, 2, 3, seed=2)
     found = eq.packed_attention(q, k, v, offsets(rows), offsets(keys), causal, None, 0.3, seed)
-    same(found, slow_attention(q, k, v, rows, ranges(keys), causal, 3**-0.5, 9, 0.3, seed))
+    same(found, slow_attention(q, k, v, rows, ranges(keys), causal, 3**-0.5, 5, 0.3, seed))
     gradcheck(lambda *a: eq.packed_attention(*a, offsets(rows), offsets(keys), causal, None, 0.3, seed), q, k, v)
 
 
@@ -124,10 +124,10 @@ def slow_cross_attention(hidden: Tensor, rows: list[int], keys: list[list[int]],
 
 
 @pytest.mark.parametrize("rows, keys", [
-    ([2, 1, 3], [[3, 1, 2], [1, 0, 4], [0, 0, 2]]), ([1, 1], [[0, 0]]), ([0, 2], [[2, 3], [4, 0]]), ([], [[]]), ([3], [[5]]),
+    ([2, 1, 2], [[2, 1, 1], [1, 0, 3], [0, 0, 2]]), ([1, 1], [[0, 0]]), ([0, 2], [[2, 3], [4, 0]]), ([], [[]]), ([3], [[5]]),
 ])
 def test_cross_attention(rows: list[int], keys: list[list[int]]):
-    hidden, sources = normal(sum(rows), 5), made_sources(5, 2, 3, keys)
+    hidden, sources = normal(sum(rows), 4), made_sources(4, 2, 3, keys)
     same(eq.cross_attention(hidden, offsets(rows), sources), slow_cross_attention(hidden, rows, keys, sources))
     sizes = [len(s.floats()) for s in sources]
 

@@ -72,7 +72,7 @@ def near_ties(left: list[Generated], right: list[Generated], config: GenerationC
 
 @pytest.fixture(scope="module")
 def many():
-    return random_examples(240, seed=3)
+    return random_examples(120, seed=3)
 
 
 # ---- the cache
@@ -83,7 +83,7 @@ def test_cached_equals_uncached_in_float64(config, many):
     examples, texts = many
     model = lively_model(layers=2).double()
     said = []
-    for batch in batches(examples[:160], texts, 16):
+    for batch in batches(examples[:80], texts, 16):
         batch = as_double(batch)
         cached, plain = generate(model, batch, config), generate_uncached(model, batch, config)
         assert [(r.words, r.ended_by) for r in cached] == [(r.words, r.ended_by) for r in plain]
@@ -100,7 +100,7 @@ def test_cached_equals_uncached_in_float32(config, many):
     model = lively_model()
     cached = all_replies(model, examples, texts, config)
     plain = all_replies(model, examples, texts, config, function=generate_uncached)
-    assert near_ties(cached, plain, config) <= len(examples) // 200
+    assert near_ties(cached, plain, config) <= 1
 
 
 def test_no_dialogue_with_knowledge():
@@ -122,7 +122,7 @@ def test_no_dialogue_with_knowledge():
 )
 def test_batch_mates_change_nothing(config, many):
     examples, texts = many
-    examples = examples[:140]
+    examples = examples[:70]
     model = lively_model()
     alone = [generate(model, make_batch([e], texts), config, first_index=i)[0] for i, e in enumerate(examples)]
     sevens = [r for i, b in enumerate(batches(examples, texts, 7)) for r in generate(model, b, config, first_index=7 * i)]

@@ -129,7 +129,7 @@ def test_memory_of_the_most_probable_words():
 
 def test_a_quick_run_beside_its_yardsticks(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(memory, "measurable", lambda: False)
-    small = ["16x24000", "16x300:bow", "16x300:top5"]
+    small = ["16x2400", "16x300:bow", "16x300:top5"]
     assert cli.main(["bench", "linear_cross_entropy", "--quick", "--sizes", ",".join(small), "--out", str(tmp_path)]) == 0
     assert f" x {peers.THREE}" in capsys.readouterr().out
     results = json.loads((tmp_path / "linear_cross_entropy.json").read_text())

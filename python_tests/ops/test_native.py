@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,58 @@ except CaseFastError as error:
 """
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("CASE_FAST_")} | environment
-    env["PYTHONPATH"] = str(Path(case_fast.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done
+FORKS = """
+import json, os, sys, traceback
+import torch
+
+for line in sys.stdin:
+    code, environment, *paths = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        for number, path in enumerate(paths, 1):
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
+        os.environ |= environment
+        try:
+            exec(compile(code, "code", "exec"), {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def clean(**environment: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CASE_FAST_")}
+    return kept | environment | {"PYTHONPATH": str(Path(case_fast.__file__).parents[1])}
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[subprocess.Popen[str]]:
+    """A process that has loaded torch and not this package, and runs code in forks of itself."""
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=clean(OMP_NUM_THREADS="1"), stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(forks, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """What code says in a process of its own, in which this package is not yet loaded."""
+    def in_a_fork(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        paths = [tmp_path / "stdout", tmp_path / "stderr"]
+        forks.stdin.write(json.dumps([code, environment, *map(str, paths)]) + "\n")
+        forks.stdin.flush()
+        status = int(forks.stdout.readline())
+        done = subprocess.CompletedProcess(code, status, *(path.read_text() for path in paths))
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return in_a_fork
 
 
 def test_the_report_says_what_was_built():
@@ -119,7 +167,7 @@ def test_simd_level_is_what_the_processor_offers():
     assert native.simd == expected
 
 
-def test_hidden_devices_are_reported_and_never_an_exception():
+def test_hidden_devices_are_reported_and_never_an_exception(run):
     pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
     done = run(
         "from case_fast import _native; r = _native.report(); print(r['cuda_devices'], bool(r['cuda_status']))",
@@ -133,7 +181,7 @@ def chosen_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("asked", ["", "native"])
-def test_native_runs_on_cpu_and_is_logged_once(asked):
+def test_native_runs_on_cpu_and_is_logged_once(run, asked):
     native = pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
     done = run(CHOOSE, CASE_FAST_BACKEND=asked)
     assert done.stdout.strip() == "['native', 'native']"
@@ -142,7 +190,7 @@ def test_native_runs_on_cpu_and_is_logged_once(asked):
     assert ("CASE_FAST_BACKEND asks for it" if asked else native.simd) in line
 
 
-def test_reference_runs_where_asked_for_and_is_logged_once():
+def test_reference_runs_where_asked_for_and_is_logged_once(run):
     done = run(CHOOSE, CASE_FAST_BACKEND="reference")
     assert done.stdout.strip() == "['reference', 'reference']"
     (line,) = chosen_lines(done)
@@ -157,14 +205,14 @@ def test_reference_runs_where_asked_for_and_is_logged_once():
         ("triton", "", "no Triton kernels for cpu (TRITON_INTERPRET=1 interprets them)"),
     ],
 )
-def test_a_backend_that_cannot_serve_is_refused_with_the_reason(asked, before, why):
+def test_a_backend_that_cannot_serve_is_refused_with_the_reason(run, asked, before, why):
     if not before:
         pytest.importorskip("triton", reason="triton is not installed")
     said = run(before + CHOOSE, CASE_FAST_BACKEND=asked, TRITON_INTERPRET="0").stdout
     assert said.startswith(f"ConfigError CASE_FAST_BACKEND={asked}: graph_attention on cpu cannot run there: {why}")
 
 
-def test_an_unknown_backend_is_refused_naming_the_variable():
+def test_an_unknown_backend_is_refused_naming_the_variable(run):
     said = run(CHOOSE, CASE_FAST_BACKEND="cudnn").stdout
     assert said.startswith("ConfigError CASE_FAST_BACKEND='cudnn' names no backend; use native, triton, reference")
 
@@ -184,7 +232,7 @@ def test_each_family_may_have_its_own_backend(monkeypatch):
             backend_name("graph_attention")
 
 
-def test_works_without_the_native_module():
+def test_works_without_the_native_module(run):
     done = run(BLOCK_NATIVE + CHOOSE + "print(native_report())\nimport case_fast; print(case_fast.__version__)")
     chosen, report, version = done.stdout.splitlines()
     assert chosen == "['reference', 'reference']"
@@ -194,7 +242,7 @@ def test_works_without_the_native_module():
     assert "reference, plain torch and slower (native not used: native module: it is not built for this Python" in line
 
 
-def test_a_module_of_another_version_is_not_used():
+def test_a_module_of_another_version_is_not_used(run):
     stand_in = "import sys, types; m = types.ModuleType('case_fast._native'); m.__version__ = '0.0.1'\n"
     stand_in += "import case_fast; case_fast._native = sys.modules['case_fast._native'] = m\n"
     done = run(stand_in + CHOOSE + "print(native_report())")
@@ -205,7 +253,7 @@ def test_a_module_of_another_version_is_not_used():
 def test_a_forked_child_computes_where_openmp_has_threads():
     """OpenMP's threads, which the kernels share with torch, do not follow a fork; torch's own loops hang there."""
     pytest.importorskip("case_fast._native", reason="case_fast was installed with CASE_FAST_NATIVE=0")
-    done = run("""
+    code = """
 import os, signal, torch
 from case_fast.ops import bilinear_mim
 torch.set_num_threads(2)
@@ -217,5 +265,7 @@ if pid == 0:
     signal.alarm(60)
     os._exit(0 if torch.equal(bilinear_mim(x, x, weight), loss) else 1)
 print("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-""", CASE_FAST_BACKEND="native")
-    assert done.stdout.split() == ["child", "0"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=clean(CASE_FAST_BACKEND="native"), capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout.split() == ["child", "0"], done.stderr

@@ -44,7 +44,7 @@ def curve(dropout: float, steps: int, changes: dict) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("dropout, steps, changes", [(0.0, 50, PRINTED), (0.2, 10, PRINTED), (0.2, 10, ALL_SETTINGS)])
+@pytest.mark.parametrize("dropout, steps, changes", [(0.0, 30, PRINTED), (0.2, 10, PRINTED), (0.2, 10, ALL_SETTINGS)])
 def test_the_kernels_learn_as_plain_torch_does(dropout, steps, changes):
     """With dropout too: what is dropped is a function of the step's seed and the place, on every backend."""
     fast, plain = (on(backend, lambda: curve(dropout, steps, changes)) for backend in ("native", "reference"))
@@ -52,7 +52,7 @@ def test_the_kernels_learn_as_plain_torch_does(dropout, steps, changes):
     for name in fast:
         assert fast[name] == pytest.approx(plain[name], rel=1e-7), name
         assert len(fast[name]) == steps
-    if steps == 50:
+    if steps == 30:
         assert sum(fast["all generation"][-5:]) < sum(fast["all generation"][:5])
 
 
@@ -71,10 +71,10 @@ def test_a_run_begun_in_plain_torch_goes_on_with_the_kernels(tmp_path):
 
 @pytest.mark.parametrize("phase, changes", [*((phase, PRINTED) for phase in CASE.phases), ("all", ALL_SETTINGS)])
 def test_gradients_have_the_same_bits_for_any_number_of_threads(phase, changes):
-    """At the paper's sizes, at which torch would share out its own loops."""
+    """At the paper's sizes and twice its batch, at which torch would share out its own loops."""
     torch.manual_seed(0)
     model = CASE(CASEConfig(vocab_size=3000, encoder_dropout=0.1, decoder_dropout=0.1, **changes))
-    batch = random_batch(64)
+    batch = random_batch(32)
     model.set_phase(phase)
 
     def digest() -> str:

@@ -100,6 +100,7 @@ def main() -> None:
     torch.set_num_threads(1)  # also: forking is safe as long as no thread pool has been started
     with suppress(ImportError):
         importlib.import_module("torch.utils.tensorboard")  # likewise
+    importlib.import_module("torch._dynamo")  # which a run loads: once for all
     store, rng = MemoryStore(), random.Random(arguments.seed)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
