@@ -17,6 +17,7 @@ from doctor_helpers import of, of_machine, of_native, of_next, of_software, pars
 from safetensors.torch import save_file
 
 from case_fast import cli, ops
+from case_fast.commands.machine import WAITING
 from case_fast.data.prepare import bundled
 from case_fast.doctor import check, files, machine, native, next_step, software
 from case_fast.doctor.check import Look, carried_out, ok, skip
@@ -133,7 +134,7 @@ def test_a_chosen_backend_is_named(value, state, monkeypatch):
 
 
 def test_variables_of_the_command_line_are_told_from_the_users(monkeypatch, capsys):
-    monkeypatch.setenv("OMP_WAIT_POLICY", cli.WAITING["OMP_WAIT_POLICY"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", WAITING["OMP_WAIT_POLICY"])
     monkeypatch.setenv("OMP_DYNAMIC", "true")
     cli.main(["doctor", "--json"])
     (item,) = (item for item in json.loads(capsys.readouterr().out)["checks"] if item["name"] == "variables")
