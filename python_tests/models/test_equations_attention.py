@@ -155,7 +155,7 @@ def test_each_source_drops_weights_and_outputs_of_its_own():
 def test_what_a_source_is_read_with():
     hidden, (one,) = normal(3, 5), made_sources(5, 2, 5, [[5]])
     unit = torch.eye(5, dtype=torch.float64)
-    told = replace(one, value=torch.stack((unit, unit), 1), output_weight=torch.cat((unit, unit), 1) / 2)  # the weights themselves
+    told = replace(one, value=torch.stack((unit, unit), 1), output_weight=torch.cat((unit, unit), 1) / 2)  # weights
     weights = slow_cross_attention(hidden, [3], [[5]], [told]) - hidden
     same(eq.source_attention(hidden, one), weights)
     assert close(weights.sum(1), torch.ones(3, dtype=torch.float64), 1e-12)
