@@ -38,7 +38,7 @@ SAMPLE = Path(case_fast.__file__).parent / "sample"
 
 # The beginning of a line (behind its variables) -> why it does not run here, and where it does.
 NOT_RUN = {
-    "make ": "installs, builds or tests everything: CI runs lint, test, cpp-test and docs, test_cli.py the demo",
+    "make ": "installs, builds or tests everything: CI runs lint, test and cpp-test, test_cli.py the demo",
     "python setup.py build_ext": "compiles for minutes; every installation does, and make bare in place",
     "build/cpp/": "a program that make cpp-test builds",
     "benchmarks/gpu.sh": "minutes on a machine with a GPU; test_benchmark_gpu.py rehearses its stages",
