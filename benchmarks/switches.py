@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -10,18 +9,7 @@ from typing import Any
 
 import torch
 
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """CASE_FAST_BACKEND for a while."""
-    before = os.environ.get("CASE_FAST_BACKEND")
-    os.environ["CASE_FAST_BACKEND"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("CASE_FAST_BACKEND")
-        if before is not None:
-            os.environ["CASE_FAST_BACKEND"] = before
+from case_fast.ops.backend import asking as backend
 
 
 def native_or_triton() -> str:

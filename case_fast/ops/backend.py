@@ -14,6 +14,8 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -47,6 +49,19 @@ def native_report() -> dict:
     if _native_missing:
         return {"available": False, "reason": _native_missing}
     return {"available": True, "reason": "", **native.report()}
+
+
+@contextmanager
+def asking(name: str) -> Iterator[None]:
+    """CASE_FAST_BACKEND is ``name`` inside."""
+    before = os.environ.get("CASE_FAST_BACKEND")
+    os.environ["CASE_FAST_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("CASE_FAST_BACKEND")
+        if before is not None:
+            os.environ["CASE_FAST_BACKEND"] = before
 
 
 def backend_name(family: str = "graph_attention", device: str = "cpu") -> str:

@@ -8,11 +8,10 @@ of the run, or from its start.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from case_fast.errors import CaseFastError, CheckpointError, DataError, reason_o
 from case_fast.files import sha256
 from case_fast.models import DialogueModel, model_class
 from case_fast.models.base import raise_pending
+from case_fast.ops.backend import asking
 from case_fast.optional import PlainConsole
 from case_fast.runs import Run, lookup
 from case_fast.text_files import read_json
@@ -192,7 +192,8 @@ class _Debugger:
         model.zero_grad(set_to_none=True)
         watch = Trace(model, _named(model, batch)) if trace else nullcontext()
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=variant.precision == "bf16")
-        with _backend(variant.backend), watch, torch.set_grad_enabled(self.training):
+        plain = asking("reference") if variant.backend == "reference" else nullcontext()
+        with plain, watch, torch.set_grad_enabled(self.training):
             with half:
                 output = model(batch)
             if self.training:
@@ -270,22 +271,6 @@ class _Debugger:
 
 
 # ---- small parts
-
-
-@contextmanager
-def _backend(name: str) -> Iterator[None]:
-    """Ops run in plain torch inside, or as they do anyway."""
-    if name != "reference":
-        yield
-        return
-    before = os.environ.get("CASE_FAST_BACKEND")
-    os.environ["CASE_FAST_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        os.environ.pop("CASE_FAST_BACKEND")
-        if before is not None:
-            os.environ["CASE_FAST_BACKEND"] = before
 
 
 def _bad(tensors: dict[str, Tensor]) -> list[Range]:
