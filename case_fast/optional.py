@@ -45,6 +45,13 @@ class PlainConsole:
         print(*words, file=sys.stdout, flush=True)
 
 
+class SilentConsole(PlainConsole):
+    """Shows nothing."""
+
+    def print(self, *words: Any, **style: Any) -> None:
+        pass
+
+
 def open_console() -> Console | PlainConsole:
     """The terminal to print to, rich's where that is installed."""
     try:

@@ -29,7 +29,7 @@ from case_fast.files import sha256
 from case_fast.models import DialogueModel, model_class
 from case_fast.models.base import raise_pending
 from case_fast.ops.backend import asking
-from case_fast.optional import PlainConsole
+from case_fast.optional import SilentConsole
 from case_fast.runs import Run, lookup
 from case_fast.text_files import read_json
 from case_fast.training import loop
@@ -57,11 +57,6 @@ def debug(dump: str | Path, store: Store | str | Path | None = None, device: str
         ConfigError: an argument cannot be used.
     """
     return _Debugger(Path(dump), store, device, forward).found()
-
-
-class _Silent(PlainConsole):
-    def print(self, *words: Any, **style: Any) -> None:
-        pass
 
 
 class _Debugger:
@@ -146,7 +141,7 @@ class _Debugger:
                 shutil.copytree(found.path, Run(out).checkpoints / found.path.name)
                 for path in [self.run.config, *self.run.path.glob(f"{self.run.best.name}*")]:
                     shutil.copytree(path, out / path.name) if path.is_dir() else shutil.copy(path, out)
-            with loop.trainer(self.store, out, self.config, _Silent(), resume=found is not None) as ready:
+            with loop.trainer(self.store, out, self.config, SilentConsole(), resume=found is not None) as ready:
                 real = ready.train_step
 
                 def train_step() -> None:

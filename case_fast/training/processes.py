@@ -28,7 +28,7 @@ from case_fast.devices import resolve_device
 from case_fast.errors import CaseFastError, ConfigError, Interrupted
 from case_fast.knowledge import CachedSource
 from case_fast.models import DialogueModel, Output
-from case_fast.optional import PlainConsole
+from case_fast.optional import PlainConsole, SilentConsole
 from case_fast.references import References
 from case_fast.runs import Run
 from case_fast.training.checkpoint import Checkpoint
@@ -182,7 +182,7 @@ class Several(Processes):
         return Run(path) if self.first else _NoRun(path)
 
     def console(self, console: Console | PlainConsole) -> Console | PlainConsole:
-        return console if self.first else _Silent()
+        return console if self.first else SilentConsole()
 
     def log(self, run: Run, resumed_step: int | None) -> RunLog:
         return RunLog(run, resumed_step) if self.first else _NoLog()
@@ -425,7 +425,3 @@ class _NoRun(Run):
 
 class _NoLog(RunLog):
     __init__ = write = close = _nothing
-
-
-class _Silent(PlainConsole):
-    print = _nothing

@@ -20,7 +20,7 @@ from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError
 from case_fast.files import require_folder_place, write_bytes
 from case_fast.models import DialogueModel
-from case_fast.optional import PlainConsole, needed
+from case_fast.optional import SilentConsole, needed
 from case_fast.runs import Run, load_model
 from case_fast.training.config import TrainConfig
 from case_fast.training.floors import COSTS, Call, Rates, cost, measure_rates
@@ -97,16 +97,11 @@ def profile_training(store: Store, out: str | Path, steps: int = 5, run: str | P
     return rates, _phases(store, out, steps, config, weights, rates)
 
 
-class _Silent(PlainConsole):
-    def print(self, *words: Any, **style: Any) -> None:
-        pass
-
-
 def _phases(store: Store, out: Path, steps: int, config: TrainConfig, weights: DialogueModel | None, rates: Rates
             ) -> Iterator[PhaseProfile]:
     taken = WARM_UP + 2 * steps
     config = replace(config, phase1_steps=taken, max_steps=taken, log_every=9 * taken)  # no record falls into what is measured
-    with tempfile.TemporaryDirectory() as folder, trainer(store, Path(folder) / "run", config, _Silent()) as ready:
+    with tempfile.TemporaryDirectory() as folder, trainer(store, Path(folder) / "run", config, SilentConsole()) as ready:
         if weights is not None:
             ready.model.load_state_dict(weights.state_dict())
         for phase in ready.model.phases:
