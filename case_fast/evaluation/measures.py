@@ -114,21 +114,18 @@ def predicted(replies: Sequence[Reply], vocabulary: int | None = None) -> list[M
 def of_replies(replies: Sequence[Reply]) -> list[Measure]:
     """Diversity over the replies, and repetition within them."""
     words = [reply.words for reply in replies]
-    found = [_different(m.distinct_n(words, n), "paper" if n < 3 else "diversity", [_grams(row, n) for row in words])
+    found = [_different(m.distinct_n(words, n), "paper" if n < 3 else "diversity", [m.n_grams(row, n) for row in words])
              for n in (1, 2, 3)]
     found.append(_different(m.distinct_replies(words), "diversity", [[row] for row in words]))
     lengths = np.array([[len(row), 1] for row in words], dtype=float)
     found.append(Measure(m.reply_words(words), "diversity", Sums(lengths, mean)))
     found += [_gzip_ratio(words), _self_repetition(words), _self_bleu(words)]
     for n in (1, 2, 3, 4):
-        rows = np.array([[len(grams) - len(set(grams)), len(grams)] for grams in (_grams(row, n) for row in words)], dtype=float)
+        rows = np.array([[len(grams) - len(set(grams)), len(grams)] for grams in (m.n_grams(row, n) for row in words)],
+                        dtype=float)
         signature = signature_of(f"repeated_{n}", scale=100, scope="each_reply", tokens="words")
         found.append(of_rows(f"repeated_{n}", "diversity", signature, "lower", rows, percent, f"{n}-gram"))
     return [*found, _common(words)]
-
-
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
 def _numbered(things: Sequence[Sequence[Hashable]]) -> tuple[np.ndarray, np.ndarray, int]:
@@ -174,7 +171,7 @@ def _gzip_ratio(words: Sequence[Sequence[str]]) -> Measure:
 
 def _self_repetition(words: Sequence[Sequence[str]]) -> Measure:
     """Mean over replies of ln(1 + the sum over its 4-grams of how many other replies have it) (Salkar et al., 2022)."""
-    number, owner, count = _numbered([_grams(row, 4) for row in words])
+    number, owner, count = _numbered([m.n_grams(row, 4) for row in words])
     pairs = np.unique(owner * count + number) if len(number) else np.zeros(0, np.int64)
     whose, which = np.divmod(pairs, max(1, count))
 

@@ -165,6 +165,11 @@ def unknown_rate(references: Iterable[Sequence[int]], unk: int) -> Metric:
 # ---- what the replies are like
 
 
+def n_grams(words: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
+    """Those of one reply, in order."""
+    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+
+
 def distinct_n(replies: Iterable[Sequence[Hashable]], n: int, decoding: str = "") -> Metric:
     """100 x distinct / total n-grams over all replies together (Li et al., 2016); none crosses from reply to reply.
 
@@ -177,7 +182,7 @@ def distinct_n(replies: Iterable[Sequence[Hashable]], n: int, decoding: str = ""
     seen: set[tuple[Hashable, ...]] = set()
     total = 0
     for words in replies:
-        grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+        grams = n_grams(words, n)
         seen.update(grams)
         total += len(grams)
     name = f"dist_{n}"

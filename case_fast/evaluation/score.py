@@ -77,13 +77,9 @@ class Scores:
         """Plain values, ready for JSON."""
         names = [system["name"] for system in self.systems]
         return {"systems": self.systems, "draws": self.draws, "methods": self.methods, "metrics": {
-            name: {"title": title_of(name), "group": self.groups[name],
+            name: {"title": cells[0].metric.title, "group": self.groups[name],
                    "systems": {system: dataclasses.asdict(cell) for system, cell in zip(names, cells, strict=True)}}
             for name, cells in self.cells.items()}}
-
-
-def title_of(name: str) -> str:
-    return TITLES.get(name, name)
 
 
 def score(files: Sequence[ReplyFile], measurers: Sequence[Measurer] = (), draws: int = s.DRAWS,
@@ -259,10 +255,10 @@ def _arrange(scores: Scores) -> None:
 
 def _adjust(scores: Scores) -> None:
     for cells in scores.cells.values():
-        p = {str(place): cell.difference.p for place, cell in enumerate(cells)
+        p = {place: cell.difference.p for place, cell in enumerate(cells)
              if cell.difference and cell.difference.p is not None}
         for place, adjusted in s.holm(p).items():
-            cells[int(place)].adjusted = adjusted
+            cells[place].adjusted = adjusted
 
 
 def with_rows(scores: Scores, rows: Sequence[Measure]) -> Scores:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from case_fast.evaluation.measures import GROUPS
 from case_fast.evaluation.metrics import format_value
-from case_fast.evaluation.score import Cell, Scores, title_of
+from case_fast.evaluation.score import Cell, Scores
 from case_fast.files import plain, write_bytes, write_json, write_text
 from case_fast.optional import needed
 
@@ -62,9 +62,9 @@ def difference_of(cell: Cell) -> str:
     return f"{sign}{format_value(found.value)}{_between(cell, found.low, found.high)}{mark}"
 
 
-def _heading(name: str, cells: list[Cell]) -> str:
+def _heading(cells: list[Cell]) -> str:
     better = next((cell.metric.better for cell in cells if cell.metric.better), None)
-    return title_of(name) + _ARROW[better]
+    return cells[0].metric.title + _ARROW[better]
 
 
 def _names(scores: Scores) -> list[str]:
@@ -78,21 +78,21 @@ def _groups(scores: Scores) -> Iterator[tuple[str, dict[str, list[Cell]]]]:
             yield title, found
 
 
-def _differ(scores: Scores) -> dict[str, list[Cell]]:
-    return {name: cells for name, cells in scores.cells.items() if any(cell.difference for cell in cells)}
+def _differ(scores: Scores) -> list[list[Cell]]:
+    return [cells for cells in scores.cells.values() if any(cell.difference for cell in cells)]
 
 
 def missing_of(scores: Scores) -> dict[str, list[str]]:
     """Why there is no value -> titles of the metrics."""
     found: dict[str, list[str]] = {}
-    for name, cells in scores.cells.items():
+    for cells in scores.cells.values():
         for cell, system in zip(cells, _names(scores), strict=True):
             if cell.metric.value is None:
                 everywhere = len({one.metric.reason for one in cells}) == 1
                 reason = cell.metric.reason if everywhere else f"{system}: {cell.metric.reason}"
                 titles = found.setdefault(reason, [])
-                if title_of(name) not in titles:
-                    titles.append(title_of(name))
+                if cell.metric.title not in titles:
+                    titles.append(cell.metric.title)
     return found
 
 
@@ -141,7 +141,7 @@ def show(scores: Scores, console: Console) -> None:
         values.add_row(Text(group, style="bold"), *[""] * len(names))
         for name, cells in found.items():
             style = "dim" if scores.groups[name] == "overlap" else ""
-            row = [f"  {_heading(name, cells)}", *map(value_of, cells)]
+            row = [f"  {_heading(cells)}", *map(value_of, cells)]
             values.add_row(*(Text(text, style=style) for text in row))
     end(values)
     for system in scores.systems[1:]:
@@ -150,8 +150,8 @@ def show(scores: Scores, console: Console) -> None:
     if differ := _differ(scores):
         counts = [f"{system['name']}\n{system['matched']:,} replies" for system in scores.systems[1:]]
         differences = table(f"Less {names[0]}, on replies to the same contexts", counts)
-        for name, cells in differ.items():
-            differences.add_row(Text(_heading(name, cells)), *(Text(difference_of(cell)) for cell in cells[1:]))
+        for cells in differ:
+            differences.add_row(Text(_heading(cells)), *(Text(difference_of(cell)) for cell in cells[1:]))
         end(differences)
     for note in NOTES:
         console.print(Text(note, style="dim"), soft_wrap=True)
@@ -169,10 +169,10 @@ def markdown(scores: Scores) -> str:
     names = [_escaped(name) for name in _names(scores)]
     lines = ["# Scores", "", *_rows(_SOURCE, _sources(scores), left=3)]
     for group, found in _groups(scores):
-        rows = ((_heading(name, cells), *map(value_of, cells)) for name, cells in found.items())
+        rows = ((_heading(cells), *map(value_of, cells)) for cells in found.values())
         lines += ["", f"## {group}", "", *_rows(("", *names), rows)]
     if differ := _differ(scores):
-        rows = ((_heading(name, cells), *map(difference_of, cells[1:])) for name, cells in differ.items())
+        rows = ((_heading(cells), *map(difference_of, cells[1:])) for cells in differ)
         lines += ["", f"## Less {names[0]}, on replies to the same contexts", "", *_rows(("", *names[1:]), rows)]
     if absent := missing_of(scores):
         lines += ["", "## Not measured", "", *(f"- {', '.join(titles)}: {_escaped(reason)}" for reason, titles in absent.items())]
@@ -201,15 +201,15 @@ _COLUMNS = 4
 def picture(scores: Scores) -> bytes:
     """A PNG, a panel a metric: a dot and its interval for each system; filled where it differs from the first."""
     figure_class = needed("matplotlib.figure", "the picture of scores").Figure
-    drawn = {name: cells for name, cells in scores.cells.items() if any(cell.metric.value is not None for cell in cells)}
+    drawn = [cells for cells in scores.cells.values() if any(cell.metric.value is not None for cell in cells)]
     names = [name if len(name) <= 28 else f"{name[:27]}…" for name in _names(scores)]
     rows = -(-len(drawn) // _COLUMNS)
     figure = figure_class(figsize=(13, rows * (0.75 + 0.22 * len(names)) + 0.4), dpi=110, facecolor="white", layout="constrained")
     grid = figure.subplots(max(rows, 1), _COLUMNS, squeeze=False, sharey=True)
     for axes in grid.flat[len(drawn) :]:
         axes.set_visible(False)
-    for axes, (name, cells) in zip(grid.flat, drawn.items(), strict=False):
-        axes.set_title(_heading(name, cells), loc="left", fontsize=8.5, color=_INK)
+    for axes, cells in zip(grid.flat, drawn, strict=False):
+        axes.set_title(_heading(cells), loc="left", fontsize=8.5, color=_INK)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0, labelsize=7.5)
         axes.locator_params(axis="x", nbins=4)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse, stats
 
+from case_fast.evaluation.metrics import n_grams
+
 DRAWS = 10_000
 HALVES = 200
 _SEED = 20230701
@@ -203,8 +205,8 @@ def _grams(a: Replies, b: Replies, conversation: np.ndarray, count: int, n: int
     for system, replies in enumerate((a, b)):
         rows, columns = [], []
         for place, words in zip(conversation.tolist(), replies, strict=True):
-            for start in range(len(words) - n + 1):
-                rows.append(ids.setdefault(tuple(words[start : start + n]), len(ids)))
+            for gram in n_grams(words, n):
+                rows.append(ids.setdefault(gram, len(ids)))
                 columns.append(place)
                 sizes[system, place] += 1
         said.append((rows, columns))
@@ -214,7 +216,7 @@ def _grams(a: Replies, b: Replies, conversation: np.ndarray, count: int, n: int
     return mine, other, sizes
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Hashable, float]) -> dict[Hashable, float]:
     """Adjusted p of several comparisons, by name: each may be read as if it were the only one."""
     adjusted, worst = {}, 0.0
     for place, (name, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
