@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -35,6 +36,13 @@ def writing(path: str | Path, *also: type[Exception]) -> Iterator[None]:
         raise
     except (OSError, *also) as error:
         raise PlaceError(path, error) from error
+
+
+def png_of(figure: Any, **how: Any) -> bytes:
+    """A figure of matplotlib's as PNG; ``how``: as of its savefig."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", **how)
+    return stream.getvalue()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from case_fast.files import write_bytes
+from case_fast.files import png_of, write_bytes
 from case_fast.optional import needed
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def confusion_png(counts: np.ndarray, names: Sequence[str], title: str, path: Pa
 
 
 def _save(figure: Figure, path: Path) -> None:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15)
-    write_bytes(path, stream.getvalue())
+    write_bytes(path, png_of(figure, dpi=110, bbox_inches="tight", pad_inches=0.15))
 
 
 _OURS, _OTHER, _LIMIT, _PALE = "#2563a8", "#7fb0e6", "#b45309", "#5a6573"  # of a diagnosis

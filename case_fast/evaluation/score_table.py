@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from case_fast.evaluation.measures import GROUPS
 from case_fast.evaluation.metrics import format_value
 from case_fast.evaluation.score import Cell, Scores
-from case_fast.files import plain, write_bytes, write_json, write_text
+from case_fast.files import plain, png_of, write_bytes, write_json, write_text
 from case_fast.optional import needed
 
 if TYPE_CHECKING:
@@ -227,6 +226,4 @@ def picture(scores: Scores) -> bytes:
         axes.set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("lines: 95 %; filled: the first system, and what differs from it (p < 0.05)", x=0.99, ha="right", fontsize=8,
                      color=_PALE)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
+    return png_of(figure)

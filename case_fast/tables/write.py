@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from case_fast.evaluation.metrics import format_value
-from case_fast.files import write_bytes, write_json, write_text
+from case_fast.files import png_of, write_bytes, write_json, write_text
 from case_fast.optional import needed
 from case_fast.tables.numbers import METRICS, PAPER_NOTE, Cell, Line, Table
 
@@ -141,9 +140,7 @@ def picture(table: Table, path: Path) -> None:
             axes.set_ylim(len(names) - 0.4, -0.6)
     note = ["ring: published, other vocabulary and inputs"] * any(line.published for line in table.lines) + ["dashed: floor"]
     figure.supxlabel("; ".join(note), x=0.99, ha="right", fontsize=7.5, color=_PALE)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    write_bytes(path, stream.getvalue())
+    write_bytes(path, png_of(figure))
 
 
 def _panel(axes: Any, table: Table, name: str, title: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from case_fast.data import Store
 from case_fast.devices import resolve_device
 from case_fast.errors import ConfigError
-from case_fast.files import require_folder_place, write_bytes
+from case_fast.files import png_of, require_folder_place, write_bytes
 from case_fast.models import DialogueModel
 from case_fast.optional import SilentConsole, needed
 from case_fast.runs import Run, load_model
@@ -258,6 +257,4 @@ def picture(profiled: PhaseProfile, rates: Rates, path: Path) -> None:
     axes.legend(loc="best", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    write_bytes(path, stream.getvalue())
+    write_bytes(path, png_of(figure, dpi=110))
