@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class Html(str):
@@ -49,6 +49,15 @@ def facts(pairs: Iterable[tuple[str, Node]]) -> Html:
 
 def section(title: str, *body: Node) -> Html:
     return tag("section", tag("h2", title), *body)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = (), caption: str | None = None) -> Html:
+    """A table of texts; columns called one of ``numbers`` are set to the right."""
+    sides = ["n" if name in numbers else None for name in head]
+    names = [tag("th", name, class_=side, scope="col") for name, side in zip(head, sides, strict=True)]
+    cells = [[tag("td", cell, class_=side) for cell, side in zip(row, sides, strict=True)] for row in rows]
+    return tag("table", tag("caption", caption) if caption else None, tag("thead", tag("tr", names)),
+               tag("tbody", [tag("tr", row) for row in cells]))
 
 
 _STYLE = """

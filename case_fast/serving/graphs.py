@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from case_fast.data.edited import edges_of
 from case_fast.data.featurizer import Example
-from case_fast.html import Html, tag
+from case_fast.html import Html, table, tag
 from case_fast.knowledge import COGNITION_RELATIONS
 from case_fast.models.results import Choice
 from case_fast.serving.lines import Line
@@ -201,14 +201,9 @@ def _about(node: Node) -> str:
 def tables(graph: Graph) -> Iterator[Html]:
     """Vertices and edges of the graph as ``<table>`` elements."""
     text = {node.id: node.text for node in graph.nodes}
-    yield _table(f"{graph.title}: vertices", ("", "what", "text", "relation", "intensity", "lift", ""), [
+    yield table(("", "what", "text", "relation", "intensity", "lift", ""), [
         (node.id, node.kind, node.text, node.relation or "", _number(node.intensity), _number(node.lift),
-         "left out" if node.left_out else "") for node in graph.nodes])
-    yield _table(f"{graph.title}: edges", ("from", "to", "relation", "weight", ""), [
+         "left out" if node.left_out else "") for node in graph.nodes], caption=f"{graph.title}: vertices")
+    yield table(("from", "to", "relation", "weight", ""), [
         (f"{edge.source} {text[edge.source]}", f"{edge.target} {text[edge.target]}", edge.relation, _number(edge.weight, ".4f"),
-         "left out" if edge.left_out else "") for edge in graph.edges])
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
-    return tag("table", tag("caption", caption), tag("thead", tag("tr", [tag("th", name, scope="col") for name in head])),
-               tag("tbody", [tag("tr", [tag("td", cell) for cell in row]) for row in rows]))
+         "left out" if edge.left_out else "") for edge in graph.edges], caption=f"{graph.title}: edges")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from case_fast import __version__
-from case_fast.html import Html, Node, facts, page, section, tag
+from case_fast.html import Html, Node, facts, page, section, table, tag
 from case_fast.serving import graphs
 from case_fast.serving.reasons import Attention, Change, Explanation
 from case_fast.serving.show import KINDS, NUMBERS, changes, summary, table_of
@@ -34,7 +34,7 @@ def _explanation(found: Explanation, number: str) -> Node:
         head, rows = table_of(found, kind)
         if rows:
             notes = [tag("p", tag("b", f"{note[0].upper()}{note[1:]}.")) for note in found.notes.get(kind, ())]
-            yield section(f"{title}: {summary(found, kind)}", notes, tag("div", table(head, rows), class_="scroll"))
+            yield section(f"{title}: {summary(found, kind)}", notes, tag("div", table(head, rows, NUMBERS), class_="scroll"))
     for graph in found.graphs:
         yield section(graph.title, tag("div", graphs.svg(graph), class_="scroll"),
                       tag("details", tag("summary", "As tables"), list(graphs.tables(graph))))
@@ -68,15 +68,6 @@ def _change(change: Change) -> Node:
             marked += [(tag(name, " ".join(words)), " ") for name, words in (("del", before), ("ins", after)) if words]
     return (facts([("Without the edits", change.before), ("With them", change.after), ("Words", tag("span", marked))]),
             tag("ul", [tag("li", f"{name}: {text}") for name, text in changes(change)]))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """A table whose columns of numbers are set to the right."""
-    sides = ["n" if name in NUMBERS else None for name in head]
-    return tag("table", tag("thead", tag("tr", [tag("th", name, class_=side, scope="col")
-                                                for name, side in zip(head, sides, strict=True)])),
-               tag("tbody", [tag("tr", [tag("td", cell, class_=side) for cell, side in zip(row, sides, strict=True)])
-                             for row in rows]))
 
 
 def _attention(source: Attention) -> Html:
